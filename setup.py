@@ -1,0 +1,28 @@
+"""Packaging: every value comes from settings.ini, which nbdev reads too."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=["="])
+parser.read(here / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+views = cfg["views_requirements"].split()
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["vggt_lora", "vggt_lora.*"]),
+    install_requires=cfg["requirements"].split(),
+    extras_require={"views": views, "dev": views + cfg["dev_requirements"].split()},
+    entry_points={"nbdev": ["vggt_lora=vggt_lora._modidx:d"]},
+    zip_safe=False,
+)
