@@ -1,0 +1,52 @@
+# Two commands for a fresh machine: `make train` and `make test`. Both build the environment first.
+# Needs Python 3.11 or 3.12, git and make. `make help` lists the targets.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	>/dev/null 2>&1 && echo $$p && break; done)
+# Extra pip arguments for torch alone, for instance an index with CPU builds: make env TORCH_ARGS="--index-url URL"
+TORCH_ARGS ?=
+# Parameters of `make train`, in papermill's form: make train ARGS="-p strategy c -p epochs 4"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help env system train test notebooks clean
+
+help:
+	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
+	@echo "make train   env, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
+	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest"
+	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
+	@echo "make system  only the system packages that Open3D and the browser check need"
+	@echo "make clean   remove $(VENV) and build leftovers; outputs/ stays"
+
+env: system $(STAMP)
+
+system:
+	@sh tools/system_packages.sh
+
+$(STAMP): settings.ini setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "make env: no Python 3.11 or 3.12 with venv was found (on Debian also install python3-venv); name one: make env PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt $(TORCH_ARGS) torch
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) check
+	$(BIN)/nbdev_export --help >/dev/null
+	@touch $(STAMP)
+
+train: env
+	@mkdir -p outputs
+	$(BIN)/papermill nbs/03_train.ipynb outputs/03_train.ipynb $(ARGS) </dev/null
+
+test: env
+	$(BIN)/python tests/run_all.py
+
+notebooks: env
+	$(BIN)/python tools/execute_notebooks.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
