@@ -9,6 +9,9 @@ TORCH_ARGS ?=
 # Parameters of `make train`, in papermill's form: make train ARGS="-p strategy c -p epochs 4"
 ARGS ?=
 
+# Torch's threads spin while they wait; on a busy machine that costs a factor of ten.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete

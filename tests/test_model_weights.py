@@ -37,8 +37,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         found = path.is_file()
         self.send_response(200 if found else 404)
         if found:
-            for name, value in (("ETag", f'"{path.stat().st_size:040x}"'), ("X-Repo-Commit", COMMIT), ("Content-Length", path.stat().st_size)):
-                self.send_header(name, str(value))
+            size = path.stat().st_size
+            for name, value in (("ETag", f'"{size:040x}"'), ("X-Repo-Commit", COMMIT), ("Content-Length", f"{size}")):
+                self.send_header(name, value)
         else:
             self.send_header("X-Error-Code", "EntryNotFound" if folder.is_dir() else "RepoNotFound")
             self.send_header("X-Repo-Commit", COMMIT)

@@ -20,7 +20,6 @@ from .config import VGGTConfig
 from .dpt_head import DPTHead
 from .track_head import TrackHead
 from vggt_lora.model.weights import (
-    HEADS,
     MODEL_TYPE,
     LoadReport,
     check_fit,
@@ -159,13 +158,16 @@ class VGGT(nn.Module):
         cls,
         name_or_path: str | Path,  # "tiny", a folder, a file, or a hub name such as "facebook/VGGT-1B"
         *,
-        heads: tuple[str, ...] | None = None,  # of "camera", "depth", "point": heads to build; None: all that the file has
-        track_head: bool = False,  # also hold the track head's weights (0.26 GB), to save them again later
+        camera_head: bool | None = None,  # True: must be there; False: leave it out and count it; None: as the file has it
+        depth_head: bool | None = None,  # likewise
+        point_head: bool | None = None,  # likewise
+        track_head: bool | None = False,  # likewise; it is never run, and is held only to be saved again (0.26 GB)
         device: torch.device | str | None = None,  # where the model goes; None: CPU
         revision: str | None = None,  # branch, tag or commit on the hub
     ) -> "VGGT":
         """Build a network and load its weights strictly, in eval mode; raises WeightsError naming the file and the fault."""
-        return load_vggt(cls, name_or_path, heads, track_head, device, revision)
+        switches = {"camera_head": camera_head, "depth_head": depth_head, "point_head": point_head, "track_head": track_head}
+        return load_vggt(cls, name_or_path, switches, device, revision)
 
     def save_pretrained(
         self,
@@ -191,8 +193,7 @@ def parameter_table(
 def load_vggt(
     cls: type,  # VGGT or a class derived from it
     name_or_path: str | Path,  # as in `VGGT.from_pretrained`
-    heads: tuple[str, ...] | None,  # heads to build
-    track_head: bool,  # hold the track head too
+    switches: dict[str, bool | None],  # head -> build it, leave it out, or (None) as the file has it
     device: torch.device | str | None,  # where the model goes
     revision: str | None,  # on the hub
 ) -> VGGT:
@@ -200,7 +201,7 @@ def load_vggt(
     file = find_weights(name_or_path, revision)
     tensors = read_tensors(file.path)
     stored = config_for(file, tensors)
-    config = dataclasses.replace(stored, **_switches(stored, heads, track_head, file.path))
+    config = dataclasses.replace(stored, **_switches(stored, switches, file.path))
     kept, dropped = drop_heads(tensors, config)
     with torch.device("meta"):
         model = cls(config)
@@ -211,16 +212,13 @@ def load_vggt(
     return model.to(device or "cpu").eval()
 
 
-def _switches(stored: VGGTConfig, heads: tuple[str, ...] | None, track_head: bool, path: Path) -> dict[str, bool]:
+def _switches(stored: VGGTConfig, wanted: dict[str, bool | None], path: Path) -> dict[str, bool]:
     """Return which heads to build; refuse heads that the file does not have."""
-    names = stored.heads if heads is None else (heads,) if isinstance(heads, str) else tuple(heads)
-    wanted = {f"{name}_head" for name in (*names, *(["track"] if track_head else []))}
-    for name in wanted:
-        if name not in HEADS:
-            raise ConfigError(unknown("head", name.removesuffix("_head"), ("camera", "depth", "point")))
-        if not getattr(stored, name):
-            raise WeightsError(f"{path}: holds no {name}")
-    return {name: name in wanted for name in HEADS}
+    there = {head: getattr(stored, head) for head in wanted}
+    for head, switch in wanted.items():
+        if switch and not there[head]:
+            raise WeightsError(f"{path}: holds no {head}")
+    return {head: there[head] if switch is None else switch for head, switch in wanted.items()}
 
 # %% ../../nbs/model/vggt.ipynb #c17dfdfc
 def save_vggt(

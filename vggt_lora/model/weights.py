@@ -121,7 +121,8 @@ def read_tensors(
         raise WeightsError(f"{path}: cannot be read whole ({str(fault).splitlines()[0] if str(fault) else type(fault).__name__}); "
                            "the file is damaged or was cut short: fetch it again") from fault
     except pickle.UnpicklingError as fault:
-        raise WeightsError(f"{path}: holds more than tensors (a pickle that would run code), or is no torch file; it was not loaded") from fault
+        raise WeightsError(f"{path}: holds more than tensors (a pickle that would run code), or is no torch file; "
+                           "it was not loaded") from fault
     return {name: _aligned(tensor) for name, tensor in _state_dict(content, path).items()}
 
 

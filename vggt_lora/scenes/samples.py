@@ -36,7 +36,7 @@ class Sample:
 
     images: "torch.Tensor"  # (S, 3, H, W) float32 in [0, 1], RGB
     K: "torch.Tensor"  # (S, 3, 3) float32, pixel i covers [i, i+1)
-    world_to_cam: "torch.Tensor"  # (S, 4, 4) float32, scene units
+    world_to_cam: "torch.Tensor"  # (S, 4, 4) float64, scene units; survey coordinates of millions of metres keep their millimetres
     depth: "torch.Tensor"  # (S, H, W) float32 z in scene units, 0 = unknown
     valid: "torch.Tensor"  # (S, H, W) bool
     weight: "torch.Tensor"  # (S, H, W) float32, 0 where not valid
@@ -111,7 +111,7 @@ def load_sample(
     return Sample(
         images=images.contiguous(),
         K=stack([d.K for d in data], np.float32),
-        world_to_cam=stack([f.world_to_cam for f in frames], np.float32),
+        world_to_cam=stack([f.world_to_cam for f in frames], np.float64),
         depth=depth,
         valid=stack([d.depth.valid for d in data], bool),
         weight=stack([d.depth.weight for d in data], np.float32),

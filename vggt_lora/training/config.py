@@ -23,6 +23,7 @@ class TrainConfig:
     model: str = "random"  # "random" (a small VGGT, untrained), a hub name such as facebook/VGGT-1B, a folder or a file
     data: str = "demo"  # "demo", a scene folder, or a folder of scene folders
     scenes: str = ""  # names of the scenes to use, separated by commas; empty: all
+    metric: str = "auto"  # are scene units metres? auto (where laser data or scene.json say so), yes or no
     hold_out: str = ""  # scenes kept whole for validation, separated by commas
     output: str = ""  # run folder; empty: outputs/<strategy>-<date>-<time>
     resume: bool = False  # continue the run in `output`
@@ -88,6 +89,7 @@ class TrainConfig:
 
 # %% ../../nbs/training/config.ipynb #1b767f59
 CHOICES = {
+    "metric": ("auto", "yes", "no"),
     "image_mode": ("aspect", "crop", "pad", "squash"),
     "precision": ("auto", "float32", "bf16"),
     "device": ("auto", "cpu", "cuda"),

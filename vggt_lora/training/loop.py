@@ -77,8 +77,10 @@ class TrainingError(VggtLoraError):
 
 def _finite(result, sample: Sample) -> float:
     value = float(result.total.detach())
-    if not math.isfinite(value):
-        bad = [n for n, t in result.terms.items() if not math.isfinite(float(t))]
+    # the official rule turns a non-finite error into 0 (spec section 13.3), so the sum alone would not tell
+    repaired = [n for n, count in result.counts.items() if "nonfinite" in n and count]
+    if not math.isfinite(value) or repaired:
+        bad = [n for n, t in result.terms.items() if not math.isfinite(float(t))] + repaired
         raise TrainingError(f"the loss is not finite: terms {bad} on scene {sample.scene}, photos {', '.join(sample.names)}; "
                             "lower lr, or look at the depth of these photos in notebook 01")
     return value

@@ -52,7 +52,8 @@ def open_scenes(
     for name in wanted:
         if name not in folders:
             raise ConfigError(unknown("scene", name, folders))
-    return [open_scene(folders[name]) for name in wanted]
+    metric = {"auto": None, "yes": True, "no": False}[config.metric]
+    return [open_scene(folders[name], metric=metric) for name in wanted]
 
 # %% ../../nbs/training/setup.ipynb #e527c76e
 def split_scenes(

@@ -99,7 +99,7 @@ def orbit_camera(
     points = clean_cloud(points)[0]
     centre = np.median(points, axis=0) if len(points) else np.zeros(3)
     radius = float(np.percentile(np.linalg.norm(points - centre, axis=1), 90)) if len(points) else 0.0
-    distance = (radius or 1.0) / np.sin(np.radians(view_angle / 2)) / zoom
+    distance = 1.1 * (radius or 1.0) / np.sin(np.radians(view_angle / 2)) / zoom
     up = np.asarray(up, np.float64) / np.linalg.norm(up)
     candidates = [np.asarray(axis, np.float64) - up * (up @ np.asarray(axis, np.float64)) for axis in (forward, (0, 1, 0), (1, 0, 0))]
     level = next(axis for axis in candidates if np.linalg.norm(axis) > 1e-3)
@@ -226,10 +226,10 @@ def cloud_page(
     common = {"continuous_update": False, "layout": ipywidgets.Layout(width="300px")}
     controls = {
         "cloud": ipywidgets.Dropdown(options=list(view.clouds), value=view.state["cloud"], description="cloud"),
-        "azimuth": ipywidgets.FloatSlider(view.state["azimuth"], min=-180, max=180, step=5, description="azimuth", readout_format=".0f", **common),
-        "elevation": ipywidgets.FloatSlider(view.state["elevation"], min=-90, max=90, step=5, description="elevation", readout_format=".0f", **common),
-        "zoom": ipywidgets.FloatSlider(view.state["zoom"], min=0.4, max=6.0, step=0.2, description="zoom", readout_format=".1f", **common),
     }
+    for name, low, high, step, digits in (("azimuth", -180, 180, 5, ".0f"), ("elevation", -90, 90, 5, ".0f"), ("zoom", 0.4, 6.0, 0.2, ".1f")):
+        controls[name] = ipywidgets.FloatSlider(view.state[name], min=low, max=high, step=step, description=name,
+                                                readout_format=digits, **common)
 
     def redraw(change):
         view.state[change["owner"].description] = change["new"]

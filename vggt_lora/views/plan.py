@@ -81,14 +81,16 @@ def scene_topdown(
     if len(xyz):
         ax.scatter(*(xyz @ axes.T).T, s=3 if len(xyz) < 20000 else 1, c=to_numpy(scene.points.rgb) / 255.0, linewidths=0, zorder=1)
     for frame in scene.frames:
-        ax.fill(*(view_triangle(frame, 0.06 * span.max()) @ axes.T).T, facecolor="#0072b240", edgecolor="#0072b2", linewidth=0.8, zorder=2)
+        triangle = view_triangle(frame, 0.06 * span.max()) @ axes.T
+        ax.fill(*triangle.T, facecolor="#0072b240", edgecolor="#0072b2", linewidth=0.8, zorder=2)
     ax.plot(*places.T, "-", color="#0072b2", linewidth=0.5, alpha=0.5, zorder=2)
     every = max(1, round(len(places) / labels))
     for number in range(0, len(places), every):
         ax.annotate(str(number), places[number], fontsize=8, color="#d55e00", weight="bold", zorder=3,
                     xytext=(3, 3), textcoords="offset points")
     unit = "m" if scene.metric else "scene units"
-    ax.set(xlim=limits[0], ylim=limits[1], aspect="equal", xlabel=f"right of the first view ({unit})", ylabel=f"along the first view ({unit})")
+    ax.set(xlim=limits[0], ylim=limits[1], aspect="equal",
+           xlabel=f"right of the first view ({unit})", ylabel=f"along the first view ({unit})")
     notes = [f"{scene.name} from above: {len(places)} frames, {len(xyz):,} points"]
     notes += [f"{outside:,} points outside the picture"] if outside else []
     notes += [f"up direction uncertain (agreement {agreement:.2f})"] if agreement < 0.5 else []

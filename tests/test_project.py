@@ -1,0 +1,188 @@
+"""The house itself: who may import whom, what is light, what the README and the parameters promise."""
+import ast
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+PACKAGE = ROOT / "vggt_lora"
+
+# package -> what it may import beside itself; steps are the modules at the top that a numbered notebook exports
+ALLOWED = {
+    "scenes": set(),
+    "model": set(),
+    "adapters": {"model"},
+    "training": {"scenes", "model", "adapters"},
+    "evaluation": {"scenes", "model"},
+    "views": {"scenes.geometry"},
+}
+STEPS = ["data", "depth", "lora", "train", "evaluate"]
+
+
+def imports(path: Path):
+    """(imported module below vggt_lora, whether at the top level) of a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    parts = ("vggt_lora", *path.relative_to(PACKAGE).with_suffix("").parts)
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = parts[: len(parts) - node.level]
+            yield ".".join((*base, *(node.module or "").split("."))).removeprefix("vggt_lora.").strip("."), id(node) in top
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vggt_lora."):
+            yield node.module.removeprefix("vggt_lora."), id(node) in top
+
+
+def modules():
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p.name not in ("__init__.py", "_modidx.py")]
+
+
+def fault_of(path: Path) -> list[str]:
+    faults = []
+    package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for target, at_top in imports(path):
+        room = target.split(".")[0]
+        if room in ("core", "checks", package):
+            continue
+        if package in ALLOWED and not any(target == a or target.startswith(a + ".") for a in ALLOWED[package]):
+            faults.append(f"{path.relative_to(ROOT)} imports {target}")
+        if package in STEPS and room in STEPS and STEPS.index(room) > STEPS.index(package):
+            faults.append(f"{path.relative_to(ROOT)} imports the later step {target}")
+        if package in STEPS and room == "views" and at_top:
+            faults.append(f"{path.relative_to(ROOT)} imports {target} at the top, a headless run would load it")
+    return faults
+
+
+def test_rooms_import_only_what_they_may():
+    found = [p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in modules()]
+    assert set(STEPS) <= set(found) and set(ALLOWED) <= set(found), "the rule would hold for nothing"
+    assert not [f for p in modules() for f in fault_of(p)]
+
+
+def test_the_package_is_light():
+    heavy = ["torch", "open3d", "peft", "pycolmap", "matplotlib", "ipywidgets"]
+    code = f"import vggt_lora, vggt_lora.core, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_training_and_evaluation_import_no_gui():
+    code = "import vggt_lora.train, vggt_lora.evaluate, sys; print([m for m in ('open3d', 'ipywidgets', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def notebook(name: str) -> dict:
+    return json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))
+
+
+def parameters_cell(name: str) -> str:
+    cells = [c for c in notebook(name)["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    assert len(cells) == 1, f"{name}: papermill needs exactly one cell tagged 'parameters'"
+    return "".join(cells[0]["source"])
+
+
+@pytest.mark.parametrize("name", [p.name for p in sorted((ROOT / "nbs").glob("0*.ipynb"))])
+def test_numbered_notebooks_can_be_driven_by_papermill(name):
+    parameters_cell(name)
+    kernel = notebook(name)["metadata"]["kernelspec"]
+    assert (kernel["name"], kernel["language"]) == ("python3", "python")
+
+
+def test_there_are_five_steps():
+    names = [p.name for p in sorted((ROOT / "nbs").glob("0*.ipynb"))]
+    assert [n[:2] for n in names[:5]] == ["00", "01", "02", "03", "04"]
+
+
+def test_papermill_parameters_are_the_fields_of_the_config():
+    from vggt_lora.train import TrainConfig
+
+    given = {}
+    for node in ast.parse(parameters_cell("03_train.ipynb")).body:
+        given[node.target.id] = (ast.unparse(node.annotation), ast.literal_eval(node.value))
+    fields = {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(TrainConfig)}
+    assert given == fields
+
+
+def papermill(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run papermill as a user would; never with a pipe as standard input, which would make it overwrite the notebook."""
+    return subprocess.run([str(BIN / "papermill"), *arguments], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("parameter, messages", [
+    (("strategi", "b"), ["unknown parameter 'strategi'", "Did you mean 'strategy'?"]),
+    (("strategy", "z"), ["unknown strategy 'z'", "choose one of: a, b, c, custom"]),
+])
+def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
+    output = tmp_path / "run"
+    done = papermill("nbs/03_train.ipynb", str(tmp_path / "out.ipynb"), "-p", *parameter, "-p", "output", str(output))
+    assert done.returncode != 0
+    for message in messages:
+        assert message in done.stderr
+    assert not output.exists()
+
+
+SMALL = ["-p", "epochs", "1", "-p", "image_size", "56", "-p", "frames", "4"]
+
+
+def test_papermill_without_an_output_path_prints_the_notebook(tmp_path):
+    before = (ROOT / "nbs" / "03_train.ipynb").read_bytes()
+    done = papermill("nbs/03_train.ipynb", "-p", "strategy", "b", *SMALL, "-p", "output", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["nbformat"] == 4
+    assert (ROOT / "nbs" / "03_train.ipynb").read_bytes() == before
+    for name in ("config.json", "model.txt", "train.log", "metrics.jsonl", "results.json", "report.md", "figures/losses.png",
+                 "figures/held_out.png", "checkpoints/last.pt", "checkpoints/best.pt", "adapter/adapter_config.json",
+                 "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).is_file(), name
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [r["loss"] for r in records if r["split"] == "val"]
+    assert held_out[-1] < held_out[0]
+
+
+# --- README ---------------------------------------------------------------------------------------------------------
+
+def readme_commands() -> list[str]:
+    """Every line of the README's sh blocks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_readme_names_the_two_commands_and_papermill():
+    commands = readme_commands()
+    assert {"make train", "make test"} <= set(commands)
+    assert any("papermill nbs/03_train.ipynb outputs/" in c and "-p strategy b" in c for c in commands)
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if c.startswith("make ")])
+def test_readme_make_targets_exist(command):
+    done = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if "papermill nbs/" in c and "facebook/" not in c and "path/to" not in c])
+def test_readme_papermill_commands_run(command, tmp_path):
+    """As written, from the repository root, made small; the results go to a folder of the test's own."""
+    words = shlex.split(command.split("&&")[-1])
+    output = next(i for i, w in enumerate(words) if w.startswith("outputs/"))
+    words[output] = str(tmp_path / "executed.ipynb")
+    if "nbs/03_train.ipynb" in words:
+        words += [*SMALL, "-p", "output", str(tmp_path / "run")]
+    done = papermill(*words[1:])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_readme_python_runs():
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
+        if "facebook/" not in block and "path/to" not in block:
+            done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+            assert done.returncode == 0, done.stderr[-2000:]
