@@ -168,8 +168,7 @@ def fit(
             _validate(model, held_out, cache, losses, device, progress, run)
             _save(model, optimizer, progress, run)
             left = (time.monotonic() - started) / (progress.epoch - first) * (config.epochs - progress.epoch)
-            for term, reason in run.records[-1].get("left_out", {}).items():
-                run.log(f"  left out of the held-out loss: {term}: {reason}")
+            _report_left_out(run, progress.epoch)
             run.log(f"epoch {progress.epoch:3d}/{config.epochs}  loss {progress.loss:9.4f}  held-out {progress.held_out:9.4f}  "
                     f"best {progress.best:9.4f}  about {left:.0f} s left")
             _tell(hooks, "epoch", progress)
@@ -255,6 +254,17 @@ def _save(model, optimizer, progress: Progress, run: RunFolder) -> None:
     if improved:
         save_checkpoint(run.folder / "checkpoints" / "best.pt", model, None, **counters)
     save_checkpoint(run.folder / "checkpoints" / "last.pt", model, optimizer, **counters)
+
+
+def _report_left_out(run: RunFolder, epoch: int) -> None:
+    """Log what this epoch could not use; metrics.jsonl has every count."""
+    for split in ("train", "val"):
+        records = [r for r in run.records if r["split"] == split and r["epoch"] == epoch]
+        empty, frames = (sum(r.get(f"count_{n}", 0) for r in records) for n in ("frames_without_depth", "frames"))
+        if empty:
+            run.log(f"  {split}: {empty} of {frames} frames had no usable depth and taught only their cameras")
+        for term, reason in {t: why for r in records for t, why in r.get("left_out", {}).items()}.items():
+            run.log(f"  {split}: term {term} was left out: {reason}")
 
 
 def _tell(hooks, event: str, progress: Progress) -> None:

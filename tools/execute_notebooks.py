@@ -1,0 +1,61 @@
+"""Execute the notebooks whose outputs are kept in git (00, 01, 02, 04), shrink their pictures, and clean their metadata.
+
+    python tools/execute_notebooks.py [NOTEBOOK ...]
+
+04 shows the newest run under outputs/, so run `make train` first. A notebook may not grow past 200 kB: pictures become palette
+images, smaller until they fit.
+"""
+import base64
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ["00_data", "01_depth", "02_lora", "04_evaluate"]
+LIMIT = 200_000  # bytes of a notebook
+
+
+def smaller(png: str, width: int, colours: int) -> str:
+    """A base64 PNG as a palette image of at most `width` pixels."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
+    out = io.BytesIO()
+    image.quantize(colours, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode() + "\n"
+
+
+def shrink(notebook, path: Path) -> None:
+    """Shrink all pictures of a notebook until it fits; raises SystemExit if it cannot."""
+    pictures = [(o, o.data["image/png"]) for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
+    for width, colours in [(1000, 128), (900, 64), (800, 48), (700, 32), (600, 32), (500, 24)]:
+        for output, png in pictures:
+            output.data["image/png"] = smaller(png, width, colours)
+        if len(nbformat.writes(notebook)) <= LIMIT:
+            return
+    raise SystemExit(f"{path}: {len(nbformat.writes(notebook))} bytes, over {LIMIT} with the smallest pictures")
+
+
+def main(names: list[str]) -> None:
+    """Execute, shrink and clean the named notebooks."""
+    for name in names or KEPT:
+        path = ROOT / "nbs" / f"{Path(name).stem}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+        for cell in notebook.cells:
+            if cell.cell_type == "code":  # progress bars and library chatter are no part of the argument
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        notebook.metadata.pop("widgets", None)
+        shrink(notebook, path)
+        nbformat.write(notebook, path)
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1000} kB", flush=True)
+    subprocess.run([str(Path(sys.executable).parent / "nbdev_clean")], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
