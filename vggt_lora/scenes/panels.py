@@ -135,6 +135,7 @@ class Caster:
         self._o3d = import_open3d()
         self._scene = self._o3d.t.geometry.RaycastingScene(nthreads=threads)
         self._scene.add_triangles(self._tensor(panels.vertices), self._o3d.core.Tensor(panels.triangles.astype(np.uint32)))
+        self.blocked(np.zeros((1, 3)), np.ones((1, 3)))  # builds the tree now, before several threads ask at once
 
     def _tensor(self, array):
         return self._o3d.core.Tensor(np.ascontiguousarray(array, np.float32))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'LAYOUTS', 'tree', 'person', 'lamp', 'bench', 'Place', 'make_place', 'DemoCamera', 'demo_cameras',
-           'demo_walk', 'with_people', 'replace_lists']
+           'demo_walk', 'with_people', 'copy_build']
 
 # %% ../../nbs/scenes/sites.ipynb #4364ba2a
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from .lens import distort
 from .panels import Build, Material, Panels, box, finish, prism
 from .tracks import ToyPhoto, look_at, six
 
-# %% ../../nbs/scenes/sites.ipynb #daeb53b0
+# %% ../../nbs/scenes/sites.ipynb #8253e0b1
 def tree(build: Build, place, height, rng: np.random.Generator) -> None:
     """Add a trunk with branches and a crown of loose leaves."""
     bark, green = Material("bark", (0.20, 0.15, 0.11)), rng.uniform(0.8, 1.2)
@@ -28,11 +28,11 @@ def tree(build: Build, place, height, rng: np.random.Generator) -> None:
     for angle in rng.uniform(0, 2 * np.pi) + np.arange(5) * 2 * np.pi / 5:
         tip = crown + [0.2 * height * np.cos(angle), 0.2 * height * np.sin(angle), rng.uniform(-0.05, 0.15) * height]
         prism(build, base + [0, 0, rng.uniform(0.38, 0.5) * height], 0, 0.5 * radius, bark, sides=5, top_radius=0.15 * radius, top=tip, part="tree")
-    clumps = crown + rng.normal(0, 1, (26, 3)) * np.array([0.15, 0.15, 0.13]) * height
+    clumps = crown + rng.normal(0, 1, (34, 3)) * np.array([0.15, 0.15, 0.13]) * height
     for clump in clumps:
-        for _ in range(22):
+        for _ in range(40):
             middle = clump + rng.normal(0, 0.055, 3) * height
-            a, b = np.linalg.qr(rng.normal(size=(3, 2)))[0].T * rng.uniform(0.05, 0.13, (2, 1))
+            a, b = np.linalg.qr(rng.normal(size=(3, 2)))[0].T * rng.uniform(0.035, 0.085, (2, 1))
             build.face([middle - a - b, middle + a - b, middle + a + b, middle - a + b], leaf, "tree", shade=float(rng.uniform(0.55, 1.0)))
 
 
@@ -234,13 +234,13 @@ def demo_walk(place: Place, cameras: dict, frames: int, seed: int) -> list[ToyPh
 
 def with_people(place: Place, count: int, rng: np.random.Generator) -> Panels:
     """Return the site with `count` people somewhere in the free space; its first panels are those of the site."""
-    here = replace_lists(place.build)
+    here = copy_build(place.build)
     x0, y0, x1, y1 = place.free
     for _ in range(count):
         person(here, (rng.uniform(x0, x1), rng.uniform(y0, y1)), rng.uniform(0, 2 * np.pi), rng)
     return finish(here)
 
 
-def replace_lists(build: Build) -> Build:
+def copy_build(build: Build) -> Build:
     """Copy a build so that adding to the copy leaves the original alone."""
     return Build(*(list(v) if isinstance(v, list) else v for v in vars(build).values()))

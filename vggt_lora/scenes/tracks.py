@@ -121,6 +121,7 @@ def visibility(
     xyz: np.ndarray,  # (n, 3) points on surfaces, world
     normals: np.ndarray,  # (n, 3) of their surfaces
     margin: float = 2.0,  # pixels outside the frame that still count
+    cast=None,  # function(number of the photo, pixels) -> {"z"}; default: `cast_pixels` on the surfaces
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where each photo sees each point: visible (n, photos) bool and pixels (n, photos, 2)."""
     visible, pixels = np.zeros((len(xyz), len(photos)), bool), np.zeros((len(xyz), len(photos), 2))
@@ -130,7 +131,7 @@ def visibility(
         uv = np.where(front[:, None], uv, -1e6)
         pixels[:, k] = uv
         near = front & (uv > -margin).all(1) & (uv < np.array(photo.size[::-1]) + margin).all(1)
-        hit = cast_pixels(surfaces, photo.world_to_cam, photo.K, uv[near])
+        hit = cast(k, uv[near]) if cast else cast_pixels(surfaces, photo.world_to_cam, photo.K, uv[near])
         centre = -photo.world_to_cam[:3, :3].T @ photo.world_to_cam[:3, 3]
         ray = centre - xyz[near]
         facing = (ray * normals[near]).sum(1) > 0.25 * np.linalg.norm(ray, axis=1)  # steeper than 15 degrees
@@ -144,20 +145,29 @@ def find_points(
     images,  # their rendered photos, (h, w, 3) uint8
     rng: np.random.Generator,
     per_photo: int = 420,  # corners looked at in each photo
+    cast=None,  # function(number of the photo, pixels) -> {"index", "z"}; default: `cast_pixels` on the surfaces
+    normals: np.ndarray | None = None,  # (m, 3) by index; default: those of the surfaces
+    usable: np.ndarray | None = None,  # (m,) bool: may points lie on this index? default: on all
+    margin: float = 2.0,  # pixels outside the frame that still count
 ) -> dict:
     """Return candidate points: `xyz`, `rgb`, `visible` (n, photos), `pixels` (n, photos, 2), all exact."""
-    normals = np.array([item.normal for item in surfaces])
+    from scipy.spatial import cKDTree
+
+    normals = np.array([item.normal for item in surfaces]) if normals is None else normals
     parts, seen = [], [np.zeros((0, 2)) for _ in photos]
     for k, (photo, image) in enumerate(zip(photos, images)):
         place = corners(image, per_photo) + 0.5
         place += rng.uniform(-0.4, 0.4, place.shape)
         if len(seen[k]):  # a corner that an earlier photo has found is not a new point
-            place = place[((place[:, None] - seen[k][None]) ** 2).sum(-1).min(1) > 2.5**2]
-        hit = cast_pixels(surfaces, photo.world_to_cam, photo.K, place)
-        place, index, z = (values[hit["index"] >= 0] for values in (place, hit["index"], hit["z"]))
+            place = place[cKDTree(seen[k]).query(place)[0] > 2.5]
+        hit = cast(k, place) if cast else cast_pixels(surfaces, photo.world_to_cam, photo.K, place)
+        found = hit["index"] >= 0
+        if usable is not None:
+            found &= (hit["index"] < len(usable)) & usable[np.minimum(hit["index"], len(usable) - 1)]
+        place, index, z = (values[found] for values in (place, hit["index"], hit["z"]))
         rays = np.column_stack([place, np.ones(len(place))]) @ np.linalg.inv(photo.K).T
         xyz = (rays * z[:, None] - photo.world_to_cam[:3, 3]) @ photo.world_to_cam[:3, :3]
-        visible, pixels = visibility(surfaces, photos, xyz, normals[index])
+        visible, pixels = visibility(surfaces, photos, xyz, normals[index], margin, cast)
         column, row = np.floor(place).astype(int).T
         parts.append((xyz, image[row, column], visible, pixels))
         seen = [np.concatenate([old, pixels[visible[:, j], j]]) for j, old in enumerate(seen)]
@@ -215,6 +225,7 @@ def make_tracks(
     detected: float = 0.65,  # share of visible points that a photo's detector finds
     outliers: float = 0.015,  # share of points that are false matches
     min_angle: float = 3.0,  # degrees between the outermost rays
+    keep=None,  # function(number of the photo, pixels) -> which may be keypoints; default: up to 3 px outside the frame
 ) -> dict:
     """Return `xyz` as triangulated and written, `truth`, `rgb`, `tracked`, `keypoints`, `error`, `outlier`."""
     truth, tracked = points["xyz"].copy(), points["visible"] & (rng.random(points["visible"].shape) < detected)
@@ -229,8 +240,8 @@ def make_tracks(
         tracked[i, first : first + 3] = True
     exact = np.stack([project_points(start, p.world_to_cam, p.K)[0] for p in photos], 1)
     keypoints = six(exact + rng.normal(0, 1, exact.shape) * np.where(false, 1.2, noise)[:, None, None])
-    inside = np.stack([(keypoints[:, k] > -3).all(1) & (keypoints[:, k] < np.array(p.size[::-1]) + 3).all(1)
-                       for k, p in enumerate(photos)], 1)
+    keep = keep or (lambda k, uv: (uv > -3).all(1) & (uv < np.array(photos[k].size[::-1]) + 3).all(1))
+    inside = np.stack([keep(k, keypoints[:, k]) for k in range(len(photos))], 1)
     tracked &= inside
     good = (tracked.sum(1) >= 2) & (ray_angles(start, photos, tracked) > np.radians(min_angle))
     start, tracked, keypoints = start[good], tracked[good], keypoints[good]
