@@ -182,7 +182,8 @@ def write_calibration(folder: Path, shoot: Shoot, images: list, seed: int) -> No
     wanted = points_per_photo(photos[0].size)
     points = find_points(panels, photos, images, rng, int(1.15 * wanted), cast, panels.normals, usable, margin=0.012 * photos[0].size[1])
     tracks = make_tracks(points, photos, rng, keep=keep)
-    tracks = {name: values[_thinned(tracks["tracked"], wanted, rng)] for name, values in tracks.items()}
+    chosen = _thinned(tracks["tracked"], wanted, rng)
+    tracks = {name: values[chosen] for name, values in tracks.items()}
     ids = 1 + np.sort(rng.choice(3 * len(tracks["xyz"]) + 1, len(tracks["xyz"]), replace=False))  # with gaps
     lists, places = keypoint_lists(photos, tracks, ids, rng, keep)
     _write_model(folder / "dslr_calibration_undistorted", {i: (c.size, c.K) for i, c in shoot.cameras.items()}, photos, tracks, ids,
