@@ -181,7 +181,8 @@ def write_calibration(folder: Path, shoot: Shoot, images: list, seed: int) -> No
 
     wanted = points_per_photo(photos[0].size)
     points = find_points(panels, photos, images, rng, int(1.15 * wanted), cast, panels.normals, usable, margin=0.012 * photos[0].size[1])
-    tracks = make_tracks(points, photos, rng, keep=keep)
+    noise = 0.3 * min(1.0, (photos[0].size[1] / 1500) ** 0.5)  # small photos are thought of as shrunk ones
+    tracks = make_tracks(points, photos, rng, noise, keep=keep)
     chosen = _thinned(tracks["tracked"], wanted, rng)
     tracks = {name: values[chosen] for name, values in tracks.items()}
     ids = 1 + np.sort(rng.choice(3 * len(tracks["xyz"]) + 1, len(tracks["xyz"]), replace=False))  # with gaps

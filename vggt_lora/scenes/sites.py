@@ -38,7 +38,7 @@ def tree(build: Build, place, height, rng: np.random.Generator) -> None:
 
 def person(build: Build, place, facing: float, rng: np.random.Generator) -> None:
     """Add a walking person of prisms."""
-    cloth = [Material("plain", tuple(rng.uniform(0.03, 0.4, 3))) for _ in range(2)]
+    cloth = [Material("plain", tuple(rng.uniform(0.03, 0.3) * rng.uniform(0.6, 1.2, 3))) for _ in range(2)]
     skin = Material("plain", (0.50, 0.33, 0.25))
     tall, step = rng.uniform(0.92, 1.08), rng.uniform(0.08, 0.25)
     ahead = np.array([np.cos(facing), np.sin(facing), 0.0])
