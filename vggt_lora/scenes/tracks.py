@@ -103,12 +103,13 @@ def corners(
     border: int = 4,  # pixels along the frame without corners
 ) -> np.ndarray:
     """Return pixel indices (n, 2) as (column, row) of the strongest image corners, strongest first."""
+    from scipy.ndimage import maximum_filter
+
     grey = photo.astype(np.float64) @ [0.299, 0.587, 0.114]
     dy, dx = np.gradient(_blurred(grey))
     xx, yy, xy = (_blurred(_blurred(product)) for product in (dx * dx, dy * dy, dx * dy))
     strength = (xx + yy) / 2 - np.sqrt(((xx - yy) / 2) ** 2 + xy**2)
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(strength, 2, mode="edge"), (5, 5))
-    peak = (strength >= windows.max((2, 3))) & (strength > 4.0)
+    peak = (strength >= maximum_filter(strength, 5, mode="nearest")) & (strength > 4.0)
     peak[:border], peak[-border:], peak[:, :border], peak[:, -border:] = False, False, False, False
     rows, columns = np.nonzero(peak)
     order = np.argsort(-strength[rows, columns], kind="stable")[:count]
