@@ -18,7 +18,7 @@ from PIL import Image
 from ..core import write_json
 from .calibration import cameras_text, images_text, keypoint_lists, points_text
 from .geometry import transform_points
-from .laser import alignment_text, depth_image, mask_image, scan, scanner_pose, seen_points, write_ply
+from .laser import alignment_text, depth_image, mask_image, scan, scanner_pose, seen_points, write_mesh, write_ply
 from .lens import distort, pixel_directions
 from .panels import PARTS, UNSCANNED, Build, Caster, Panels, finish
 from .shading import Light, develop, photograph, pinhole_rays, uneven
@@ -128,7 +128,8 @@ def shoot_photo(folder: Path, shoot: Shoot, k: int, seed: int) -> tuple[np.ndarr
 def write_laser(folder: Path, shoot: Shoot, parts: list, seed: int, share: float = 0.10) -> None:
     """Scan from two places; write scans, alignment, ground truth depth and masks."""
     rng, fine = np.random.default_rng([seed, 909]), max(c.original_K[0, 0] for c in shoot.cameras.values())
-    scanned = Caster(finish(_scanned(shoot.place.build)))
+    known = finish(_scanned(shoot.place.build))
+    scanned = Caster(known)
     walk = np.stack([-p.world_to_cam[:3, :3].T @ p.world_to_cam[:3, 3] for p in shoot.photos])
     centres = [walk[int(f * (len(walk) - 1))] * [1, 0.85, 0] + [0, 0, 1.8] for f in (0.2, 0.8)]
     poses = [scanner_pose(c, rng.uniform(0, 6), tilt) for c, tilt in zip(centres, ((0.0, 0.0), rng.normal(0, 0.01, 2)))]
@@ -139,8 +140,9 @@ def write_laser(folder: Path, shoot: Shoot, parts: list, seed: int, share: float
         pixels = lambda xy: distort(xy, camera.lens) * np.diag(camera.original_K)[:2] + camera.original_K[:2, 2]
         seen.append(seen_points(shoot.casters[k], points, photo.world_to_cam, pixels, camera.original_size))
     often = np.bincount(np.concatenate([rows for rows, _, _ in seen]), minlength=len(points)) >= 2
-    for name in ("ground_truth_depth/dslr_images", "masks_for_images/dslr_images", "dslr_scan_eval"):
+    for name in ("ground_truth_depth/dslr_images", "masks_for_images/dslr_images", "dslr_scan_eval", "occlusion"):
         (folder / name).mkdir(parents=True)
+    write_mesh(folder / "occlusion" / "surface_mesh.ply", known.vertices, known.triangles)
     for k, photo in enumerate(shoot.photos):
         rows, pixels, z = seen[k]
         mask = mask_image(parts[k], glass=True)
