@@ -92,7 +92,7 @@ def test_resampling_moves_nothing():
     centre = -rotation.T @ photo.world_to_cam[:3, 3]
     bent, _, _ = photograph(caster, rotation, centre, shoot.rays[photo.camera_id], camera.original_size, camera.original_K[0, 0], light)
     direct, _, _ = photograph(caster, rotation, centre, pinhole_rays(photo.K, photo.size), photo.size, photo.K[0, 0], light)
-    there = undistorted(camera, bent).mean(2)[4:-4, 4:-4]
+    there = undistorted(bent, shoot.sources[photo.camera_id]).mean(2)[4:-4, 4:-4]
     here = direct.mean(2)
     down, right = (g[4:-4, 4:-4].ravel() for g in np.gradient(here))
     shift = np.linalg.lstsq(np.stack([right, down], 1), (here[4:-4, 4:-4] - there).ravel(), rcond=None)[0]

@@ -150,6 +150,7 @@ def find_points(
     normals: np.ndarray | None = None,  # (m, 3) by index; default: those of the surfaces
     usable: np.ndarray | None = None,  # (m,) bool: may points lie on this index? default: on all
     margin: float = 2.0,  # pixels outside the frame that still count
+    found=None,  # per photo what `corners` returned, where that is known already
 ) -> dict:
     """Return candidate points: `xyz`, `rgb`, `visible` (n, photos), `pixels` (n, photos, 2), all exact."""
     from scipy.spatial import cKDTree
@@ -157,15 +158,15 @@ def find_points(
     normals = np.array([item.normal for item in surfaces]) if normals is None else normals
     parts, seen = [], [np.zeros((0, 2)) for _ in photos]
     for k, (photo, image) in enumerate(zip(photos, images)):
-        place = corners(image, per_photo) + 0.5
+        place = (corners(image, per_photo) if found is None else found[k]) + 0.5
         place += rng.uniform(-0.4, 0.4, place.shape)
         if len(seen[k]):  # a corner that an earlier photo has found is not a new point
             place = place[cKDTree(seen[k]).query(place)[0] > 2.5]
         hit = cast(k, place) if cast else cast_pixels(surfaces, photo.world_to_cam, photo.K, place)
-        found = hit["index"] >= 0
+        good = hit["index"] >= 0
         if usable is not None:
-            found &= (hit["index"] < len(usable)) & usable[np.minimum(hit["index"], len(usable) - 1)]
-        place, index, z = (values[found] for values in (place, hit["index"], hit["z"]))
+            good &= (hit["index"] < len(usable)) & usable[np.minimum(hit["index"], len(usable) - 1)]
+        place, index, z = (values[good] for values in (place, hit["index"], hit["z"]))
         rays = np.column_stack([place, np.ones(len(place))]) @ np.linalg.inv(photo.K).T
         xyz = (rays * z[:, None] - photo.world_to_cam[:3, 3]) @ photo.world_to_cam[:3, :3]
         visible, pixels = visibility(surfaces, photos, xyz, normals[index], margin, cast)
