@@ -30,7 +30,7 @@ def facade_style(family: str, rng: np.random.Generator) -> FacadeStyle:
               "frame": Material("plain", pick((0.75, 0.74, 0.70), (0.30, 0.20, 0.12), (0.16, 0.22, 0.18))), "pipes": int(rng.integers(0, 3))}
     if family == "plaster":
         wall = Material("plaster", tint, tuple(0.6 * c for c in tint))
-        ground = pick(wall, Material("blocks", (0.50, 0.47, 0.41)))
+        ground = pick(wall, Material("trim", (0.48, 0.45, 0.40), (0.25, 0.23, 0.21)))
         return FacadeStyle(wall, ground, surround=pick(0.0, 0.14, 0.18), balcony=pick("none", "some"), oriel=bool(rng.random() < 0.3), **common)
     if family == "brick":
         wall = Material(pick("brick", "long_brick"), tint, (0.50, 0.47, 0.42))

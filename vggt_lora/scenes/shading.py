@@ -51,7 +51,7 @@ def _texture(panels, index, points, footprint):
     material = panels.material[index]
     light, joint, warm = look_up(kinds[material], s, t, footprint).T
     x, y, z = points.T.astype(np.float32)
-    dirt = look_up(np.full(len(index), KINDS.index("dirt")), x + 0.7 * y, z + 0.3 * y, footprint)[:, 0]
+    dirt = look_up(np.full(len(index), KINDS.index("dirt")), x + 0.7 * y, z + 0.3 * y, footprint, smooth=False)[:, 0]
     grime = np.where(panels.plane[index] > 0, 1 - 0.35 * np.clip(1 - z / 0.9, 0, 1), 1) * (0.72 + 0.56 * dirt)
     hue = 1 + warm[:, None] * np.array([0.35, 0.0, -0.35], np.float32)
     base = colours[material] * hue * (1 - joint[:, None]) + joints[material] * joint[:, None]
@@ -91,15 +91,14 @@ def shade(
     colour[rows] = base * (ambient[:, None] * np.array([0.95, 1.0, 1.1]) + direct[:, None] * np.array([1.02, 0.96, 0.84])).astype(np.float32)
     if mirror:
         glass = panels.part[i] == PARTS.index("glass")
-        _mirror(caster, colour, rows[glass], points[glass], ray[glass], normal[glass], facing[glass], pixel, light)
+        _mirror(caster, colour, rows[glass], panels.window[i[glass]], points[glass], ray[glass], normal[glass], facing[glass], pixel, light)
     return colour, lit
 
 
-def _mirror(caster, colour, rows, points, ray, normal, facing, pixel, light) -> None:
+def _mirror(caster, colour, rows, window, points, ray, normal, facing, pixel, light) -> None:
     """Add to the glass what it mirrors; panes are a little out of true."""
     if not len(rows):
         return
-    window = caster.panels.window[caster.rays(points + 0.02 * normal, -normal)[0]]
     wobble = np.stack([np.sin(window * 12.9 + k) for k in (0, 2, 4)], -1) * 0.012
     bent = normal + wobble
     out = ray - 2 * np.einsum("ni,ni->n", ray, bent)[:, None] * bent
@@ -118,7 +117,7 @@ def photograph(
     focal: float,  # pixels
     light: Light,
     samples: int = 2,  # rays per pixel and axis at edges
-    strip: int = 65536,  # rays at a time, which keeps memory small
+    strip: int = 32768,  # rays at a time, which keeps memory small
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return linear RGB (h, w, 3), the panel (h, w) and exact depth z (h, w) float64 (inf: sky) at pixel centres."""
     count = size[0] * size[1]
