@@ -10,7 +10,7 @@ __all__ = ['newest_run', 'evaluate', 'largest_difference', 'ALIGNMENTS', 'align_
 from pathlib import Path
 
 from .adapters.adapter import load_adapter
-from .core import ConfigError, project_root, user_path
+from .core import ConfigError, given_parameters, project_root, unknown, user_path
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_windows
 from .train import Run

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from .adapters.adapter import apply_lora, load_adapter, save_adapter
 from .adapters.gate import BaseGate
-from .core import ConfigError
+from .core import ConfigError, given_parameters
 from .evaluation.runner import base_of, comparison_rows, evaluate_windows
 from .scenes.samples import load_sample
 from .scenes.windows import Window
 from .training.config import TrainConfig, read_config
 from .training.loop import Progress, fit, resolve_device, resolve_precision
-from .training.run import RunFolder, environment, run_path
+from .training.run import RunFolder, environment, read_checkpoint, run_path
 from .training.setup import build_model, frame_cache, items_of, open_scenes, split_scenes
 
 # %% ../nbs/03_train.ipynb #b6a02645
@@ -53,6 +53,8 @@ def train(
     model = build_model(config)
     cache = frame_cache(config, model)
     adapted, targets, gate = gated_adapter(model, items_of(split.train, scenes), cache, config)
+    if config.resume:
+        check_same(read_config(folder), config)
     run = RunFolder(folder, keep_step=last_step(folder) if config.resume else None)
     try:
         describe(run, config, scenes, split, audit, targets, gate)
@@ -73,19 +75,15 @@ def gated_adapter(model, items, cache, config: TrainConfig):
 
 
 def last_step(folder: Path) -> int:
-    """Optimiser steps in the last checkpoint of a run; raises ConfigError where there is none."""
-    import torch
-
+    """Optimiser steps in the last checkpoint of a run; raises ConfigError where there is none, CheckpointError where it is damaged."""
     path = folder / "checkpoints" / "last.pt"
     if not path.is_file():
         raise ConfigError(f"{folder} has no checkpoints/last.pt: the run ended before its first step; start it anew in another output")
-    return torch.load(path, map_location="cpu", weights_only=True)["counters"]["step"]
+    return read_checkpoint(path)["counters"]["step"]
 
 
 def describe(run: RunFolder, config, scenes, split, audit, targets, gate) -> None:
     """Write what the run is made of: config.json, model.txt and the first lines of train.log."""
-    if config.resume:
-        check_same(read_config(run.folder), config)
     run.write("config.json", {"config": dataclasses.asdict(config), "environment": environment(), "split": audit,
                               "scenes": [{"name": s.name, "frames": len(s), "metric": s.metric, "notes": list(s.notes)} for s in scenes]})
     run.write("model.txt", "".join(f"{r.status:8} {r.kind:20} {r.parameters:>12,} {r.lora_parameters:>9,}  {r.name}  {r.reason}\n"
