@@ -15,6 +15,7 @@ from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError
 from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.scenes.windows import LeakError
 from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.run import CheckpointError
 from vggt_lora.training.setup import build_model
@@ -123,5 +124,57 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
         train(dataclasses.replace(config, resume=True))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     last.unlink()
-    with pytest.raises(ConfigError, match="ended before its first step"):
+    with pytest.raises(ConfigError, match="holds no run to resume"):
         train(dataclasses.replace(config, resume=True))
+
+
+# --- what must not happen -------------------------------------------------------------------------------------------
+
+def without_last(scene: Path, folder: Path, count: int) -> Path:
+    """A copy of a scene that lost its last photos."""
+    import shutil
+
+    import pycolmap
+
+    copy = folder / scene.name
+    shutil.copytree(scene, copy)
+    model = copy / "dslr_calibration_undistorted"
+    reconstruction = pycolmap.Reconstruction(str(model))
+    for image_id in sorted(reconstruction.reg_image_ids(), key=lambda i: reconstruction.image(i).name)[-count:]:
+        (copy / "images" / reconstruction.image(image_id).name).unlink()
+        reconstruction.deregister_frame(reconstruction.image(image_id).frame_id)
+    reconstruction.write_text(str(model))
+    return copy
+
+
+def test_a_scene_that_changed_cannot_move_training_photos_into_validation(scene, tmp_path):
+    config = quick(scene, tmp_path / "run", epochs=1)
+    train(config)
+    smaller = without_last(scene, tmp_path / "smaller", 2)
+    (tmp_path / "run" / "config.json").write_text((tmp_path / "run" / "config.json").read_text().replace(str(scene), str(smaller)))
+    changed = dataclasses.replace(config, data=str(smaller))
+    with pytest.raises(LeakError, match="was trained on"):
+        train(dataclasses.replace(changed, resume=True))
+    with pytest.raises(LeakError, match="was trained on"):
+        evaluate(tmp_path / "run")
+    with pytest.raises(LeakError, match="was trained on"):
+        evaluate(tmp_path / "run", dataclasses.replace(config, train_share=0.3))
+
+
+def test_settings_that_cannot_work_stop_before_the_folder_is_taken(scene, tmp_path):
+    output = tmp_path / "run"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device"):
+            train(quick(scene, output, device="cuda"))
+    with pytest.raises(ConfigError, match="no gradient reaches"):
+        train(quick(scene, output, strategy="c", camera_weight=0.0))
+    with pytest.raises(ConfigError, match="no gradient reaches"):
+        train(quick(scene, output, strategy="a", depth_conf_weight=0.0, depth_reg_weight=0.0, depth_grad_weight=0.0))
+    assert not output.exists()
+    train(quick(scene, output, epochs=1))
+
+
+def test_two_runs_in_one_process_may_differ_in_precision(scene, tmp_path):
+    train(quick(scene, tmp_path / "one", epochs=1, precision="float32"))
+    run = train(quick(scene, tmp_path / "two", epochs=1, precision="bf16"))
+    assert run.results["protocol"]["precision"] == "bf16"

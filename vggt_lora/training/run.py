@@ -10,6 +10,7 @@ __all__ = ['run_path', 'code_fingerprint', 'environment', 'RunFolder', 'Checkpoi
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
@@ -28,13 +29,14 @@ def run_path(
         stem = project_root() / "outputs" / time.strftime(f"{config.strategy}-%Y%m%d-%H%M%S")
         return next(p for n in range(1000) for p in [stem.with_name(stem.name + (f"-{n}" if n else ""))] if not p.exists())
     folder = user_path(config.output)
-    used = (folder / "config.json").exists()
+    used = (folder / "checkpoints" / "last.pt").exists()
     if used and not config.resume:
         raise ConfigError(f"{folder} holds a run already; give resume=True to continue it, or another output")
     if config.resume and not used:
-        raise ConfigError(f"{folder} holds no run to resume")
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file; output must be a folder")
+        raise ConfigError(f"{folder} holds no run to resume (no checkpoints/last.pt)")
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output {folder} cannot be made: {existing} is {'not writable' if existing.is_dir() else 'a file'}")
     return folder
 
 # %% ../../nbs/training/run.ipynb #29cb4fb4
@@ -75,6 +77,8 @@ class RunFolder:
         self.folder = Path(folder)
         for name in ("checkpoints", "figures", "tensorboard"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for leftover in (self.folder / "checkpoints").glob(".*.tmp*"):  # of a kill during a save
+            leftover.unlink()
         self.records = self._kept(keep_step)
         write_text(self.metrics_path, "".join(json.dumps(r) + "\n" for r in self.records))
         self._metrics = open(self.metrics_path, "a", encoding="utf-8")
