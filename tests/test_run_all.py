@@ -49,12 +49,9 @@ def test_all_stages_pass(project, monkeypatch, capsys):
     assert text.splitlines()[-1] == "15 passed, 0 failed, 1 skipped"
 
 
-READS_NBDEV = pytest.mark.xfail(strict=False, reason='nbdev writes "AssertionError in X.ipynb:"; run_all looks for "^Error in X.ipynb"')
-
-
 @pytest.mark.parametrize("code, names, error", [
     (1, BOTH, ""), (0, BOTH[:1], ""), (0, (), ""),
-    pytest.param(0, BOTH, "good.ipynb", marks=READS_NBDEV), pytest.param(1, BOTH, "deep/other.ipynb", marks=READS_NBDEV),
+    (0, BOTH, "good.ipynb"), (1, BOTH, "deep/other.ipynb"),
 ], ids=["exit status", "one was not run", "none was run", "an error, then completed", "both"])
 def test_a_failed_notebook_fails_the_stage(project, monkeypatch, capsys, code, names, error):
     """nbdev prints "- Completed" for failed notebooks too; what tells them apart is the "...Error in" before it."""
