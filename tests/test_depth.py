@@ -128,7 +128,7 @@ def test_the_parameters_cell_is_tagged_and_names_what_the_step_takes():
     assert len(tagged) == 1
     names = {}
     exec("".join(tagged[0]["source"]), names)
-    assert (names["data"], names["image_size"]) == ("", 518)
+    assert (names["data"], names["scene_name"], names["image_size"]) == ("demo", "", 518)
 
 
 def test_the_step_re_exports_its_block_and_stays_light():

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vggt_lora.core import ConfigError
-from vggt_lora.evaluation.metrics import ALIGNMENTS, ERRORS, align_depth, depth_metrics, evaluate_frames, summarise
+from vggt_lora.evaluation.metrics import ALIGNMENTS, ERRORS, FITTED_PIXELS, align_depth, depth_metrics, evaluate_frames, summarise
 
 SEEDS = st.integers(0, 2 ** 32 - 1)
 
@@ -15,7 +15,7 @@ def maps(seed: int, size: tuple[int, int] = (9, 14)):
     random = np.random.default_rng(seed)
     truth = random.uniform(0.5, 30, size)
     valid = random.random(size) < random.uniform(0.1, 1)
-    valid.flat[:3] = True
+    valid.flat[:FITTED_PIXELS] = True
     return 0.3 * truth * random.uniform(0.6, 1.6, size) + random.uniform(0, 2), truth, valid
 
 
@@ -96,11 +96,11 @@ def test_a_perfect_prediction():
 
 
 def test_a_negative_depth_fails_delta_and_is_counted():
-    pred, truth = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.1, 0.1, 0.1, 8.0])
+    pred, truth = np.tile([1.0, 2.0, 3.0, 4.0], 3), np.tile([0.1, 0.1, 0.1, 8.0], 3)
     aligned, found = align_depth(pred, truth, truth > 0, "scale+shift")  # by hand: 2.37 p - 3.85, so the nearest lies behind the camera
     assert (found["scale"], found["shift"]) == pytest.approx((2.37, -3.85))
     numbers = depth_metrics(aligned, truth, truth > 0)
-    assert numbers["nonpositive"] == 1 and numbers["nonfinite"] == 0
+    assert numbers["nonpositive"] == 3 and numbers["nonfinite"] == 0
     assert numbers["mae"] == pytest.approx((1.58 + 0.79 + 3.16 + 2.37) / 4)
     assert [numbers[f"d{k}"] for k in (1, 2, 3)] == [0, 0.25, 0.25]  # only 5.63 for 8 is near
     assert depth_metrics([-5.0], [5.0], [True])["d3"] == 0  # |p/t| would be a perfect ratio
@@ -136,6 +136,23 @@ def test_summary_keeps_alignments_apart_and_counts_frames():
         assert (line["frames"], line["frames_left_out"], line["pixels"]) == (1, 2, 2 * valid.sum())
         assert line["nonfinite"] == (valid.sum())
         assert np.isfinite(line["mae"]) and line["mae"] == pytest.approx(line["mae_pixels"])
+
+
+@pytest.mark.parametrize("how", sorted(ALIGNMENTS))
+@pytest.mark.parametrize("pixels", [0, 1, 2, FITTED_PIXELS - 1, FITTED_PIXELS])
+def test_a_fit_without_freedom_is_no_result(how, pixels):
+    """One pixel can be scaled onto its truth, two can be shifted as well: such a frame would look perfect."""
+    pred, truth, _ = maps(3)
+    few = np.zeros(truth.shape, dtype=bool)
+    few.flat[:pixels] = True
+    measured = pixels >= (1 if how == "none" else FITTED_PIXELS)
+    aligned, found = align_depth(pred, truth, few, how)
+    assert found["pixels"] == pixels and np.isfinite([found["scale"], found["shift"]]).all() == (how == "none" and pixels > 0 or measured)
+    assert np.isfinite(depth_metrics(aligned, truth, few)["absrel"]) == measured
+    line, = summarise(evaluate_frames([(pred, truth, few, {}), (pred, truth, truth > 0, {})], [how]))
+    assert (line["frames"], line["frames_left_out"]) == (1 + measured, 1 - measured)
+    if measured:
+        assert depth_metrics(aligned, truth, few)["absrel"] > 1e-3  # a real number, not a perfect one
 
 
 def test_pixel_weighted_summary_is_that_of_all_pixels():

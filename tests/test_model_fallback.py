@@ -6,15 +6,18 @@ wiring as a whole it holds a certified fingerprint: outputs and gradient norms o
 formula, recorded by tests/data/make_model_golden.py at a state of the code where the model met every official golden number,
 which that script checks before it records.
 """
+import hashlib
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from vggt_lora.model.camera_head import activate_pose
 from vggt_lora.model.dpt_head import FusionBlock, activate_map, uv_axes, uv_embedding
 from vggt_lora.model.layers import Block, rope_table, rotate
+from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.model.vit import resize_position_table
 
 DATA = Path(__file__).parent / "data"
@@ -66,6 +69,50 @@ def test_blocks_and_norms(official):
     rope = rope_table(official["frame_block0.positions"], 16)
     agree(block(official["frame_block0.in"], rope), official["frame_block0.out"])
     agree(block.attn.q_norm(official["q_norm.in"]), official["q_norm.out"])
+
+
+@torch.no_grad()
+def test_final_norm_of_the_vit(official):
+    """Inputs are small here, so that the norm's epsilon shows."""
+    norm = VGGT(VGGTConfig.golden()).aggregator.patch_embed.norm
+    agree(filled(norm, official, "aggregator.patch_embed.norm.")(official["dino_norm.in"]), official["dino_norm.out"])
+
+
+def test_epsilon_of_every_norm():
+    """1e-6 inside the ViT, 1e-5 everywhere else (spec 3); a wrong one changes outputs only where inputs are small."""
+    norms = {name: module for name, module in VGGT(VGGTConfig.golden()).named_modules() if isinstance(module, nn.LayerNorm)}
+    assert len(norms) > 40
+    assert {name: norm.eps for name, norm in norms.items()} == {
+        name: 1e-6 if name.startswith("aggregator.patch_embed.") else 1e-5 for name in norms}
+
+
+@torch.no_grad()
+def test_adaptive_norm_of_the_camera_head():
+    """The norm without weights has 1e-6: silence everything else, and its output is what the trunk is given."""
+    torch.manual_seed(0)
+    head = VGGT(VGGTConfig.golden()).camera_head
+    head.token_norm, width = nn.Identity(), head.token_norm.normalized_shape[0]
+    head.poseLN_modulation = nn.Identity()
+    head.embed_pose = nn.Linear(9, 3 * width)
+    nn.init.zeros_(head.embed_pose.weight)
+    head.embed_pose.bias.copy_(torch.cat([torch.zeros(2 * width), torch.ones(width)]))  # shift 0, scale 0, gate 1
+    given = []
+    head.trunk.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    tokens = 1e-3 * torch.randn(1, 2, 3, width)
+    head(tokens, iterations=1)
+    small = tokens[:, :, 0].double()
+    centred = small - small.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() + small
+    torch.testing.assert_close(given[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_shapes_and_dtypes_of_the_published_network():
+    """A digest of the published state dict's keys, so that a renamed key is seen without the official list."""
+    with torch.device("meta"):
+        state = VGGT(VGGTConfig.vggt_1b()).state_dict()
+    text = "".join(f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}\n" for name, tensor in sorted(state.items()))
+    assert len(state) == 1797
+    assert hashlib.sha256(text.encode()).hexdigest() == "8eb5c8992c20c260c989197623730e23345bd9f37ede00b56126964bf238176e"
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vggt_lora.core import WeightsError
+from vggt_lora.core import ConfigError, WeightsError
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.model.weights import config_from_shapes
 
@@ -119,6 +119,43 @@ def test_published_sizes_are_recognised(track_head):
         config_from_shapes(shapes, "file")
     with pytest.raises(WeightsError, match="no VGGT weights.*camera_token is missing"):
         config_from_shapes({"weight": (3, 3)}, "file")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"aggregator.frame_blocks.x.y": (3,)}, "file: no VGGT weights: aggregator.frame_blocks.x stands where"),
+    ({"aggregator.camera_token": ()}, r"file: no VGGT weights: aggregator.camera_token has shape \(\), expected 4 axes"),
+    ({"aggregator.register_token": (5,)}, r"aggregator.register_token has shape \(5,\), expected 4 axes"),
+    ({"aggregator.patch_embed.pos_embed": (5,)}, "pos_embed has shape"),
+    ({"aggregator.frame_blocks.0.attn.q_norm.weight": (0,)}, r"q_norm.weight has shape \(0,\)"),
+    ({"depth_head.projects.0.weight": ()}, "depth_head.projects.0.weight has shape"),
+])
+def test_shapes_that_are_no_vggt_are_named(model, change, words):
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=words):
+        config_from_shapes({**shapes, **change}, "file")
+
+
+@pytest.mark.parametrize("head", ["camera_head", "depth_head", "point_head"])
+def test_a_file_that_lost_a_head_says_so(model, tmp_path, head):
+    path = tmp_path / "model.safetensors"
+    save_file({name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{head}.")}, path)
+    report = VGGT.from_pretrained(path).load_report
+    assert report.absent == tuple(sorted((head, "track_head"))) and f"not in the file: {head}, track_head" in str(report)
+    with pytest.raises(WeightsError, match=f"model.safetensors: holds no {head}"):
+        VGGT.from_pretrained(path, **{head: True})
+    save_file(model.state_dict(), path)
+    full = VGGT.from_pretrained(path, **{head: False}).load_report
+    assert full.absent == ("track_head",) and list(full.dropped) == [head]  # left out on purpose is not absent
+
+
+def test_images_of_another_dtype_are_refused_with_the_remedy(model):
+    for run in (model, model.encode):
+        with pytest.raises(ConfigError, match=r"images are float64, the weights float32: give images.to\(torch.float32\)"):
+            run(torch.rand(1, 3, 28, 28, dtype=torch.float64))
+        with pytest.raises(ConfigError, match="images are bfloat16, the weights float32"):
+            run(torch.rand(1, 3, 28, 28).bfloat16())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(torch.rand(1, 3, 28, 28).bfloat16()).depth.dtype == torch.float32  # autocast settles it
 
 
 def test_faults_name_file_and_tensor(model, tmp_path):

@@ -1,5 +1,8 @@
 """Scenes from outside: malformed files, binary models, layouts, links that lead out, and splits that leak."""
+import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from PIL import Image
 
 from vggt_lora.checks import real_scene
 from vggt_lora.core import SceneError
+from vggt_lora.scenes.catalogue import find_scenes
 from vggt_lora.scenes.eth3d import ETH3D_PHOTOS, open_scene
 from vggt_lora.scenes.geometry import project_points
 from vggt_lora.scenes.windows import LeakError, Window, audit_split, split_windows
@@ -82,6 +86,10 @@ MALFORMED = [
     ("cameras", 1, "0 PINHOLE 100.5 80 90 91 50.5 40", 2, "width is 100.5"),
     ("cameras", 1, "0 PINHOLE 100 0 90 91 50.5 40", 2, "height is 0"),
     ("cameras", 1, "-1 PINHOLE 100 80 90 91 50.5 40", 2, "camera id is -1"),
+    ("cameras", 1, "4294967296 PINHOLE 100 80 90 91 50.5 40", 2, "camera id is 4294967296"),
+    ("cameras", 1, "0 PINHOLE 10000000000 80 90 91 50.5 40", 2, "width is 10000000000"),
+    ("images", 1, "4294967308 1 0 0 0 0 0 1 4 sub/DSC_10.JPG", 2, "image id is 4294967308"),
+    ("images", 1, "12 1 0 0 0 0 0 1 4294967300 sub/DSC_10.JPG", 2, "camera id is 4294967300"),
     ("cameras", 2, "0 SIMPLE_PINHOLE 60 40 70 30 20", 3, "camera 0 occurs a second time"),
     ("images", 1, "12 1 0 0 0 0 0 1 5 sub/DSC_10.JPG", 2, "names camera 5"),
     ("images", 1, "12 1 0 0 0 0 0 1 sub/DSC_10.JPG", 2, "9 fields where a pose line"),
@@ -233,6 +241,96 @@ def test_missing_parts_are_named(scene_folder, tmp_path):
         open_scene(scene_folder)
 
 
+def test_undistorted_photos_beside_the_model_win_over_originals_of_the_same_names(scene_folder):
+    """COLMAP's workspace: images/ and dense/images/ hold files of the same names, and dense/sparse fits the second only."""
+    write_text_model(scene_folder / "dense" / "sparse")
+    for number, name in enumerate(SIZES):
+        path = scene_folder / "dense" / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", SIZES[name], (number, 200, 200)).save(path)
+    for path in ("dense", "dense/sparse"):
+        scene = open_scene(scene_folder / path)
+        assert scene.root == scene_folder and len(scene) == 3
+        assert all(frame.image_path.is_relative_to(scene_folder / "dense" / "images") for frame in scene.frames)
+    for path in (".", "sparse/0"):
+        assert all(frame.image_path.is_relative_to(scene_folder / "images") for frame in open_scene(scene_folder / path).frames)
+    (scene_folder / "dense/images/sub/DSC_9.JPG").unlink()  # the original of that name is no replacement
+    with pytest.raises(SceneError, match="1 of 3 photos are missing in .*dense/images: sub/DSC_9.JPG"):
+        open_scene(scene_folder / "dense")
+
+
+def test_numbered_models(scene_folder):
+    assert not any("further model" in note for note in open_scene(scene_folder).notes)
+    write_text_model(scene_folder / "sparse" / "1")
+    scene = open_scene(scene_folder / "sparse" / "1")
+    assert (scene.name, scene.root, len(scene)) == ("house", scene_folder, 3)
+    assert "1 further model in sparse/ not used; this is sparse/1" in scene.notes
+    write_text_model(scene_folder / "sparse" / "2")
+    assert "2 further models in sparse/ not used; this is sparse/0" in open_scene(scene_folder).notes
+    scene_folder.rename(scene_folder.with_name("2024"))  # a number as the name of a scene is only a name
+    assert open_scene(scene_folder.with_name("2024")).name == "2024"
+
+
+@pytest.mark.parametrize("place", [".", "dslr_calibration_undistorted", "sparse/0", "sparse", "0", "colmap/sparse/0", "dense/sparse"])
+def test_what_opens_is_found(tmp_path, place):
+    """The word `data` and open_scene look in the same places."""
+    write_text_model(tmp_path / "all" / "house1" / place)
+    write_photos(tmp_path / "all" / "house1" / "images")
+    assert len(open_scene(tmp_path / "all" / "house1")) == 3
+    assert find_scenes(str(tmp_path / "all" / "house1")) == find_scenes(str(tmp_path / "all")) == [tmp_path / "all" / "house1"]
+
+
+def test_every_folder_of_an_eth3d_scene_is_found(tmp_path):
+    def place(kind):
+        return tmp_path / f"multi_view_training_{kind}" / "office"
+    eth3d_layout(tmp_path, place)
+    for kind in ("dslr_undistorted", "dslr_occlusion", "dslr_depth"):
+        assert find_scenes(str(place(kind).parent)) == [place(kind)]
+        assert len(open_scene(place(kind))) == 3
+
+
+def binary_scene(scene_folder):
+    """Rewrite the model as binary and return its folder."""
+    import pycolmap
+    model = scene_folder / "sparse" / "0"
+    pycolmap.Reconstruction(model).write_binary(model)
+    for path in model.glob("*.txt"):
+        path.unlink()
+    return model
+
+
+@pytest.mark.parametrize("name, old, new, words", [
+    ("images", b"sub/DSC_9.JPG", b"sub/DSC_\xe9.JPG", r"images.bin, record \d at byte \d+: the name of the image is not UTF-8"),
+    ("points3D", (9).to_bytes(8, "little"), (2**63 + 9).to_bytes(8, "little"), r"points3D.bin, record \d at byte \d+: point id 9223372036854775817; expected"),
+    ("images", (9).to_bytes(8, "little"), (2**63).to_bytes(8, "little"), r"images.bin, record \d at byte \d+: a keypoint names point 9223372036854775808"),
+])
+def test_broken_values_in_binary_models_name_the_record(scene_folder, name, old, new, words):
+    path = binary_scene(scene_folder) / f"{name}.bin"
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
+    with pytest.raises(SceneError, match=words):
+        open_scene(scene_folder)
+
+
+def test_random_damage_to_binary_models_gives_one_named_error_or_none(scene_folder):
+    rng, model = np.random.default_rng(0), binary_scene(scene_folder)
+    whole = {path.name: path.read_bytes() for path in model.glob("*.bin") if path.stem in ("cameras", "images", "points3D")}
+    refused = 0
+    for _ in range(300):
+        name = rng.choice(sorted(whole))
+        data = bytearray(whole[name])
+        for _ in range(rng.integers(1, 4)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        (model / name).write_bytes(data)
+        try:
+            open_scene(scene_folder)
+        except SceneError as error:
+            assert len(str(error)) > 20
+            refused += 1
+        (model / name).write_bytes(whole[name])
+    assert refused > 100
+
+
 def test_empty_models_are_refused(scene_folder):
     write_text_model(scene_folder / "sparse" / "0", images=["# none"], points=[])
     with pytest.raises(SceneError, match="no posed image"):
@@ -351,3 +449,42 @@ def test_real_scenes_read_binary_alike(tmp_path):
     model.mkdir(parents=True)
     pycolmap.Reconstruction(path / "dslr_calibration_undistorted").write_binary(model)
     same(open_scene(Path(model), images=path / "images"), open_scene(path))
+
+
+# --- the notebook of the first step, and of the second where scenes are poor -----------------------------------------
+
+
+def run_notebook(name, tmp_path, *parameters):
+    """Run a step as a user would; return the process and the text that its cells printed."""
+    written = tmp_path / "out.ipynb"
+    notebook = Path(__file__).parents[1] / "nbs" / name
+    done = subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(written), *parameters],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    cells = json.loads(written.read_text(encoding="utf-8"))["cells"] if written.exists() else []
+    return done, "".join("".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
+
+
+@pytest.mark.parametrize("name, wrong, right", [("00_data.ipynb", "dat", "data"), ("01_depth.ipynb", "scene_nam", "scene_name")])
+def test_a_misspelt_parameter_stops_the_step(tmp_path, name, wrong, right):
+    done, _ = run_notebook(name, tmp_path, "-p", wrong, "nowhere")
+    assert done.returncode != 0
+    assert f"unknown parameter '{wrong}'" in done.stderr and f"Did you mean '{right}'?" in done.stderr
+
+
+CAMERAS_LARGER = ["0 PINHOLE 252 182 190 191 126 91", "4 SIMPLE_PINHOLE 252 182 190 126 91"]
+ONE_BEHIND = [POINTS[0], "9 1 2 -30 10 20 30 0.5 3 1 12 1", POINTS[2]]
+NO_POINTS = [line if i % 2 or i == 0 else "" for i, line in enumerate(IMAGES)]
+
+
+@pytest.mark.parametrize("step, images, points, says", [
+    ("00_data.ipynb", IMAGES, ONE_BEHIND, "1 observations in 1 photos are of points behind the camera"),
+    ("00_data.ipynb", [*IMAGES[:2], "31 21 9"], ["9 1 2 30 10 20 30 0.5 12 0"], "no split: scene house has one photo"),
+    ("01_depth.ipynb", NO_POINTS, ["# none"], "No photo of this scene sees any point"),
+    ("01_depth.ipynb", [IMAGES[0], *IMAGES[1::2]], POINTS, "no point with a stored keypoint"),
+], ids=["behind the camera", "one photo", "no points", "lost keypoints"])
+def test_poor_scenes_are_shown_and_told_not_refused(tmp_path, step, images, points, says):
+    write_text_model(tmp_path / "house" / "sparse" / "0", CAMERAS_LARGER, images, points)
+    write_photos(tmp_path / "house" / "images", {photo: (252, 182) for photo in SIZES})
+    done, printed = run_notebook(step, tmp_path, "-p", "data", str(tmp_path / "house"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert says in printed

@@ -9,7 +9,8 @@ __all__ = ['inspect_targets', 'STRATEGIES', 'Strategy', 'Targets', 'TargetRow', 
 # %% ../nbs/02_lora.ipynb #4a34860d
 from .adapters.adapter import apply_lora, fingerprint, load_adapter, merge, save_adapter
 from .adapters.gate import BaseGate, GateError, GateReport
-from .adapters.targets import STRATEGIES, Strategy, Targets, TargetRow, resolve_targets, strategy_named
+from .adapters.targets import STRATEGIES, Strategy, Targets, TargetRow, chosen_patterns, resolve_targets
+from .core import given_parameters
 
 # %% ../nbs/02_lora.ipynb #4606a852
 _all_ = ["STRATEGIES", "Strategy", "Targets", "TargetRow", "resolve_targets", "apply_lora", "save_adapter", "load_adapter", "merge",
@@ -20,10 +21,9 @@ def inspect_targets(
     model,  # a VGGT, also on the meta device
     strategy: str = "b",  # a, b, c or custom
     *,
-    targets=(),  # patterns for custom
-    full=(),  # patterns of layers trained in full
+    targets=(),  # patterns for custom, or one text with commas between them
+    full=(),  # patterns of layers trained in full, likewise
     rank: int = 16,
 ) -> Targets:
     """Resolve a strategy on a model without changing it; raises ConfigError as apply_lora does."""
-    patterns = list(targets) if strategy == "custom" else strategy_named(strategy).scopes(model.config.depth)
-    return resolve_targets(model, patterns, rank, full)
+    return resolve_targets(model, chosen_patterns(strategy, targets, model.config.depth), rank, full)

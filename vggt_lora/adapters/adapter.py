@@ -6,6 +6,7 @@
 __all__ = ['BASE_FILE', 'fingerprint', 'apply_lora', 'save_adapter', 'load_adapter', 'merge']
 
 # %% ../../nbs/adapters/adapter.ipynb #7feddbd1
+import copy
 import hashlib
 import json
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .targets import Targets, resolve_targets, strategy_named
+from .targets import Targets, chosen_patterns, resolve_targets
 from ..core import ConfigError, VggtLoraError, WeightsError, write_json
 
 # %% ../../nbs/adapters/adapter.ipynb #50a194fb
@@ -23,7 +24,10 @@ def fingerprint(
     model,  # a VGGT without adapters
     samples: int = 256,  # values hashed per tensor, evenly spread
 ) -> str:
-    """Hash names, shapes, dtypes and a spread of values of all weights; equal for equal weights, empty on the meta device."""
+    """Hash names, shapes, dtypes, a spread of values and the sum of bit patterns of all weights; empty on the meta device.
+
+    Equal for equal weights; different if any one value differs. Two changes between the samples can cancel.
+    """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         return ""  # shapes without numbers
     digest = hashlib.sha256()
@@ -32,7 +36,14 @@ def fingerprint(
         spread = torch.linspace(0, max(flat.numel() - 1, 0), min(samples, flat.numel()), dtype=torch.float64).long()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(flat[spread.to(flat.device)].float().cpu().numpy().tobytes())
+        digest.update(str(_bit_sum(flat)).encode())
     return digest.hexdigest()
+
+
+def _bit_sum(flat: torch.Tensor) -> int:
+    """Sum of the bit patterns of all elements, read as integers; it wraps round at 2**64, which keeps it exact."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size(), torch.uint8)
+    return int(flat.contiguous().view(integers).sum(dtype=torch.int64))
 
 # %% ../../nbs/adapters/adapter.ipynb #7a640589
 def _exactly(names: list[str]) -> str:
@@ -54,14 +65,8 @@ def apply_lora(
     """Wrap `model` in a PEFT model; returns (peft_model, Targets). Raises ConfigError if the choice cannot be met."""
     from peft import LoraConfig, get_peft_model
 
-    if strategy == "custom":
-        if not targets:
-            raise ConfigError("strategy 'custom' needs targets, for instance targets='depth_head,aggregator.global_blocks.*'")
-        patterns = list(targets)
-    else:
-        if targets:
-            raise ConfigError(f"targets are for strategy 'custom'; strategy {strategy!r} brings its own")
-        patterns = strategy_named(strategy).scopes(model.config.depth)
+    _without_adapters(model)
+    patterns = chosen_patterns(strategy, targets, model.config.depth)
     if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
         raise ConfigError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}")
     resolved = resolve_targets(model, patterns, rank, full)
@@ -77,6 +82,12 @@ def apply_lora(
     adapted.targets = resolved
     _check_trainable(adapted, resolved)
     return adapted, resolved
+
+
+def _without_adapters(model) -> None:
+    """Refuse a model that wears an adapter already: a second one would learn, and be saved, relative to the first."""
+    if hasattr(model, "peft_config") or any(hasattr(m, "lora_A") or hasattr(m, "modules_to_save") for m in model.modules()):
+        raise ConfigError("this model has an adapter already; merge it first (vggt_lora.lora.merge), or build the base anew")
 
 
 def _check_trainable(adapted, resolved: Targets) -> None:
@@ -139,11 +150,48 @@ def _read_adapter(folder: Path) -> tuple[dict, dict]:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{folder / 'adapter_model.safetensors'}: {name} holds NaN or infinity")
-    about = folder / BASE_FILE
+    about = _read_json(folder / BASE_FILE) if (folder / BASE_FILE).is_file() else {}
+    if not isinstance(about.get("base_fingerprint", ""), str):
+        raise WeightsError(f"{folder / BASE_FILE}: base_fingerprint is no text but {about['base_fingerprint']!r}")
+    return tensors, about
+
+
+def _read_json(path: Path) -> dict:
     try:
-        return tensors, json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-    except ValueError as error:
-        raise WeightsError(f"{about}: no valid JSON ({error})") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path}: no valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds {json.dumps(content)[:40]} where settings by name are needed")
+    return content
+
+
+def _read_lora_config(path: Path):
+    """PEFT's LoraConfig from a file; raises WeightsError for another kind of adapter and for values of the wrong type."""
+    from peft import LoraConfig
+
+    content = _read_json(path)
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise WeightsError(f"{path}: peft_type is {kind!r}; only 'LORA' adapters can be loaded")
+    numbers = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}
+    for name, types in numbers.items():
+        value = content.get(name)
+        if isinstance(value, bool) or not isinstance(value, types) or value < 0 or (name == "r" and value < 1):
+            raise WeightsError(f"{path}: {name} is {value!r}; it must be a number{' of at least 1' if name == 'r' else ''}")
+    targets, full = content.get("target_modules"), content.get("modules_to_save")
+    if not targets or not isinstance(targets, str) and not _texts(targets):
+        raise WeightsError(f"{path}: target_modules is {targets!r}; it must be an expression or a list of names")
+    if full is not None and not _texts(full):
+        raise WeightsError(f"{path}: modules_to_save is {full!r}; it must be a list of names")
+    try:
+        return LoraConfig.from_pretrained(path.parent)
+    except Exception as error:  # PEFT checks in many places, with errors of many kinds
+        raise WeightsError(f"{path}: not a LoRA configuration ({type(error).__name__}: {error})") from None
+
+
+def _texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _compare_keys(found: dict, wanted: dict, where: Path) -> None:
@@ -155,6 +203,21 @@ def _compare_keys(found: dict, wanted: dict, where: Path) -> None:
         if tensor.shape != wanted[name].shape:
             raise WeightsError(f"{where}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}")
 
+# %% ../../nbs/adapters/adapter.ipynb #77e4d808
+def _rehearse(model, config, tensors: dict, folder: Path) -> None:
+    """Put the adapter on a meta copy of the model and compare keys and shapes; raises WeightsError and leaves the model as it is."""
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    shapes = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
+    shapes |= {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+    double = copy.deepcopy(model, shapes)  # the memo makes deepcopy take these in place of the tensors
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            adapted = get_peft_model(double, copy.deepcopy(config))
+    except Exception as error:  # no module, or an unsupported one, under the names in the file
+        raise WeightsError(f"{folder / 'adapter_config.json'}: does not fit this model ({error})") from None
+    _compare_keys(tensors, get_peft_model_state_dict(adapted), folder / "adapter_model.safetensors")
+
 # %% ../../nbs/adapters/adapter.ipynb #87a263af
 def load_adapter(
     model,  # VGGT with the weights the adapter was trained on; changed in place
@@ -164,25 +227,20 @@ def load_adapter(
     any_base: bool = False,  # accept another base than the one recorded
 ):
     """Put a saved adapter on `model`; raises WeightsError if file, keys, shapes or base do not fit."""
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model, set_peft_model_state_dict
 
     folder = Path(folder)
+    _without_adapters(model)
     tensors, about = _read_adapter(folder)
     mark = fingerprint(model)
     recorded = about.get("base_fingerprint")
     if recorded and recorded != mark and not any_base:
         raise WeightsError(f"{folder} was trained on another base (fingerprint {recorded[:12]}, this model has {mark[:12]}); "
                            "load the same weights, or pass any_base=True if you mean it")
-    try:
-        config = LoraConfig.from_pretrained(folder)
-    except (TypeError, ValueError, KeyError) as error:
-        raise WeightsError(f"{folder / 'adapter_config.json'}: not a LoRA configuration ({error})") from None
+    config = _read_lora_config(folder / "adapter_config.json")
     config.inference_mode = not trainable
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:  # no module, or an unsupported one, under the names in the file
-        raise WeightsError(f"{folder / 'adapter_config.json'}: does not fit this model ({error})") from None
-    _compare_keys(tensors, get_peft_model_state_dict(adapted), folder / "adapter_model.safetensors")
+    _rehearse(model, config, tensors, folder)
+    adapted = get_peft_model(model, config)
     set_peft_model_state_dict(adapted, tensors)
     if not trainable:
         adapted.requires_grad_(False)

@@ -134,7 +134,7 @@ class BaseGate:
 
 
 def _checksum(tensor: torch.Tensor) -> tuple:
-    """Exact enough to notice any change: shape, dtype, sum of the bit patterns and a weighted sum of a spread."""
+    """Shape, dtype, sum of all bytes and a weighted sum of a spread: cheap, and misses only changes that keep the bytes' sum."""
     bits = tensor.detach().contiguous().view(torch.uint8).reshape(-1)
     spread = bits[:: max(1, bits.numel() // 4096)].long()
     order = torch.arange(1, spread.numel() + 1, device=bits.device)

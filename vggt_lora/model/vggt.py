@@ -20,6 +20,7 @@ from .config import VGGTConfig
 from .dpt_head import DPTHead
 from .track_head import TrackHead
 from vggt_lora.model.weights import (
+    HEADS,
     MODEL_TYPE,
     LoadReport,
     check_fit,
@@ -87,7 +88,7 @@ class VGGT(nn.Module):
         heads: tuple[str, ...] | None = None,  # heads that will read the state; None: all that are built
     ) -> AggregatorState:
         """Run the first part of the network; raises ConfigError for images that it cannot take."""
-        images = check_images(images, self.config.patch_size)
+        images = self._check_dtype(check_images(images, self.config.patch_size))
         return self.aggregator(images, self._layers_read(self._check_heads(heads)), stop_after)
 
     def forward(
@@ -102,7 +103,7 @@ class VGGT(nn.Module):
             raise ConfigError("give either images or a state from encode(), and not both")
         heads = self._check_heads(heads)
         keep = self._layers_read(heads)
-        start = check_images(images, self.config.patch_size) if state is None else state
+        start = self._check_dtype(check_images(images, self.config.patch_size)) if state is None else state
         last = max(keep, default=-1) if state is None else max(*keep, state.last_layer)
         return self._read(self.aggregator(start, keep, last), heads)
 
@@ -121,6 +122,15 @@ class VGGT(nn.Module):
                 points, confidence = self.point_head(outputs, state.image_size)
                 predictions.update(world_points=points, world_points_conf=confidence)
         return predictions
+
+    def _check_dtype(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the images; refuse a dtype that differs from the weights', unless autocast settles it."""
+        weights, device = self.aggregator.camera_token.dtype, images.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if images.dtype != weights and (torch.float64 in (images.dtype, weights) or not cast):
+            wanted = str(weights).removeprefix("torch.")
+            raise ConfigError(f"images are {str(images.dtype).removeprefix('torch.')}, the weights {wanted}: give images.to(torch.{wanted})")
+        return images
 
     def _check_heads(self, heads: tuple[str, ...] | str | None) -> tuple[str, ...]:
         """Return the heads to run; refuse names that are none and heads that are not built."""
@@ -207,7 +217,8 @@ def load_vggt(
         model = cls(config)
     check_fit(model.state_dict(), kept, file.path)
     model.load_state_dict(kept, strict=True, assign=True)
-    model.load_report = LoadReport(file.source, str(file.path), file.path.stat().st_size, file_hash(file.path), len(kept), dropped)
+    model.load_report = LoadReport(file.source, str(file.path), file.path.stat().st_size, file_hash(file.path), len(kept), dropped,
+                                   absent=tuple(head for head in HEADS if not getattr(stored, head)))
     model.name_or_path = file.source  # PEFT writes this into an adapter's config
     return model.to(device or "cpu").eval()
 

@@ -146,29 +146,33 @@ def fields_from_shapes(
     file: Path | str,  # for messages
 ) -> dict:
     """Read off every VGGTConfig field that shapes determine; raises WeightsError where this is no VGGT."""
-    def shape(key: str) -> tuple[int, ...]:
+    def shape(key: str, axes: int = 1) -> tuple[int, ...]:
         if key not in shapes:
             raise WeightsError(f"{file}: no VGGT weights, or not all of them: {key} is missing")
+        if len(shapes[key]) != axes or 0 in shapes[key]:
+            raise WeightsError(f"{file}: no VGGT weights: {key} has shape {tuple(shapes[key])}, expected {axes} axes, none of them empty")
         return shapes[key]
 
     def count(prefix: str) -> int:
-        numbers = [int(key[len(prefix):].split(".")[0]) for key in shapes if key.startswith(prefix)]
-        return 1 + max(numbers, default=-1)
+        numbers = {key[len(prefix):].split(".")[0] for key in shapes if key.startswith(prefix)}
+        if wrong := sorted(number for number in numbers if not re.fullmatch(r"[0-9]{1,6}", number)):
+            raise WeightsError(f"{file}: no VGGT weights: {prefix}{wrong[0]} stands where {prefix} and a number was expected")
+        return 1 + max(map(int, numbers), default=-1)
 
-    width, patch = shape("aggregator.camera_token")[-1], shape("aggregator.patch_embed.patch_embed.proj.weight")[-1]
+    width, patch = shape("aggregator.camera_token", 4)[-1], shape("aggregator.patch_embed.patch_embed.proj.weight", 4)[-1]
     fields = {"embed_dim": width, "patch_size": patch,
-              "img_size": patch * round((shape("aggregator.patch_embed.pos_embed")[1] - 1) ** 0.5),
-              "num_register_tokens": shape("aggregator.register_token")[2],
+              "img_size": patch * round((shape("aggregator.patch_embed.pos_embed", 3)[1] - 1) ** 0.5),
+              "num_register_tokens": shape("aggregator.register_token", 4)[2],
               "depth": count("aggregator.frame_blocks."), "vit_depth": count("aggregator.patch_embed.blocks."),
               "num_heads": width // shape("aggregator.frame_blocks.0.attn.q_norm.weight")[0],
-              "mlp_ratio": shape("aggregator.frame_blocks.0.mlp.fc1.weight")[0] / width}
+              "mlp_ratio": shape("aggregator.frame_blocks.0.mlp.fc1.weight", 2)[0] / width}
     fields |= {head: any(key.startswith(f"{head}.") for key in shapes) for head in HEADS}
     if fields["camera_head"]:
         fields["camera_trunk_depth"] = count("camera_head.trunk.")
     for head in ("depth_head", "point_head"):
         if fields[head]:
-            fields["dpt_features"] = shape(f"{head}.scratch.layer1_rn.weight")[0]
-            fields["dpt_out_channels"] = tuple(shape(f"{head}.projects.{level}.weight")[0] for level in range(4))
+            fields["dpt_features"] = shape(f"{head}.scratch.layer1_rn.weight", 4)[0]
+            fields["dpt_out_channels"] = tuple(shape(f"{head}.projects.{level}.weight", 4)[0] for level in range(4))
     if fields["track_head"]:
         fields["track_features"] = shape("track_head.tracker.fmap_norm.weight")[0]
     return fields
@@ -218,10 +222,12 @@ class LoadReport:
     dropped: dict[str, int]  # head -> tensors in the file that belong to a head that was not built
     missing: tuple[str, ...] = ()  # always empty: a missing tensor stops the load
     unexpected: tuple[str, ...] = ()  # always empty likewise
+    absent: tuple[str, ...] = ()  # heads of a full VGGT that the file does not hold
 
     def __str__(self) -> str:
         left = ", ".join(f"{count} of {head}" for head, count in self.dropped.items())
-        return f"{self.n_loaded} tensors from {self.source}, none missing, none unexpected" + (f"; left out: {left}" if left else "")
+        return (f"{self.n_loaded} tensors from {self.source}, none missing, none unexpected" + (f"; left out: {left}" if left else "")
+                + (f"; not in the file: {', '.join(self.absent)}" if self.absent else ""))
 
 
 def drop_heads(

@@ -57,7 +57,8 @@ def check_cameras(cameras: CameraTable) -> None:
 
 def check_images(images: ImageTable, cameras: CameraTable) -> None:
     """Raise SceneError for repeated ids or names, unknown cameras, poses that are none, and names that leave the folder."""
-    place, lengths = images.places, np.linalg.norm(images.quaternions, axis=1)
+    with np.errstate(over="ignore"):  # a damaged number may be huge; its length is then infinite, and refused below
+        place, lengths = images.places, np.linalg.norm(images.quaternions, axis=1)
     if (row := first(repeated(images.ids))) is not None:
         raise place.fault(row, f"image id {images.ids[row]} occurs a second time", "one image per id")
     if (row := first(repeated(np.array(images.names, dtype=object).astype(str)))) is not None:

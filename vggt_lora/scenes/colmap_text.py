@@ -143,12 +143,13 @@ def parse_numbers(
     raise AssertionError("unreachable")
 
 
-def as_ids(values, place: str, what: str, lowest: int = 0) -> np.ndarray:
+def as_ids(values, place: str, what: str, lowest: int = 0, below: int = 2**53) -> np.ndarray:
     """Turn parsed numbers into integers; raises SceneError where one is none."""
     values = np.asarray(values, dtype=np.float64)
-    wrong = ~((values == np.floor(values)) & (values >= lowest) & (values < 2.0**53))
+    wrong = ~((values == np.floor(values)) & (values >= lowest) & (values < below))
     if wrong.any():
-        raise SceneError(f"{place}: {what} is {values[wrong].flat[0]:g}; expected a whole number from {lowest} up")
+        value = values[wrong].flat[0]
+        raise SceneError(f"{place}: {what} is {value:{'.0f' if value >= below else 'g'}}; expected a whole number from {lowest} to {below - 1}")
     return values.astype(np.int64)
 
 # %% ../../nbs/scenes/colmap_text.ipynb #4ce40b7c
@@ -173,8 +174,8 @@ def scan_cameras_text(path: Path) -> CameraTable:
         if len(tokens) != 4 + known.count:
             raise SceneError(f"{place}: {len(tokens) - 4} parameters; expected {known.count} for {model} ({known.fields})")
         head = parse_numbers([tokens[0], tokens[2], tokens[3]], place, lambda i: ("camera id", "width", "height")[i])
-        ids.append(as_ids(head[0], place, "camera id"))
-        sizes.append([as_ids(head[1], place, "width", 1), as_ids(head[2], place, "height", 1)])
+        ids.append(as_ids(head[0], place, "camera id", below=2**32))
+        sizes.append([as_ids(head[1], place, "width", 1, 2**31), as_ids(head[2], place, "height", 1, 2**31)])
         params.append(np.array(parse_numbers(tokens[4:], place, known.fields.replace(" ", "").split(",").__getitem__, 4)))
         models.append(model)
         numbers.append(number)
@@ -199,8 +200,8 @@ def parse_pose(line: bytes, place: str) -> tuple[list[float], str]:
         raise SceneError(f"{place}: {len(tokens)} fields where a pose line should stand; expected image id, qw qx qy qz, "
                          "tx ty tz, camera id, name (each image has two lines: pose, then keypoints, which may be empty)")
     values = parse_numbers(tokens[:9], place, POSE_FIELDS.__getitem__)
-    as_ids([values[0]], place, "image id")
-    as_ids([values[8]], place, "camera id")
+    as_ids([values[0]], place, "image id", below=2**32)  # COLMAP's binary files give ids of images and cameras 32 bits
+    as_ids([values[8]], place, "camera id", below=2**32)
     try:
         return values, tokens[9].rstrip().decode("utf-8")
     except UnicodeDecodeError:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'scene_root', 'scene_folders', 'find_part', 'photo_folder', 'photo_size', 'photo_path',
-           'size_factors', 'unit_is_metre', 'frame_of', 'open_scene']
+           'size_factors', 'unit_is_metre', 'unused_models', 'frame_of', 'open_scene']
 
 # %% ../../nbs/scenes/eth3d.ipynb #e80c875e
 import json
@@ -23,7 +23,8 @@ def scene_root(
 ) -> Path:
     """Walk up from a model folder such as sparse/0 to the scene that it belongs to."""
     path = Path(path).resolve()
-    while path.name in ("0", "sparse", "dense", "colmap", "dslr_calibration_undistorted") and path.parent != path:
+    while path.parent != path and (path.name in ("0", "sparse", "dense", "colmap", "dslr_calibration_undistorted")
+                                   or path.name.isdigit() and path.parent.name == "sparse"):
         path = path.parent
     return path
 
@@ -55,17 +56,21 @@ def photo_folder(
 ) -> Path:
     """Find the folder that image names are relative to; raises SceneError listing missing photos and where it looked."""
     near = [model.folder, model.folder.parent, model.folder.parent.parent]
-    looked = [Path(images)] if images else list(dict.fromkeys(
-        (f / sub).resolve() for f in folders + near for sub in ("images", ".", "rgb", "undistorted/images")))
+    places = [[Path(images)]] if images else [
+        [(f / sub).resolve() for sub in ("images", ".", "rgb", "undistorted/images")] for f in near + folders]
     names = [i.name for i in model.images]
-    counts = [sum((folder / name).is_file() for name in names) for folder in looked]
-    best = looked[int(np.argmax(counts))]
+
+    def held(folder: Path) -> int:
+        return sum((folder / name).is_file() for name in names)
+
+    best = next((found for found in (max(place, key=held) for place in places) if held(found)), None)
+    if best is None:
+        looked = dict.fromkeys(str(folder) for place in places for folder in place)
+        raise SceneError(f"none of the {len(names)} photos found, the first is {names[0]}; looked in {', '.join(looked)}; "
+                         "say where the photos lie with images=")
     missing = [name for name in names if not (best / name).is_file()]
     if not missing:
         return best
-    if max(counts) == 0:
-        raise SceneError(f"none of the {len(names)} photos found, the first is {names[0]}; looked in {', '.join(map(str, looked))}; "
-                         "say where the photos lie with images=")
     twins = [f.name for f in (best / missing[0]).parent.glob("*") if f.name.lower() == Path(missing[0]).name.lower()]
     raise SceneError(f"{len(missing)} of {len(names)} photos are missing in {best}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
                      + (f"; {twins[0]} is there, but upper and lower case differ" if twins else ""))
@@ -132,6 +137,16 @@ def unit_is_metre(
     return any(find_part(folders, part) is not None for part in LASER_PARTS)
 
 # %% ../../nbs/scenes/eth3d.ipynb #1b0208d4
+def unused_models(
+    folder: Path,  # of the model that was read
+) -> int:
+    """Count the other numbered models beside sparse/0 or its like."""
+    if not (folder.name.isdigit() and folder.parent.name == "sparse"):
+        return 0
+    return sum(other.name.isdigit() and other.name != folder.name and any((other / f"cameras{form}").is_file() for form in (".txt", ".bin"))
+               for other in folder.parent.iterdir())
+
+
 def frame_of(
     image: ColmapImage,
     model: ColmapModel,
@@ -174,6 +189,8 @@ def open_scene(
     ordered = sorted(model.images, key=lambda i: (natsort_keygen()(i.name), i.name))
     pairs = [frame_of(i, model, photo_path(folder, i.name, root), folders) for i in ordered]
     notes = list(model.notes)
+    if unused := unused_models(model.folder):
+        notes.append(f"{unused} further model{'s' if unused > 1 else ''} in sparse/ not used; this is sparse/{model.folder.name}")
     if any(scaled for _, scaled in pairs):
         frame = next(frame for frame, scaled in pairs if scaled)
         height, width = model.cameras[frame.camera_id].size

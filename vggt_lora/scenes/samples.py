@@ -65,6 +65,7 @@ class FrameCache:
         supervision: str = "sparse",  # one of DEPTH_SOURCES
         capacity: int = 1024,  # frames kept
     ):
+        plan_image((long_side, long_side), long_side, mode)  # an unknown mode or a bad size stops here, not at the first photo
         self.long_side, self.mode, self.capacity = long_side, mode, capacity
         self.source = depth_source(supervision)
         self._frames: OrderedDict = OrderedDict()

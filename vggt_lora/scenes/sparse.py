@@ -86,7 +86,7 @@ def sparse_depth(
 ) -> DepthMap:
     """Project the frame's own points into the grid, nearest first; depth is z in scene units.
 
-    Each axis of K is scaled by its own factor (../shared/design/eth3d_format.md, section 2). Raises ConfigError where
+    Each axis of K is scaled by its own factor, as `resize_intrinsics` does. Raises ConfigError where
     `plan` was made for another photo size or another grid.
     """
     size = tuple(int(n) for n in size)

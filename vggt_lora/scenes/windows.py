@@ -10,6 +10,7 @@ __all__ = ['LeakError', 'Window', 'window_starts', 'make_windows', 'validation_c
 import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 from ..core import ConfigError, SceneError, unknown
@@ -37,10 +38,10 @@ def window_starts(
     overlap: float,  # share of a window that the next one repeats
 ) -> list[int]:
     """List where windows start; raises ConfigError for settings that make none."""
-    if int(frames) != frames or frames < 1:
-        raise ConfigError(f"frames is {frames}; expected a whole number of at least 1")
-    if not 0 <= overlap < 1:
-        raise ConfigError(f"overlap is {overlap}; expected a share from 0 to below 1")
+    if isinstance(frames, bool) or not isinstance(frames, Integral) or frames < 1:
+        raise ConfigError(f"frames is {frames!r}; expected a whole number of at least 1")
+    if isinstance(overlap, bool) or not isinstance(overlap, Real) or not 0 <= overlap < 1:
+        raise ConfigError(f"overlap is {overlap!r}; expected a share from 0 to below 1")
     step = max(1, round(frames * (1 - overlap)))
     starts = list(range(0, max(count - frames, 0) + 1, step))
     if starts[-1] + frames < count:

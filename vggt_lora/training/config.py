@@ -30,7 +30,7 @@ class TrainConfig:
     epochs: int = 10  # passes over the training windows
     frames: int = 8  # photos in a window
     overlap: float = 0.5  # of neighbouring windows
-    train_share: float = 0.85  # of each scene's photos; the rest is validation
+    train_share: float = 0.85  # of each scene's photos, the rest validates; not used where whole scenes are held out
     image_size: int = 0  # long side in px, a multiple of 14; 0: the model's own
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
     supervision: str = "sparse"  # depth source

@@ -1,0 +1,180 @@
+"""The main job as a user meets it: every strategy learns on held-out frames, a killed run goes on, the adapter is what was measured."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vggt_lora.checks import real_scene
+from vggt_lora.core import ConfigError
+from vggt_lora.evaluate import evaluate, largest_difference
+from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.scenes.windows import LeakError
+from vggt_lora.train import TrainConfig, train
+from vggt_lora.training.run import CheckpointError
+from vggt_lora.training.setup import build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    return toy_scene(tmp_path_factory.mktemp("data"), frames=12, size=(112, 168))
+
+
+def quick(scene, output, **changes) -> TrainConfig:
+    settings = {"strategy": "b", "data": str(scene), "output": str(output), "epochs": 2, "frames": 4, "image_size": 56, "rank": 4, "lr": 1e-3}
+    return TrainConfig(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("changes", [
+    {"strategy": "a"}, {"strategy": "b"}, {"strategy": "c"},
+    {"strategy": "custom", "targets": "aggregator.global_blocks.3, depth_head.scratch", "full": "depth_head.norm"},
+    {"strategy": "b", "accumulate": 3, "image_mode": "crop"},
+    {"strategy": "b", "image_mode": "pad"},
+], ids=lambda c: "-".join(map(str, c.values())))
+def test_every_strategy_learns_and_its_file_reproduces_the_numbers(scene, tmp_path, changes):
+    run = train(quick(scene, tmp_path / "run", **changes))
+    loss = run.results["held_out_loss"]
+    assert loss["after"] < loss["before"]
+    assert largest_difference(evaluate(run.folder).table(), run.results["table"]) == 0
+    changed = [r for r in run.results["table"] if r["model"] == "adapted"], [r for r in run.results["table"] if r["model"] == "base"]
+    assert any(a["absrel"] != b["absrel"] for a, b in zip(*changed)), "the adapter changes nothing"
+
+
+@pytest.mark.parametrize("name", ["strecha_fountain_p11", "sceaux_castle", "eth3d_pipes"])
+def test_real_photographs(name, tmp_path):
+    if real_scene(name) is None:
+        pytest.skip(f"{name} is not at hand (VGGT_LORA_SHARED)")
+    run = train(quick(real_scene(name), tmp_path / "run", image_size=112, frames=8))
+    assert run.results["held_out_loss"]["after"] < run.results["held_out_loss"]["before"]
+    config = json.loads((run.folder / "config.json").read_text())
+    assert config["split"]["shared"] == 0
+
+
+def test_the_official_loader_of_peft_opens_the_adapter(scene, tmp_path):
+    from peft import PeftModel
+
+    run = train(quick(scene, tmp_path / "run"))
+    images = torch.rand(1, 2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loaded = PeftModel.from_pretrained(build_model(run.config), run.adapter).eval()(images)["depth"]
+        ours = evaluate_model(run)(images)["depth"]
+    assert torch.equal(loaded, ours)
+
+
+def evaluate_model(run):
+    from vggt_lora.lora import load_adapter
+
+    return load_adapter(build_model(run.config), run.adapter)
+
+
+# --- kill and resume ------------------------------------------------------------------------------------------------
+
+def command(config: TrainConfig) -> list[str]:
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return [sys.executable, "-c", f"from vggt_lora.train import TrainConfig, train; train(TrainConfig(**{fields!r}))"]
+
+
+def start(config: TrainConfig) -> subprocess.Popen:
+    return subprocess.Popen(command(config), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def validations(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"split": "val"') if path.exists() else 0
+
+
+def test_kill_9_and_resume_gives_the_same_files(scene, tmp_path):
+    """Killed for good during an epoch; the resumed run ends with the metrics and the adapter of an undisturbed one."""
+    whole = quick(scene, tmp_path / "whole", epochs=3)
+    done = start(whole)
+    assert done.wait() == 0, done.stderr.read()[-2000:]
+    cut = quick(scene, tmp_path / "cut", epochs=3)
+    process = start(cut)
+    deadline = time.monotonic() + 300
+    while validations(tmp_path / "cut") < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "results.json").exists(), "the run ended before it could be killed"
+    again = start(dataclasses.replace(cut, resume=True))
+    assert again.wait() == 0, again.stderr.read()[-2000:]
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "results.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
+    config = quick(scene, tmp_path / "run", epochs=1)
+    train(config)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(config)
+    with pytest.raises(ConfigError, match="rank was 4, now 8"):
+        train(dataclasses.replace(config, rank=8, resume=True))
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(dataclasses.replace(config, resume=True))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    last.unlink()
+    with pytest.raises(ConfigError, match="holds no run to resume"):
+        train(dataclasses.replace(config, resume=True))
+
+
+# --- what must not happen -------------------------------------------------------------------------------------------
+
+def without_last(scene: Path, folder: Path, count: int) -> Path:
+    """A copy of a scene that lost its last photos."""
+    import shutil
+
+    import pycolmap
+
+    copy = folder / scene.name
+    shutil.copytree(scene, copy)
+    model = copy / "dslr_calibration_undistorted"
+    reconstruction = pycolmap.Reconstruction(str(model))
+    for image_id in sorted(reconstruction.reg_image_ids(), key=lambda i: reconstruction.image(i).name)[-count:]:
+        (copy / "images" / reconstruction.image(image_id).name).unlink()
+        reconstruction.deregister_frame(reconstruction.image(image_id).frame_id)
+    reconstruction.write_text(str(model))
+    return copy
+
+
+def test_a_scene_that_changed_cannot_move_training_photos_into_validation(scene, tmp_path):
+    config = quick(scene, tmp_path / "run", epochs=1)
+    train(config)
+    smaller = without_last(scene, tmp_path / "smaller", 2)
+    (tmp_path / "run" / "config.json").write_text((tmp_path / "run" / "config.json").read_text().replace(str(scene), str(smaller)))
+    changed = dataclasses.replace(config, data=str(smaller))
+    with pytest.raises(LeakError, match="was trained on"):
+        train(dataclasses.replace(changed, resume=True))
+    with pytest.raises(LeakError, match="was trained on"):
+        evaluate(tmp_path / "run")
+    with pytest.raises(LeakError, match="was trained on"):
+        evaluate(tmp_path / "run", dataclasses.replace(config, train_share=0.3))
+
+
+def test_settings_that_cannot_work_stop_before_the_folder_is_taken(scene, tmp_path):
+    output = tmp_path / "run"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device"):
+            train(quick(scene, output, device="cuda"))
+    with pytest.raises(ConfigError, match="no gradient reaches"):
+        train(quick(scene, output, strategy="c", camera_weight=0.0))
+    with pytest.raises(ConfigError, match="no gradient reaches"):
+        train(quick(scene, output, strategy="a", depth_conf_weight=0.0, depth_reg_weight=0.0, depth_grad_weight=0.0))
+    assert not output.exists()
+    train(quick(scene, output, epochs=1))
+
+
+def test_two_runs_in_one_process_may_differ_in_precision(scene, tmp_path):
+    train(quick(scene, tmp_path / "one", epochs=1, precision="float32"))
+    run = train(quick(scene, tmp_path / "two", epochs=1, precision="bf16"))
+    assert run.results["protocol"]["precision"] == "bf16"
