@@ -17,13 +17,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help env system train test notebooks clean
+.PHONY: help env system train test notebooks wheel clean
 
 help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
 	@echo "make train   env, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
 	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest"
 	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
+	@echo "make wheel   env, then dist/: the source distribution and the wheel, with the weights of the tiny network inside"
 	@echo "make system  only the system packages that Open3D and the browser check need"
 	@echo "make clean   remove $(VENV) and build leftovers; outputs/ stays"
 
@@ -50,6 +51,10 @@ test: env
 
 notebooks: env
 	$(BIN)/python tools/execute_notebooks.py
+
+# The wheel is made from the source distribution, so what is missing in one cannot hide in the other.
+wheel: env
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -21,6 +21,7 @@ setup(
     keywords=cfg["keywords"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["vggt_lora", "vggt_lora.*"]),
+    package_data={"vggt_lora": ["weights/*.safetensors", "weights/*.json"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"views": views, "dev": views + cfg["dev_requirements"].split()},
     entry_points={"nbdev": ["vggt_lora=vggt_lora._modidx:d"]},

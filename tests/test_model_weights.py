@@ -207,13 +207,24 @@ def test_track_head_weights_are_held_and_saved(tmp_path):
         kept(torch.rand(1, 3, 28, 28), heads=("track",))
 
 
-def test_shipped_weights_of_tiny():
-    try:
-        model = VGGT.from_pretrained("tiny")
-    except WeightsError as fault:
-        assert "do not ship with this version yet" in str(fault) and "VGGTConfig.tiny()" in str(fault)
-    else:
-        assert model.config == VGGTConfig.tiny()
+def test_the_shipped_network_is_whole_or_named(model, tmp_path):
+    """One error for every fault of a shipped network, with the file, the fault and the remedy; the rest is in nbs/model/embedded."""
+    from vggt_lora.model.embedded import write_shipped
+    from vggt_lora.model.weights import find_weights
+
+    path = write_shipped(model, tmp_path, {})
+    assert find_weights("tiny", shipped=tmp_path).card.config == model.config
+    report = VGGT.from_pretrained(path).load_report
+    assert report.converted == report.n_loaded == len(model.state_dict()) and "converted from float16" in str(report)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match="tiny.safetensors: .* the file was cut short$"):
+        VGGT.from_pretrained(path)  # a file of the user's own: reinstalling would not help
+    path.unlink()
+    with pytest.raises(WeightsError, match="tiny.safetensors: missing; reinstall the package"):
+        find_weights("tiny", shipped=tmp_path)
+    save_file(model.state_dict(), path)  # beside a JSON of somebody else
+    path.with_suffix(".json").write_text("[1, 2]")
+    assert VGGT.from_pretrained(path).load_report.converted == 0
 
 
 def adapted(model, **extra):

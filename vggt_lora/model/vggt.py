@@ -18,11 +18,13 @@ from .aggregator import Aggregator, AggregatorState, check_images
 from .camera_head import CameraHead
 from .config import VGGTConfig
 from .dpt_head import DPTHead
+from .embedded import check_file, remedy, to_float32
 from .track_head import TrackHead
 from vggt_lora.model.weights import (
     HEADS,
     MODEL_TYPE,
     LoadReport,
+    WeightsFile,
     check_fit,
     config_for,
     drop_heads,
@@ -206,21 +208,32 @@ def load_vggt(
     switches: dict[str, bool | None],  # head -> build it, leave it out, or (None) as the file has it
     device: torch.device | str | None,  # where the model goes
     revision: str | None,  # on the hub
+    shipped: Path | None = None,  # folder of the networks that ship; None: inside the package
 ) -> VGGT:
     """Load weights strictly into a new network (the work behind `VGGT.from_pretrained`)."""
-    file = find_weights(name_or_path, revision)
-    tensors = read_tensors(file.path)
-    stored = config_for(file, tensors)
+    file = find_weights(name_or_path, revision, shipped)
+    with remedy(file.source):
+        tensors, converted = _read(file)
+        stored = config_for(file, tensors)
     config = dataclasses.replace(stored, **_switches(stored, switches, file.path))
     kept, dropped = drop_heads(tensors, config)
     with torch.device("meta"):
         model = cls(config)
-    check_fit(model.state_dict(), kept, file.path)
+    with remedy(file.source):
+        check_fit(model.state_dict(), kept, file.path)
     model.load_state_dict(kept, strict=True, assign=True)
     model.load_report = LoadReport(file.source, str(file.path), file.path.stat().st_size, file_hash(file.path), len(kept), dropped,
-                                   absent=tuple(head for head in HEADS if not getattr(stored, head)))
+                                   absent=tuple(head for head in HEADS if not getattr(stored, head)), converted=converted)
     model.name_or_path = file.source  # PEFT writes this into an adapter's config
     return model.to(device or "cpu").eval()
+
+
+def _read(file: WeightsFile) -> tuple[dict[str, torch.Tensor], int]:
+    """Read the tensors of a file; what comes with a model card is compared with it first and may be float16 (counted)."""
+    if file.card is None:
+        return read_tensors(file.path), 0
+    check_file(file.path, file.card)
+    return to_float32(read_tensors(file.path), file.path)
 
 
 def _switches(stored: VGGTConfig, wanted: dict[str, bool | None], path: Path) -> dict[str, bool]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'scene_root', 'scene_folders', 'find_part', 'photo_folder', 'photo_size', 'photo_path',
-           'size_factors', 'unit_is_metre', 'unused_models', 'frame_of', 'open_scene']
+           'size_factors', 'unit_is_metre', 'unused_models', 'mask_folder', 'frame_of', 'open_scene']
 
 # %% ../../nbs/scenes/eth3d.ipynb #e80c875e
 import json
@@ -147,11 +147,21 @@ def unused_models(
                for other in folder.parent.iterdir())
 
 
+def mask_folder(
+    photos: Path,  # folder that image names are relative to
+    folders: list[Path],  # of the scene, the scene's own first
+) -> Path | None:
+    """Return the folder of masks in COLMAP's convention, `<name of the photo>.png`, where there is one."""
+    beside = [photos.parent] if photos.resolve() != folders[0].resolve() else []
+    return find_part([*beside, *folders], "masks")
+
+
 def frame_of(
     image: ColmapImage,
     model: ColmapModel,
     photo: Path,  # resolved
     folders: list[Path],  # of the scene
+    masks: Path | None = None,  # folder of COLMAP masks
 ) -> tuple[Frame, bool]:
     """Build a frame at the size of its photo, and say whether K had to be scaled."""
     camera = model.cameras[image.camera_id]
@@ -159,8 +169,10 @@ def frame_of(
     factors = size_factors(size, camera.size, photo)
     K = np.diag([*factors, 1.0]) @ pinhole_matrix(camera, str(model.folder))
     inner = image.name.replace("_undistorted/", "/", 1) if "/" in image.name else f"dslr_images/{image.name}"
+    mask = masks / f"{image.name}.png" if masks is not None else None
     frame = Frame(image.name, photo, size, K, image.world_to_cam, image.camera_id, image.id, image.point_rows, image.observations * factors,
-                  find_part(folders, f"masks_for_images/{inner.rpartition('.')[0]}.png"), find_part(folders, f"ground_truth_depth/{inner}"))
+                  find_part(folders, f"masks_for_images/{inner.rpartition('.')[0]}.png"), find_part(folders, f"ground_truth_depth/{inner}"),
+                  mask if mask is not None and mask.is_file() else None)
     return frame, size != camera.size
 
 # %% ../../nbs/scenes/eth3d.ipynb #2aa76759
@@ -187,7 +199,8 @@ def open_scene(
         raise SceneError(f"{model.folder}: the model holds no posed image; expected at least one in images{model.form}")
     folder = photo_folder(model, folders, user_path(images) if images else None)
     ordered = sorted(model.images, key=lambda i: (natsort_keygen()(i.name), i.name))
-    pairs = [frame_of(i, model, photo_path(folder, i.name, root), folders) for i in ordered]
+    masks = mask_folder(folder, folders)
+    pairs = [frame_of(i, model, photo_path(folder, i.name, root), folders, masks) for i in ordered]
     notes = list(model.notes)
     if unused := unused_models(model.folder):
         notes.append(f"{unused} further model{'s' if unused > 1 else ''} in sparse/ not used; this is sparse/{model.folder.name}")
@@ -199,6 +212,8 @@ def open_scene(
     expected = ETH3D_PHOTOS.get(root.name, len(pairs)) if calibration is not None else len(pairs)
     if expected != len(pairs):
         notes.append(f"ETH3D's {root.name} has {expected} photos, this folder {len(pairs)}")
+    if masks is not None and not any(frame.photo_mask_path for frame, _ in pairs):
+        notes.append(f"{masks} is not used: it holds no file such as {pairs[0][0].name}.png (COLMAP's names; 0 = leave out)")
     known = unit_is_metre(folders) if metric is None else bool(metric)
     if metric is None and not known:
         notes.append("unit unknown: no laser data and no scene.json beside the photos; pass metric=True if it is the metre")

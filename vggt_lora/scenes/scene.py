@@ -56,6 +56,7 @@ class Frame:
     observations: np.ndarray  # (n, 2) float64 pixels at `size`, where it observes them; nan if unknown
     mask_path: Path | None = None  # ETH3D mask of the distorted original
     depth_path: Path | None = None  # ETH3D laser depth of the distorted original
+    photo_mask_path: Path | None = None  # COLMAP mask of this very photo, at `size`; 0 = leave out
 
     def __post_init__(self):
         count = len(self.point_rows)

@@ -20,7 +20,7 @@ class TrainConfig:
     """Settings of one training run; a bad value raises ConfigError before any work."""
 
     strategy: str = "b"  # which layers get adapters: a, b, c or custom
-    model: str = "random"  # "random" (a small VGGT, untrained), a hub name such as facebook/VGGT-1B, a folder or a file
+    model: str = "random"  # "random" (a small VGGT, untrained), "tiny" (small and pretrained, in the package), a hub name such as facebook/VGGT-1B, a folder or a file
     data: str = "demo"  # "demo", a scene folder, or a folder of scene folders
     scenes: str = ""  # names of the scenes to use, separated by commas; empty: all
     metric: str = "auto"  # are scene units metres? auto (where laser data or scene.json say so), yes or no
