@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from vggt_lora.core import SceneError
 from vggt_lora.depth import DepthMap, coverage, coverage_text, keypoint_offsets, sparse_depth
 from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.images import plan_image
+from vggt_lora.scenes.scene import Frame, Points, Scene
 from vggt_lora.scenes.sparse import FATES, splat_nearest
 from vggt_lora.scenes.synthetic import DEMO, demo_folder, demo_scenes, scene_fault, toy_scene
 
@@ -46,11 +47,11 @@ def random_scene(seed, count):
     pose[:3, :3] *= np.sign(np.linalg.det(pose[:3, :3]))
     height, width = rng.integers(20, 200, 2)
     K = np.array([[rng.uniform(20, 200), 0, rng.uniform(0, width)], [0, rng.uniform(20, 200), rng.uniform(0, height)], [0, 0, 1]])
-    points = SimpleNamespace(xyz=xyz, error=np.where(rng.random(count) < 0.2, np.nan, rng.uniform(0, 2, count)),
-                             track_length=rng.integers(2, 9, count))
-    frame = SimpleNamespace(name="made up", size=(int(height), int(width)), K=K, world_to_cam=pose,
-                            point_rows=rng.integers(0, count, count) if count else np.zeros(0, np.int64))
-    return SimpleNamespace(points=points), frame
+    points = Points(xyz, np.zeros((count, 3), np.uint8), np.where(rng.random(count) < 0.2, np.nan, rng.uniform(0, 2, count)),
+                    rng.integers(2, 9, count).astype(np.int32), np.arange(count))
+    rows = rng.integers(0, count, count) if count else np.zeros(0, np.int64)
+    frame = Frame("made up", Path("made_up.jpg"), (int(height), int(width)), K, pose, 0, 1, rows, np.full((count, 2), np.nan))
+    return Scene("made up", Path("."), (frame,), points, False), frame
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +78,7 @@ def test_every_observation_is_accounted_for_and_the_nearest_wins(seed, count, he
 
 def test_order_of_points_does_not_matter(toy):
     frame, size = toy.frames[2], (70, 98)
-    turned = SimpleNamespace(**{k: getattr(frame, k) for k in ("name", "size", "K", "world_to_cam")}, point_rows=frame.point_rows[::-1])
+    turned = replace(frame, point_rows=frame.point_rows[::-1], observations=frame.observations[::-1])
     one, other = sparse_depth(toy, frame, size), sparse_depth(toy, turned, size)
     assert np.array_equal(one.depth, other.depth) and np.array_equal(one.weight, other.weight) and one.counts == other.counts
 
@@ -135,7 +136,7 @@ def test_the_step_re_exports_its_block_and_stays_light():
     import vggt_lora.depth
     from vggt_lora.scenes import sparse
 
-    assert {"sparse_depth", "DepthMap"} <= set(vggt_lora.depth.__all__)
+    assert {"sparse_depth", "laser_depth", "DepthMap"} <= set(vggt_lora.depth.__all__)
     assert vggt_lora.depth.sparse_depth is sparse.sparse_depth and DepthMap is sparse.DepthMap
     heavy = "{'torch', 'open3d', 'matplotlib', 'ipywidgets', 'peft', 'pycolmap'}"
     code = f"import vggt_lora.depth, vggt_lora.scenes.synthetic, sys; print(sorted({heavy} & set(sys.modules)))"

@@ -3,6 +3,7 @@ import ast
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,18 @@ def test_no_exported_cell_was_dropped(fresh):
         listed = next((set(ast.literal_eval(n.value)) for n in tree.body if isinstance(n, ast.Assign) and
                        any(getattr(t, "id", "") == "__all__" for t in n.targets)), set())
         assert defined <= listed, f"{name}: {sorted(defined - listed)} missing from __all__"
+
+
+def test_no_first_cell_is_taken_for_settings():
+    """nbdev reads list items with a colon in a notebook's first markdown cell as YAML: it warns, or takes them for the page's settings."""
+    from nbdev.frontmatter import FrontmatterProc
+    from nbdev.process import NBProcessor
+
+    notebooks = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+    assert len(notebooks) > 40
+    for path in notebooks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            processor = NBProcessor(path, procs=FrontmatterProc)
+            processor.process()
+        assert set(processor.nb.frontmatter_) == {"title", "description", "output-file"}, path

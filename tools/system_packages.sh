@@ -1,9 +1,10 @@
 #!/bin/sh
 # System packages behind the 3-D views (Open3D, software Vulkan) and the browser check (Chromium).
 # Installed where that is possible (apt and root), named plainly where it is not. Never fails: nothing
-# but the 3-D views and the browser check depends on them.
+# but the 3-D views and the browser check depends on them (where Open3D cannot be imported, the demo
+# buildings are rendered with embreex, which needs no system packages).
 set -u
-packages="libusb-1.0-0 libgl1 libegl1 libx11-6 libgomp1 libvulkan1 mesa-vulkan-drivers chromium chromium-driver"
+packages="libusb-1.0-0 libudev1 libidn2-0 libgl1 libegl1 libx11-6 libgomp1 libvulkan1 mesa-vulkan-drivers chromium chromium-driver"
 
 if ! command -v dpkg-query >/dev/null 2>&1; then
     echo "system packages: this is no Debian-like system; the 3-D views need what Debian calls: $packages"
@@ -31,6 +32,6 @@ if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
     exit 0
 fi
 echo "system packages: not installed (that needs root and apt):$missing"
-echo "  3-D views fall back to matplotlib and the browser check is skipped until you run:"
+echo "  Demo buildings are rendered with embreex, 3-D views are drawn with matplotlib and the browser check is skipped until you run:"
 echo "  sudo apt-get install --no-install-recommends$missing"
 exit 0

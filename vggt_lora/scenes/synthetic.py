@@ -21,12 +21,13 @@ from PIL import Image
 from ..core import SceneError, unknown, write_json
 from .building import BuildingStyle, render, toy_building
 from .calibration import cameras_text, images_text, keypoint_lists, points_text
-from .demo import FAMILIES, LAYOUTS, write_demo
+from .demo import write_demo
+from .sites import FAMILIES, LAYOUTS
 from .textures import COLOURS
 from .tracks import find_points, make_tracks, toy_cameras, walk
 
 # %% ../../nbs/scenes/synthetic.ipynb #ecbb9e88
-GENERATOR = 3  # raise it whenever the same settings give other files: cached scenes are then made anew
+GENERATOR = 4  # raise it whenever the same settings give other files: cached scenes are then made anew
 
 STYLES = {
     "plaster": BuildingStyle(),
@@ -169,7 +170,7 @@ def demo_scene(
 ) -> Path:
     """Write a street, corner or courtyard in the whole ETH3D layout and return its folder; a whole one is kept.
 
-    Raises SceneError where something else lies in the way, for unknown names, or where Open3D is missing.
+    Raises SceneError where something else lies in the way, for unknown names, or where no package for ray casting can be imported.
     """
     if style not in FAMILIES:
         raise SceneError(unknown("building style", style, FAMILIES))

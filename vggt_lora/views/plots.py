@@ -214,8 +214,9 @@ def split_timeline(
     handles = [Patch(color=colour, label=f"{words[role]} ({seen.count(role)} frames)")
                for role, colour in SPLIT_COLOURS.items() if role in seen or role in ("train", "val")]
     figure.legend(handles=handles, ncols=len(handles), loc="outside lower center", frameon=False, fontsize=9)
-    ax.set_title(f"{len(split.train)} training and {len(split.val)} validation windows (lines); "
-                 f"{lost if isinstance(lost, int) else len(dropped)} dropped at the border (dotted)", fontsize=10)
+    notes = (f"{len(split.train)} training and {len(split.val)} validation windows (lines)",
+             f"{lost if isinstance(lost, int) else len(dropped)} dropped at the border (dotted)")
+    ax.set_title(("; " if figure.get_size_inches()[0] > 8.5 else "\n").join(notes), fontsize=10)  # a short scene's figure is narrow
     return figure
 
 # %% ../../nbs/views/plots.ipynb #16a519eb
