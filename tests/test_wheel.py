@@ -1,5 +1,4 @@
 """The wheel: every module and the weights are in it, and what is installed from it works without the checkout."""
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -44,7 +43,7 @@ def copy(tmp_path_factory):
             shutil.copy(ROOT / name, folder)
     if not shipped:
         torch.manual_seed(0)
-        model = VGGT(dataclasses.replace(VGGTConfig.tiny(), point_head=False))
+        model = VGGT(VGGTConfig.tiny())
         write_shipped(model, folder / "vggt_lora" / "weights", {"note": "random weights, a stand-in for tests"})
     return folder
 

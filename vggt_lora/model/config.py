@@ -67,10 +67,10 @@ class VGGTConfig:
 
     @classmethod
     def tiny(cls) -> "VGGTConfig":
-        """Return the small configuration that trains on two CPU cores; same classes, same key names."""
-        return cls(img_size=224, embed_dim=96, depth=4, num_heads=6, vit_depth=4, vit_num_heads=6,
-                   camera_trunk_depth=2, camera_num_heads=6, track_head=False, dpt_features=32,
-                   dpt_out_channels=(24, 48, 96, 96), dpt_layers=(0, 1, 2, 3))
+        """Return the configuration of the base that ships with the package, for two CPU cores; same classes, same key names."""
+        return cls(img_size=224, embed_dim=128, depth=6, num_heads=4, vit_depth=6, vit_num_heads=4,
+                   camera_trunk_depth=2, camera_num_heads=8, point_head=False, track_head=False, dpt_features=32,
+                   dpt_out_channels=(24, 48, 96, 96), dpt_layers=(1, 2, 4, 5))
 
     @classmethod
     def golden(cls) -> "VGGTConfig":

@@ -6,8 +6,6 @@
 __all__ = ['open_scenes', 'split_scenes', 'items_of', 'photos_of', 'check_photos', 'build_model', 'frame_cache']
 
 # %% ../../nbs/training/setup.ipynb #c0419c34
-import dataclasses
-
 from ..core import ConfigError, unknown
 from ..scenes.catalogue import find_scenes
 from ..scenes.eth3d import open_scene
@@ -93,7 +91,7 @@ def build_model(
     if config.model == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = VGGT(dataclasses.replace(VGGTConfig.tiny(), point_head=False))
+            model = VGGT(VGGTConfig.tiny())
     else:
         model = VGGT.from_pretrained(config.model, camera_head=True, depth_head=True, track_head=False, point_head=False)
     model.requires_grad_(False)

@@ -1,0 +1,193 @@
+"""Dense depth from known cameras against exact depth, a laser and sparse points; print coverage, errors and seconds a photo.
+
+    python benchmarks/dense_depth.py                     # demo scenes at 336 x 504, two photos each; real scenes where they are at hand
+    python benchmarks/dense_depth.py --photos 12 --real-size 512 768 --device cuda
+
+Nothing is asserted. Seconds are processor time of the computing of one photo's estimate (its neighbours cost the same again, once).
+"""
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from vggt_lora.checks import real_scene
+from vggt_lora.scenes import dense_depth as dense
+from vggt_lora.scenes.dense_depth import DenseSettings, dense_estimate, find_neighbours
+from vggt_lora.scenes.eth3d import open_scene
+from vggt_lora.scenes.geometry import project_points
+from vggt_lora.scenes.images import ImagePlan, load_image
+from vggt_lora.scenes.synthetic import demo_scenes
+
+REAL = ("strecha_fountain_p11", "strecha_castle_p30", "strecha_entry_p10", "sceaux_castle", "eth3d_pipes")
+
+
+def resized(values: np.ndarray, size: tuple) -> np.ndarray:
+    """Return values at another size, nearest pixel."""
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, values.shape))
+    return values[rows][:, columns]
+
+
+def plain_plan(frame, size) -> ImagePlan:
+    """Return the plan of a plain resize."""
+    return ImagePlan(tuple(frame.size), size, (0, 0), size, "squash")
+
+
+def textured(frame, size) -> np.ndarray:
+    """Return pixels whose 7x7 surroundings vary by more than four grey levels (standard deviation)."""
+    from scipy.ndimage import uniform_filter
+
+    grey = load_image(frame.image_path, plain_plan(frame, size)) @ np.array([0.299, 0.587, 0.114])
+    return uniform_filter(grey ** 2, 7) - uniform_filter(grey, 7) ** 2 > 16
+
+
+def line(what: str, error: np.ndarray, candidates: int) -> str:
+    """Return one row of the table: what, coverage, and the errors of what is covered."""
+    if not len(error):
+        return f"  {what:34} covered {0:6.1%}"
+    return (f"  {what:34} covered {len(error) / max(candidates, 1):6.1%}   median {np.median(error):7.3%}   within 1 % {np.mean(error < 0.01):6.1%}   "
+            f"off by 5 % {np.mean(error > 0.05):6.2%}")
+
+
+def valid_of(found, settings) -> np.ndarray:
+    """Return the pixels that dense_depth keeps."""
+    return (found.confirmed >= min(settings.agreeing, max(found.neighbours, 1))) & (found.confidence > 0) & (found.confidence >= settings.confidence)
+
+
+def estimated(scene, frame, size, arguments, cache):
+    """Return the estimate of a frame."""
+    return dense_estimate(scene, frame, size, settings=arguments.settings, device=arguments.device, cache=cache, progress=False)
+
+
+def chosen(scene, photos: int) -> list:
+    """Return so many frames of a scene, evenly spread."""
+    count = min(photos, len(scene))
+    return [scene.frames[int((k + 0.5) * len(scene) / count)] for k in range(count)]
+
+
+def demo(scene, arguments, cache) -> None:
+    """Print what exact depth says about a demo scene."""
+    size, parts = tuple(arguments.size), json.loads((scene.root / "labels" / "parts.json").read_text())
+    depth, truth, confidence, valid, texture, part = [], [], [], [], [], []
+    for frame in chosen(scene, arguments.photos):
+        found = estimated(scene, frame, size, arguments, cache)
+        stem = Path(frame.name).stem
+        exact = resized(np.load(scene.root / "exact_depth" / f"{stem}.npy"), size)
+        known = exact > 0
+        for into, values in ((depth, found.depth), (truth, exact), (confidence, found.confidence), (valid, valid_of(found, arguments.settings)),
+                             (texture, textured(frame, size)), (part, resized(np.asarray(Image.open(scene.root / "labels" / "parts" / f"{stem}.png")), size))):
+            into.append(values[known])
+    depth, truth, confidence, valid, texture, part = (np.concatenate(a) for a in (depth, truth, confidence, valid, texture, part))
+    error = np.abs(depth / truth - 1)
+    print(f"{scene.name}: {arguments.photos} photos at {size[1]}x{size[0]}")
+    print(line("all pixels but sky", error[valid], len(valid)))
+    print(line("textured pixels", error[valid & texture], int(texture.sum())))
+    for number, name in enumerate(parts):
+        if (part == number).sum() > 0.005 * len(part):
+            print(line(f"  {name} ({(part == number).mean():.0%} of pixels)", error[valid & (part == number)], int((part == number).sum())))
+    ranked, perfect = error[np.argsort(-confidence, kind="stable")], np.sort(error)
+    for share in (0.3, 0.5, 0.6, 0.7, 1.0):
+        print(line(f"most confident {share:.0%}", ranked[:int(share * len(ranked))], len(ranked)) + f"   (best possible {np.median(perfect[:int(share * len(perfect))]):.3%})")
+
+
+def laser(scene, arguments, cache) -> None:
+    """Print what the fountain's laser says."""
+    size, header = tuple(arguments.real_size), (scene.root / "dslr_calibration_jpg" / "cameras.txt").read_text().split("\n")
+    width, height, fx, fy, cx, cy = map(float, next(text for text in header if text and text[0] != "#").split()[2:8])
+    errors, candidates, confidences = [], 0, []
+    for frame in chosen(scene, arguments.photos):
+        found = estimated(scene, frame, size, arguments, cache)
+        depth = np.fromfile(scene.root / "ground_truth_depth" / "dslr_images" / Path(frame.name).name, "<f4").reshape(int(height), int(width))
+        rows, columns = np.nonzero(np.isfinite(depth))
+        K = plain_plan(frame, size).intrinsics(frame.K)
+        u, v = K[0, 0] * (columns + 0.5 - cx) / fx + K[0, 2], K[1, 1] * (rows + 0.5 - cy) / fy + K[1, 2]
+        inside = (u >= 0) & (v >= 0) & (u < size[1]) & (v < size[0])
+        row, column = v[inside].astype(int), u[inside].astype(int)
+        keep = valid_of(found, arguments.settings)[row, column]
+        off = np.abs(found.depth[row, column] / depth[rows, columns][inside] - 1)
+        errors.append(off[keep])
+        candidates += len(keep)
+        confidences.append(np.stack([found.confidence[row, column], off]))
+        print(line(f"laser, {Path(frame.name).name}", off[keep], len(keep)))
+    print(line("laser, all", np.concatenate(errors), candidates))
+    confidence, off = np.concatenate(confidences, 1)
+    for share in (0.65, 0.8):
+        print(line(f"laser, most confident {share:.0%}", off[np.argsort(-confidence, kind="stable")][:int(share * len(off))], len(off)))
+
+
+def held_out(scene, arguments, cache) -> None:
+    """Print what the points of *other* photos say, which the frame itself does not observe, and its own."""
+    size = tuple(arguments.real_size)
+    results = {"its own points": [], "points of its neighbours alone": []}
+    totals = dict.fromkeys(results, 0)
+    through = []
+    for frame in chosen(scene, arguments.photos):
+        found = estimated(scene, frame, size, arguments, cache)
+        own = np.unique(frame.point_rows)
+        around = [scene.frames[n.index].point_rows for n in find_neighbours(scene, frame, arguments.settings.views)]
+        others = np.setdiff1d(np.concatenate([*around, own[:0]]), own)
+        K, keep = plain_plan(frame, size).intrinsics(frame.K), valid_of(found, arguments.settings)
+        for what, rows in zip(results, (own, others)):
+            pixels, z = project_points(scene.points.xyz[rows], frame.world_to_cam, K)
+            inside = (z > 0) & (pixels >= 0).all(1) & (pixels < size[::-1]).all(1)
+            column, row = pixels[inside].astype(int).T
+            there, ratio = keep[row, column], found.depth[row, column] / z[inside]
+            totals[what] += int(inside.sum())
+            results[what].append(np.abs(ratio - 1)[there])
+            if rows is others:
+                through.append(ratio[there] > 1.05)
+    for what, parts in results.items():
+        print(line(what, np.concatenate(parts), totals[what]))
+    through = np.concatenate(through)
+    print(f"  {'':34} of the latter the dense depth lies 5 % behind the point at {through.mean() if len(through) else 0:.2%}; in front may be true occlusion")
+
+
+def seconds(scene, size, arguments) -> None:
+    """Print the processor time of one estimate."""
+    frame = scene.frames[len(scene) // 2]
+    main = dense.main_shot(frame, size, None)
+    others = [dense.companion(main, scene.frames[n.index]) for n in find_neighbours(scene, frame, arguments.settings.views)]
+    depths = dense.depth_range(scene, frame, arguments.settings.near, arguments.settings.far)
+    start, worked = time.perf_counter(), time.process_time()
+    _, _, planes = dense.estimate(main, others, depths, arguments.settings, arguments.device)
+    print(f"  one photo, {planes} planes, {len(others)} neighbours: {time.process_time() - worked:.1f} s of processor time, "
+          f"{time.perf_counter() - start:.1f} s passed, {torch.get_num_threads()} threads, {arguments.device}")
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=2, default=(336, 504), help="height and width for the demo scenes")
+    parser.add_argument("--real-size", type=int, nargs=2, default=(512, 768), help="height and width for the real scenes")
+    parser.add_argument("--photos", type=int, default=2, help="photos of each scene, evenly spread")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cache", help="folder that keeps estimates between calls; default: a temporary one")
+    parser.add_argument("--only", nargs="*", help="names of scenes")
+    arguments = parser.parse_args()
+    arguments.settings = DenseSettings()
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = Path(arguments.cache or temporary)
+        for folder in demo_scenes():
+            if not arguments.only or folder.name in arguments.only:
+                scene = open_scene(folder)
+                demo(scene, arguments, cache)
+                seconds(scene, tuple(arguments.size), arguments)
+        for name in REAL:
+            if arguments.only and name not in arguments.only:
+                continue
+            if real_scene(name) is None:
+                print(f"{name}: absent, skipped")
+                continue
+            scene = open_scene(real_scene(name))
+            print(f"{name}: {arguments.photos} photos at {arguments.real_size[1]}x{arguments.real_size[0]}")
+            if name == "strecha_fountain_p11":
+                laser(scene, arguments, cache)
+            held_out(scene, arguments, cache)
+            seconds(scene, tuple(arguments.real_size), arguments)
+
+
+if __name__ == "__main__":
+    main()
