@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 from vggt_lora.checks import real_scene
-from vggt_lora.scenes import dense_depth as dense
-from vggt_lora.scenes.dense_depth import DenseSettings, dense_estimate, find_neighbours
+from vggt_lora.scenes.dense_depth import dense_estimate
+from vggt_lora.scenes.dense_estimate import DenseSettings, companion, estimate, main_shot
 from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.geometry import project_points
 from vggt_lora.scenes.images import ImagePlan, load_image
+from vggt_lora.scenes.neighbours import find_neighbours
+from vggt_lora.scenes.planesweep import depth_range
 from vggt_lora.scenes.synthetic import demo_scenes
 
 REAL = ("strecha_fountain_p11", "strecha_castle_p30", "strecha_entry_p10", "sceaux_castle", "eth3d_pipes")
@@ -148,11 +150,11 @@ def held_out(scene, arguments, cache) -> None:
 def seconds(scene, size, arguments) -> None:
     """Print the processor time of one estimate."""
     frame = scene.frames[len(scene) // 2]
-    main = dense.main_shot(frame, size, None)
-    others = [dense.companion(main, scene.frames[n.index]) for n in find_neighbours(scene, frame, arguments.settings.views)]
-    depths = dense.depth_range(scene, frame, arguments.settings.near, arguments.settings.far)
+    main = main_shot(frame, size, None)
+    others = [companion(main, scene.frames[n.index]) for n in find_neighbours(scene, frame, arguments.settings.views)]
+    depths = depth_range(scene, frame, arguments.settings.near, arguments.settings.far)
     start, worked = time.perf_counter(), time.process_time()
-    _, _, planes = dense.estimate(main, others, depths, arguments.settings, arguments.device)
+    _, _, planes = estimate(main, others, depths, arguments.settings, arguments.device)
     print(f"  one photo, {planes} planes, {len(others)} neighbours: {time.process_time() - worked:.1f} s of processor time, "
           f"{time.perf_counter() - start:.1f} s passed, {torch.get_num_threads()} threads, {arguments.device}")
 

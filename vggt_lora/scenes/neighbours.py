@@ -13,7 +13,7 @@ import numpy as np
 from .geometry import camera_centre, project_points
 
 # %% ../../nbs/scenes/neighbours.ipynb #bba06a49
-LOW_ANGLE, HIGH_ANGLE, WIDEST_ANGLE = 3.0, 25.0, 60.0  # degrees
+LOW_ANGLE, HIGH_ANGLE, WIDEST_ANGLE = 5.0, 25.0, 60.0  # degrees
 
 
 def triangulation_angles(

@@ -24,6 +24,7 @@ from ..core import ConfigError, atomic_path, write_json
 from ..model.vggt import VGGT, VGGTConfig
 from ..scenes.worlds import stored_world
 from .curriculum import PretrainConfig, batch_at, window_of
+from .guide import Guide, patch_places
 from .losses import LossConfig, training_loss
 
 # %% ../../nbs/training/pretrain.ipynb #e21fdf0c
@@ -123,9 +124,9 @@ def stone_worlds(config: PretrainConfig) -> list:
     return [stored_world(config.world_folder / "stone", 2_000_000 + k, styles=("stone",), kind="site") for k in range(config.held_out // 2)]
 
 
-def _save(path: Path, model, optimizers, step: int, seconds: float) -> None:
+def _save(path: Path, model, guide, optimizers, step: int, seconds: float) -> None:
     with atomic_path(path) as temporary:
-        torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
+        torch.save({"model": model.state_dict(), "guide": guide and guide.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
                     "seconds": seconds}, temporary)
 
 
@@ -151,23 +152,28 @@ def pretrain(config: PretrainConfig, model_config: VGGTConfig | None = None, sto
     folder.mkdir(parents=True, exist_ok=True)
     last, curve = folder / "last.pt", folder / "curve.jsonl"
     model = fresh_model(model_config or VGGTConfig.tiny(), config.seed).to(config.device).train()
-    optimizers, step, before = optimisers(model, config), 0, 0.0
-    base_rates = [group["lr"] for o in optimizers for group in o.param_groups]
+    optimizers, guide, step, before = optimisers(model, config), None, 0, 0.0
     if last.is_file():
         state = torch.load(last, map_location=config.device, weights_only=True)
-        model.load_state_dict(state["model"], strict=True)
-        for optimizer, stored in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(stored)
         step, before = state["step"], state["seconds"]
+        model.load_state_dict(state["model"], strict=True)
+        if state["guide"] is not None:
+            guide = _begin_guide(model, optimizers, config)
+            guide.load_state_dict(state["guide"], strict=True)
+        for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
     _curve(curve, step)
     write_json(folder / "config.json", dataclasses.asdict(config))
     held_out = held_out_worlds(config)
     end, started, mean = min(config.steps, stop_at or config.steps), time.monotonic(), None
     with tqdm(total=end, initial=step, desc="pretraining", mininterval=5) as bar:
         while step < end:
-            for group, rate in zip((g for o in optimizers for g in o.param_groups), base_rates):
-                group["lr"] = rate * rate_at(config, step)
-            result = train_step(model, optimizers, batch_at(config, step), config)
+            if guide is None and step >= config.guide_from:
+                guide = _begin_guide(model, optimizers, config)
+            for number, optimizer in enumerate(optimizers):
+                for group in optimizer.param_groups:
+                    group["lr"] = (config.lr if number else config.muon_lr) * rate_at(config, step)
+            result = train_step(model, guide, optimizers, batch_at(config, step), config)
             if not math.isfinite(result["loss"]):
                 raise ConfigError(f"the loss is not finite at step {step}; lower lr")
             step += 1
@@ -182,38 +188,53 @@ def pretrain(config: PretrainConfig, model_config: VGGTConfig | None = None, sto
                 _note(curve, step=step, seconds=round(seconds, 1), held_out=numbers)
                 tqdm.write(f"step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in numbers.items()))
             if step % config.save_every == 0 or step == end:
-                _save(last, model, optimizers, step, seconds)
+                _save(last, model, guide, optimizers, step, seconds)
     return model.eval()
 
 
-def train_step(model: VGGT, optimizers: list, batch: dict, config: PretrainConfig) -> dict:
+def _begin_guide(model: VGGT, optimizers: list, config: PretrainConfig) -> Guide:
+    """Make the guide and an optimiser for it, which joins `optimizers`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        guide = Guide(model.config.embed_dim).to(config.device)
+    optimizers.append(torch.optim.AdamW(guide.parameters(), lr=config.lr, weight_decay=0.0))
+    return guide
+
+
+def train_step(model: VGGT, guide: Guide | None, optimizers: list, batch: dict, config: PretrainConfig) -> dict:
     """One step; return the loss and its parts. On the CPU the windows are shared out among `workers` threads."""
-    model.zero_grad(set_to_none=True)
+    trained = [p for m in (model, guide) if m is not None for p in m.parameters() if p.requires_grad]
     windows = len(batch["images"])
     parts = [p for p in torch.arange(windows).tensor_split(min(config.workers, windows)) if len(p)]
     with ThreadPoolExecutor(len(parts)) as pool:
-        results = list(pool.map(lambda part: _gradients(model, {n: v[part] for n, v in batch.items()}, config, len(part) / windows), parts))
-    parameters = list(model.parameters())
-    for gradients, _ in results:
-        for parameter, gradient in zip(parameters, gradients):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        results = list(pool.map(lambda part: _gradients(model, guide, trained, {n: v[part] for n, v in batch.items()}, config, len(part) / windows), parts))
+    for parameter, *gradients in zip(trained, *(gradients for gradients, _ in results)):
+        found = [g for g in gradients if g is not None]
+        parameter.grad = sum(found[1:], found[0]) if found else None
+    torch.nn.utils.clip_grad_norm_(trained, config.clip)
     for optimizer in optimizers:
         optimizer.step()
     return {name: round(sum(numbers[name] for _, numbers in results), 5) for name in results[0][1]}
 
 
-def _gradients(model: VGGT, batch: dict, config: PretrainConfig, share: float) -> tuple[tuple, dict]:
+def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, config: PretrainConfig, share: float) -> tuple[tuple, dict]:
     """Gradients of a part of the batch, by torch.autograd.grad: several threads may ask at once."""
     batch = {name: value.to(config.device) for name, value in batch.items()}
     with torch.autocast(config.device, torch.bfloat16, enabled=config.device == "cuda"):
-        out = model(batch["images"], heads=("camera", "depth"))
+        embedded = model.aggregator.embed(batch["images"])
+        state = model.aggregator(embedded, model.config.dpt_layers)
+        out = model(state=state, heads=("camera", "depth"))
     result = training_loss(out, batch, LOSSES)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    found = iter(torch.autograd.grad(share * result.total, trained, allow_unused=True))
-    gradients = tuple(next(found) if p.requires_grad else None for p in model.parameters())
-    return gradients, {n: share * float(v.detach()) for n, v in {"loss": result.total, **result.terms}.items()}
+    total, terms = result.total, {"loss": result.total, **result.terms}
+    if guide is not None:
+        start, grid = model.config.patch_start, tuple(side // model.config.patch_size for side in batch["images"].shape[-2:])
+        places, seen = patch_places(batch["depth"] * batch["valid"], batch["K"], batch["world_to_cam"], model.config.patch_size)
+        late = state.outputs[model.config.depth - 1]
+        asked = guide(embedded.tokens[:, :, start:].float(), late[:, :, start:].float(), places, seen, grid)
+        total = total + config.match_weight * asked["match"] + config.place_weight * asked["place"]
+        terms |= asked
+    gradients = torch.autograd.grad(share * total, trained, allow_unused=True)
+    return gradients, {n: share * float(v.detach()) for n, v in terms.items()}
 
 # %% ../../nbs/training/pretrain.ipynb #1e6e5912
 def read_curve(folder: Path | str) -> list[dict]:
