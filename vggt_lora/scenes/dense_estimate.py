@@ -38,7 +38,7 @@ class DenseSettings:
     reprojection: float = 1.0  # pixels that a pixel may miss itself by on the way to another photo's depth and back
     relative: float = 0.01  # depths of two photos that differ by less, as a share, agree
     agreeing: int = 2  # photos that have to confirm a pixel (fewer where the frame has fewer neighbours)
-    confidence: float = 0.1  # smallest confidence that is kept, in [0, 1]
+    confidence: float = 0.03  # smallest confidence that is kept, in [0, 1]
 
     def __post_init__(self):
         for name, low, high in (("views", 1, 64), ("step", 0.1, 4), ("most_planes", 8, 4096), ("near", 0.01, 1), ("far", 1, 100),

@@ -10,8 +10,9 @@ from .planesweep import WindowNcc, match, median_3x3
 
 # %% ../../nbs/scenes/slanted.ipynb #60f9c864
 def window_shifts(radius: int, step: int) -> list[tuple[int, int]]:
-    """Return (rows, columns) of a window's neighbours, the pixel itself included where step divides radius."""
-    reach = range(-radius, radius + 1, step)
+    """Return (rows, columns) of a window's neighbours: 0, 1, 1 + step, … up to `radius`, both ways and on both axes."""
+    # even steps from 0 would leave four interleaved grids of pixels that never hear of each other
+    reach = sorted({0} | {sign * k for sign in (-1, 1) for k in range(1, radius + 1, step)})
     return [(down, right) for down in reach for right in reach]
 
 
@@ -125,7 +126,7 @@ def plane_fit(
     info,  # (h, w) information of each
     grey,  # (h, w)
     tolerance: float,  # inverse depth by which a neighbour may miss the plane and still count a quarter
-    radius: int = 6,  # pixels
+    radius: int = 5,  # pixels
     step: int = 2,  # every second neighbour
     colour: float = 0.08,  # grey
     rounds: int = 2,

@@ -23,9 +23,9 @@ class PretrainConfig:
 
     output: str = "outputs/pretrain_tiny"  # folder of the run; a run found there is continued
     worlds: str = ""  # folder of the worlds, which are made where absent; empty: `worlds` in the run's folder
-    steps: int = 4000  # optimiser steps in all
+    steps: int = 3200  # optimiser steps in all
     images: int = 12  # photos per step, in windows of 2 to 6
-    small_steps: int = 3000  # steps at 112 x 168 pixels, before the rest at 154 x 224
+    small_steps: int = 2850  # steps at 112 x 168 pixels, before the rest at 154 x 224
     first_worlds: int = 400  # worlds that the first step draws from
     worlds_per_step: float = 0.3  # by how many that number grows in each step ...
     most_worlds: int = 1500  # ... up to this
@@ -33,7 +33,7 @@ class PretrainConfig:
     muon_lr: float = 3e-3  # peak, of Muon, whose steps are scaled to AdamW's root mean square
     weight_decay: float = 0.05
     warmup: int = 200  # steps
-    decay_steps: int = 1000  # steps, at the end, with the rate falling to 0
+    decay_steps: int = 900  # steps, at the end, with the rate falling to 0
     clip: float = 1.0  # largest norm of the gradient
     guide_from: int = 1700  # step from which the network is also asked which patch shows what (see `training.guide`)
     match_weight: float = 0.2  # of "which patch of the first photo is this?"
