@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
 
 # %% ../nbs/core.ipynb #85d23ac9
@@ -83,6 +84,9 @@ def user_path(
     return (project_root() / path).resolve()
 
 # %% ../nbs/core.ipynb #7b58839e
+_UMASK = threading.Lock()  # a process has one mask, and it can only be read by setting it
+
+
 @contextlib.contextmanager
 def atomic_path(
     path: Path | str,  # the final name of the file
@@ -97,8 +101,9 @@ def atomic_path(
         yield temporary
         with open(temporary, "rb") as written:  # the bytes reach the disk before the name does
             os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
+        with _UMASK:
+            mask = os.umask(0)
+            os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would hide results from a colleague
         os.replace(temporary, path)
     finally:

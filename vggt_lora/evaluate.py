@@ -63,7 +63,7 @@ def evaluate(
         check_photos(recorded_photos(folder), photos_of(split, scenes), same=own)
     device = resolve_device(config.device)
     base = build_model(config)
-    cache = frame_cache(config, base)
+    cache = frame_cache(config, base, items_of(split.val, scenes))
     models = run if folder is None else None
     if models is None:
         adapted = load_adapter(base, folder / "adapter").to(device)

@@ -55,11 +55,12 @@ def train(
         check_same(read_config(folder), config)
         check_photos(json.loads((folder / "split.json").read_text(encoding="utf-8")), photos)
     model = build_model(config).to(device)
-    cache = frame_cache(config, model)
+    cache = frame_cache(config, model, items_of([*split.train, *split.val], scenes))
     adapted, targets, gate = gated_adapter(model, items_of(split.train, scenes), cache, config)
     run = RunFolder(folder, keep_step=last_step(folder) if config.resume else None)
     try:
         describe(run, config, scenes, split, audit, photos, targets, gate)
+        run.log(cache.about())
         fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), config, run, cache, hooks)
         return finish(run, adapted, items_of(split.val, scenes), cache, config)
     finally:
@@ -130,7 +131,7 @@ def describe(run: RunFolder, config, scenes, split, audit, photos, targets, gate
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
     """A resumed run keeps its settings; raises ConfigError naming those that differ."""
-    free = {"resume", "output", "device"}
+    free = {"resume", "output", "device", "store"}
     changed = {f.name: (getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)
                if f.name not in free and getattr(old, f.name) != getattr(new, f.name)}
     if changed:

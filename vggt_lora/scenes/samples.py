@@ -12,7 +12,7 @@ from collections import OrderedDict
 import numpy as np
 
 from ..core import ConfigError, unknown
-from .images import load_image, plan_image
+from .images import ImagePlan, load_image, plan_image
 from .laser_depth import laser_depth
 from .scene import Scene
 from .sparse import DepthAbsent, DepthMap, sparse_depth
@@ -100,7 +100,7 @@ class FrameCache:
     ):
         plan_image((long_side, long_side), long_side, mode)  # an unknown mode or a bad size stops here, not at the first photo
         self.long_side, self.mode, self.capacity = long_side, mode, capacity
-        self.source = depth_source(supervision)
+        self.supervision, self.source = supervision, depth_source(supervision)
         self._frames: OrderedDict = OrderedDict()
 
     def get(self, scene: Scene, index: int, target: tuple[int, int]) -> FrameData:
@@ -109,18 +109,27 @@ class FrameCache:
         if key in self._frames:
             self._frames.move_to_end(key)
             return self._frames[key]
-        frame = scene.frames[index]
-        plan = plan_image(frame.size, self.long_side, self.mode, target=target)
-        data = FrameData(load_image(frame.image_path, plan), plan.intrinsics(frame.K),
-                         self.source(scene, frame, plan.size, plan=plan))
-        self._frames[key] = data
+        data = self._frames[key] = self.load(scene, index, target)
         if len(self._frames) > self.capacity:
             self._frames.popitem(last=False)
         return data
 
+    def load(self, scene: Scene, index: int, target: tuple[int, int]) -> FrameData:
+        """Decode, resize and project one frame; raises SceneError for unreadable files."""
+        frame, plan = scene.frames[index], self.plan(scene, index, target)
+        return FrameData(load_image(frame.image_path, plan), plan.intrinsics(frame.K), self.source(scene, frame, plan.size, plan=plan))
+
+    def plan(self, scene: Scene, index: int, target: tuple[int, int]) -> ImagePlan:
+        """How frame `index` is brought to `target`."""
+        return plan_image(scene.frames[index].size, self.long_side, self.mode, target=target)
+
     def size(self, scene: Scene, index: int) -> tuple[int, int]:
         """The (height, width) that frame `index` would have on its own."""
         return plan_image(scene.frames[index].size, self.long_side, self.mode).size
+
+    def about(self) -> str:
+        """Say in one line where frames come from."""
+        return f"frames are decoded when they are first asked for; up to {self.capacity} stay in memory"
 
 # %% ../../nbs/scenes/samples.ipynb #faab0696
 def load_sample(

@@ -34,6 +34,7 @@ class TrainConfig:
     image_size: int = 0  # long side in px, a multiple of 14; 0: the model's own
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
     supervision: str = "sparse"  # depth source
+    store: bool = True  # keep preprocessed frames on disk for the next run; changes no number
     targets: str = ""  # patterns of strategy custom, separated by commas
     full: str = ""  # patterns of layers trained in full beside the adapters
     rank: int = 16  # of the adapters

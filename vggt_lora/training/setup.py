@@ -11,6 +11,7 @@ from ..scenes.catalogue import find_scenes
 from ..scenes.eth3d import open_scene
 from ..scenes.samples import FrameCache
 from ..scenes.scene import Scene
+from ..scenes.store import FrameStore
 from ..scenes.synthetic import DEMO_HELD_OUT
 from ..scenes.windows import LeakError, Split, audit_split, content_hash, split_windows
 from .config import TrainConfig
@@ -101,6 +102,12 @@ def build_model(
 def frame_cache(
     config: TrainConfig,
     model,
+    items=(),  # (scene, window) pairs that will be asked for: made now, several at a time, where the store lacks them
 ) -> FrameCache:
-    """The frames of a run at its image size (the model's own where the configuration says 0)."""
-    return FrameCache(config.image_size or model.config.img_size, config.image_mode, config.supervision)
+    """The frames of a run at its image size (the model's own where the configuration says 0), from the store on disk or decoded each time."""
+    settings = config.image_size or model.config.img_size, config.image_mode, config.supervision
+    if not config.store:
+        return FrameCache(*settings)
+    store = FrameStore(*settings)
+    store.prepare(items)
+    return store
