@@ -166,9 +166,9 @@ def write_entry(
 
     arrays = {"image": data.image, "K": data.K, "depth": data.depth.depth, "valid": data.depth.valid, "weight": data.depth.weight}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    about = {"version": str(VERSION), "key": key, "counts": json.dumps(data.depth.counts), "sha256": checksum(key, data.depth.counts, arrays)}
+    about = {"version": VERSION, "key": key, "counts": data.depth.counts, "sha256": checksum(key, data.depth.counts, arrays)}
     with atomic_path(path) as temporary:
-        save_file(arrays, temporary, about)
+        save_file(arrays, temporary, {"frame": json.dumps(about)})  # one text, for the library keeps no order among several
 
 
 def read_entry(
@@ -184,12 +184,12 @@ def read_entry(
     try:
         start = 8 + int.from_bytes(held[:8], "little")
         header = json.loads(held[8:start])
-        about = header.pop("__metadata__")
-        if about["version"] != str(VERSION):
+        about = json.loads(header["__metadata__"]["frame"])
+        if about["version"] != VERSION:
             raise EntryError(f"{path}: is of version {about['version']!r}, expected {VERSION}")
         if about["key"] != key:
             raise EntryError(f"{path}: holds another frame than its name says")
-        counts, arrays = json.loads(about["counts"]), {}
+        counts, arrays = about["counts"], {}
         for name in FIELDS:
             item = header[name]
             arrays[name] = np.frombuffer(held, TYPES[item["dtype"]], int(np.prod(item["shape"])), start + item["data_offsets"][0]).reshape(item["shape"])
