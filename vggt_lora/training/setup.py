@@ -98,7 +98,7 @@ def build_model(
     model.requires_grad_(False)
     return model.eval()
 
-
+# %% ../../nbs/training/setup.ipynb #6b1c4f02
 def frame_cache(
     config: TrainConfig,
     model,

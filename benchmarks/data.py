@@ -1,0 +1,143 @@
+"""What preprocessing and loading of frames cost, as ratios measured in one run; print the smallest and the median of several rounds.
+
+    python benchmarks/data.py                            # real scenes where they are at hand, else demo scenes
+    python benchmarks/data.py --rounds 9 --photos 12 --only strecha_castle_p30
+
+Preprocessing is compared with the plain way: decode at full size, resize with Lanczos, project point by point in a Python loop into a depth map of full size and pick from
+that. Ours includes everything that a run waits for: the name of the entry, decoding, projecting, writing to disk and reading back. `full` is the same scene with its photos
+enlarged to the 24 megapixels of ETH3D's, for the shared ones are small.
+
+Loading is an epoch over all windows of a scene: decoded when asked for, or found in the store (a new object each time, so names and checksums are computed anew). The later
+epochs are those of the same object, for both keep in memory what they had.
+
+Nothing is asserted. A ratio compares two measurements made right after one another; `passed` is the time on the clock, `worked` that of the processor.
+"""
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from vggt_lora.checks import real_scene
+from vggt_lora.scenes.eth3d import open_scene
+from vggt_lora.scenes.geometry import resize_intrinsics
+from vggt_lora.scenes.samples import FrameCache, load_sample
+from vggt_lora.scenes.store import FrameStore, folder_bytes
+from vggt_lora.scenes.synthetic import demo_scenes
+from vggt_lora.scenes.windows import Window, make_windows
+
+REAL = ("strecha_fountain_p11", "strecha_castle_p30", "sceaux_castle", "eth3d_pipes")
+FULL = (4032, 6048)  # (height, width)
+
+
+def plain(scene, frame, size) -> tuple:
+    """Preprocess a frame the plain way: photo and sparse depth at `size`."""
+    with Image.open(frame.image_path) as photo:
+        image = np.asarray(photo.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS))
+    depth = np.zeros(frame.size, np.float32)
+    for row in frame.point_rows:
+        x, y, z = frame.world_to_cam[:3, :3] @ scene.points.xyz[row] + frame.world_to_cam[:3, 3]
+        if z > 0:
+            u, v = int(frame.K[0, 0] * x / z + frame.K[0, 2]), int(frame.K[1, 1] * y / z + frame.K[1, 2])
+            if 0 <= u < frame.size[1] and 0 <= v < frame.size[0] and (depth[v, u] == 0 or z < depth[v, u]):
+                depth[v, u] = z
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, frame.size))
+    return image, depth[rows][:, columns]
+
+
+def enlarged(scene, folder: Path, photos: int):
+    """Return the scene's first photos at 24 megapixels, cameras and observations with them."""
+    frames = []
+    for frame in scene.frames[:photos]:
+        size = FULL if frame.size[1] >= frame.size[0] else FULL[::-1]
+        path = folder / Path(frame.name).name
+        with Image.open(frame.image_path) as photo:
+            photo.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC).save(path, quality=95)
+        frames.append(dataclasses.replace(frame, image_path=path, size=size, K=resize_intrinsics(frame.K, frame.size, size),
+                                          observations=frame.observations * (size[1] / frame.size[1], size[0] / frame.size[0])))
+    return dataclasses.replace(scene, frames=tuple(frames))
+
+
+def timed(work) -> np.ndarray:
+    """Return seconds passed and seconds of processor time of a call."""
+    passed, worked = time.perf_counter(), time.process_time()
+    work()
+    return np.array([time.perf_counter() - passed, time.process_time() - worked])
+
+
+def ratios(what: str, slow: list, fast: list, per: int, unit: str) -> None:
+    """Print how many times longer the first took than the second, round by round, and what the second took per item."""
+    rounds = np.array(slow) / np.maximum(fast, 1e-9)
+    (low, low_worked), (middle, middle_worked) = rounds.min(0), np.median(rounds, 0)
+    each = np.median(fast, 0)[0] / per * 1000
+    print(f"  {what:58} passed {low:6.2f} min {middle:6.2f} median   worked {low_worked:6.2f} min {middle_worked:6.2f} median   {each:7.1f} ms a {unit}", flush=True)
+
+
+def preprocessing(name: str, scene, arguments) -> None:
+    """Compare the making of entries with the plain way."""
+    count = min(arguments.photos, len(scene))
+    items, cache = [(scene, Window(scene.name, tuple(range(count))))], FrameCache(arguments.size)
+    target = cache.size(scene, 0)
+    times = {"plain": [], "one": [], "all": []}
+    for _ in range(arguments.rounds):
+        times["plain"].append(timed(lambda: [plain(scene, frame, target) for frame in scene.frames[:count]]))
+        for what, workers in (("one", 1), ("all", None)):
+            with tempfile.TemporaryDirectory() as folder:
+                store = FrameStore(arguments.size, folder=folder, workers=workers)
+                times[what].append(timed(lambda: store.prepare(items, progress=False)))
+    height, width = scene.frames[0].size
+    print(f"{name}: preprocessing {count} photos of {width}x{height} to {target[1]}x{target[0]}, {np.mean([len(f.point_rows) for f in scene.frames[:count]]):.0f} points each")
+    ratios("plain way / one thread", times["plain"], times["one"], count, "frame")
+    ratios(f"plain way / {store.workers} threads", times["plain"], times["all"], count, "frame")
+
+
+def loading(name: str, scene, arguments) -> None:
+    """Compare epochs that decode with epochs that find their frames in the store."""
+    items = [(scene, window) for window in make_windows(scene)]
+    times = {"decoded": [], "stored": [], "decoded again": [], "stored again": []}
+
+    def epoch(cache):
+        for scene, window in items:
+            load_sample(scene, window, cache)
+
+    with tempfile.TemporaryDirectory() as folder:
+        FrameStore(arguments.size, folder=folder).prepare(items, progress=False)
+        for _ in range(arguments.rounds):
+            for what, cache in (("decoded", FrameCache(arguments.size)), ("stored", FrameStore(arguments.size, folder=folder))):
+                times[what].append(timed(lambda: epoch(cache)))
+                times[f"{what} again"].append(timed(lambda: epoch(cache)))
+        print(f"{name}: loading {len(items)} windows of {len(items[0][1])} photos, {len(scene)} photos in all, {folder_bytes(folder) / 1e6 / len(scene):.2f} MB a frame on disk")
+    ratios("first epoch, decoded / from the store", times["decoded"], times["stored"], len(items), "window")
+    ratios("later epochs, decoded once / from the store", times["decoded again"], times["stored again"], len(items), "window")
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=518, help="long side in pixels, a multiple of 14")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--photos", type=int, default=8, help="photos of each scene that are preprocessed")
+    parser.add_argument("--full-photos", type=int, default=4, help="photos of the first scene that are enlarged to 24 megapixels; 0: none")
+    parser.add_argument("--only", nargs="*", help="names of scenes")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1 or arguments.photos < 1:
+        parser.error("--rounds and --photos are 1 or more")
+    folders = [folder for name in REAL if (folder := real_scene(name)) is not None] or demo_scenes()
+    folders = [folder for folder in folders if not arguments.only or folder.name in arguments.only]
+    if not folders:
+        parser.error(f"none of {', '.join(arguments.only)} is at hand")
+    for folder in folders:
+        scene = open_scene(folder)
+        preprocessing(folder.name, scene, arguments)
+        loading(folder.name, scene, arguments)
+    if arguments.full_photos:
+        with tempfile.TemporaryDirectory() as temporary:
+            scene = enlarged(open_scene(folders[0]), Path(temporary), arguments.full_photos)
+            preprocessing(f"{scene.name}, full", scene, arguments)
+            loading(f"{scene.name}, full", scene, arguments)
+
+
+if __name__ == "__main__":
+    main()
