@@ -134,8 +134,8 @@ def test_the_store_is_light_to_import():
 
 # --- what an entry depends on ---------------------------------------------------------------------------------------
 
-def keys(scene, supervision) -> list[str]:
-    cache = FrameCache(SIZE, supervision=supervision)
+def keys(scene, supervision, *settings) -> list[str]:
+    cache = FrameCache(*(settings or (SIZE,)), supervision=supervision)
     return [entry_key(scene, f, cache.plan(scene, i, cache.size(scene, i)), supervision) for i, f in enumerate(scene.frames)]
 
 
@@ -200,10 +200,18 @@ def test_cameras_points_and_settings_concern_those_that_use_them(demo, tmp_path)
     xyz[row] += 1
     assert 0 < len(seen) < 6 and concerned(demo, "sparse", lambda: with_points(demo, xyz=xyz)) == seen
     assert concerned(demo, "laser", lambda: with_points(demo, xyz=xyz)) == set()
+    worst = demo.points.error.argmax()  # a larger error leaves the median as it is
+    for field in ("error", "track_length"):
+        values = getattr(demo.points, field).copy()
+        values[worst] += 1
+        assert concerned(demo, "sparse", lambda: with_points(demo, **{field: values})) == {i for i, f in enumerate(demo.frames) if worst in f.point_rows}, field
+    assert concerned(demo, "laser", lambda: with_frame(demo, 5, K=frame.K * [[1 + 1e-12], [1], [1]])) == {5}
     assert concerned(demo, "sparse", lambda: with_points(demo, error=demo.points.error * 2)) == ALL  # the weights' yardstick is the scene's
     own = tmp_path / "own.png"
     Image.fromarray(np.full(frame.size, 255, np.uint8)).save(own)
     assert concerned(demo, "sparse", lambda: with_frame(demo, 5, photo_mask_path=own)) == {5}
+    plans = [keys(demo, "sparse", *settings)[0] for settings in ((SIZE,), (SIZE + 14,), (SIZE, "crop"), (SIZE, "pad"), (SIZE, "squash"))]
+    assert len(set(plans)) == 5
     few_keys = [keys(demo, name)[0] for name in ("sparse", "laser", "laser+sparse", "sparse+laser")]
     assert len(set(few_keys)) == 4 and keys(demo, "laser + sparse")[0] == few_keys[2]
 
