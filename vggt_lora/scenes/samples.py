@@ -52,14 +52,15 @@ class Mixture:
 
 def depth_source(
     name: str,  # one of DEPTH_SOURCES, or several joined by "+", the most trusted first
+    setting: str = "supervision",  # what the name was given for, for messages
 ):
     """Look up a depth source or a mixture by name; raises ConfigError with the choices."""
     names = [part.strip() for part in str(name).split("+")]
     for part in names:
         if part not in DEPTH_SOURCES:
-            raise ConfigError(unknown("supervision", part, DEPTH_SOURCES) + " Several can be joined by '+', the most trusted first.")
+            raise ConfigError(unknown(setting, part, DEPTH_SOURCES) + " Several can be joined by '+', the most trusted first.")
     if len(set(names)) < len(names):
-        raise ConfigError(f"supervision {name!r} names a source twice; expected each once, the most trusted first")
+        raise ConfigError(f"{setting} {name!r} names a source twice; expected each once, the most trusted first")
     return DEPTH_SOURCES[names[0]] if len(names) == 1 else Mixture(tuple(names))
 
 # %% ../../nbs/scenes/samples.ipynb #7bb61fdb
@@ -100,7 +101,7 @@ class FrameCache:
     ):
         plan_image((long_side, long_side), long_side, mode)  # an unknown mode or a bad size stops here, not at the first photo
         self.long_side, self.mode, self.capacity = long_side, mode, capacity
-        self.source = depth_source(supervision)
+        self.supervision, self.source = supervision, depth_source(supervision)
         self._frames: OrderedDict = OrderedDict()
 
     def get(self, scene: Scene, index: int, target: tuple[int, int]) -> FrameData:

@@ -20,7 +20,7 @@ class TrainConfig:
     """Settings of one training run; a bad value raises ConfigError before any work."""
 
     strategy: str = "b"  # which layers get adapters: a, b, c or custom
-    model: str = "random"  # "random" (a small VGGT, untrained), "tiny" (small and pretrained, in the package), a hub name such as facebook/VGGT-1B, a folder or a file
+    model: str = "tiny"  # "tiny" (small and pretrained, in the package), "random" (the same shape, untrained), a hub name such as facebook/VGGT-1B, a folder or a file
     data: str = "demo"  # "demo", a scene folder, or a folder of scene folders
     scenes: str = ""  # names of the scenes to use, separated by commas; empty: all
     metric: str = "auto"  # are scene units metres? auto (where laser data or scene.json say so), yes or no
@@ -34,6 +34,7 @@ class TrainConfig:
     image_size: int = 0  # long side in px, a multiple of 14; 0: the model's own
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
     supervision: str = "sparse"  # depth source
+    truth: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
     targets: str = ""  # patterns of strategy custom, separated by commas
     full: str = ""  # patterns of layers trained in full beside the adapters
     rank: int = 16  # of the adapters
@@ -61,6 +62,8 @@ class TrainConfig:
         if self.strategy != "custom":
             strategy_named(self.strategy)
         depth_source(self.supervision)
+        if self.truth != "auto":
+            depth_source(self.truth, "truth")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(unknown(name, getattr(self, name), choices))
