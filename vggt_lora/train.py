@@ -22,7 +22,7 @@ from .training.config import TrainConfig, read_config
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.run import RunFolder, environment, read_checkpoint, run_path
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
-                                      split_scenes, truth_source)
+                                      split_scenes, truth_source, with_rate)
 
 # %% ../nbs/03_train.ipynb #b6a02645
 _all_ = ["TrainConfig", "read_config"]
@@ -62,7 +62,9 @@ def train(
     run = RunFolder(folder, keep_step=last_step(folder) if config.resume else None)
     try:
         describe(run, config, scenes, split, audit, photos, targets, gate)
-        fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), config, run, cache, hooks)
+        rated = with_rate(config, model.config.embed_dim)
+        run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
+        fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, cache, hooks)
         return finish(run, adapted, items_of(split.val, scenes), truth_cache(config, model, scenes, split), config)
     finally:
         run.close()

@@ -40,7 +40,7 @@ class TrainConfig:
     rank: int = 16  # of the adapters
     alpha: float = 32.0  # adapters are scaled by alpha / rank
     dropout: float = 0.1  # on the adapters' input
-    lr: float = 0.0  # peak learning rate; 0: the strategy's own
+    lr: float = 0.0  # peak learning rate; 0: the strategy's own, larger for a network that is narrower than VGGT-1B
     min_lr: float = 1e-6  # at the end of the cosine
     warmup: float = 0.1  # share of all steps with linear warm-up
     weight_decay: float = 0.01  # AdamW
@@ -83,7 +83,7 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up: `lr`, or the strategy's own."""
+        """The learning rate after warm-up for a network of VGGT-1B's width: `lr`, or the strategy's own."""
         return self.lr or (STRATEGIES[self.strategy].lr if self.strategy in STRATEGIES else STRATEGIES["b"].lr)
 
     def names(self, field: str) -> tuple[str, ...]:

@@ -25,11 +25,11 @@ class PretrainConfig:
     worlds: str = ""  # folder of the worlds, which are made where absent; empty: `worlds` in the run's folder
     steps: int = 6000  # optimiser steps in all
     images: int = 12  # photos per step, in windows of 2 to 6
-    coarse_steps: int = 2500  # steps at 84 x 126 pixels, where a step costs little ...
-    small_steps: int = 2500  # ... then at 112 x 168, before the rest at 154 x 224
+    coarse_steps: int = 1600  # steps at 84 x 126 pixels, where a step costs little ...
+    small_steps: int = 2200  # ... then at 112 x 168, before the rest at 154 x 224
     first_worlds: int = 120  # worlds that the first step draws from
     worlds_per_step: float = 0.4  # by how many that number grows in each step ...
-    most_worlds: int = 1400  # ... up to this
+    most_worlds: int = 1000  # ... up to this
     lr: float = 1e-3  # peak, of AdamW
     muon_lr: float = 3e-3  # peak, of Muon, whose steps are scaled to AdamW's root mean square
     weight_decay: float = 0.05
@@ -38,6 +38,9 @@ class PretrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     guide_from: int = 0  # step from which the network is also asked which patch shows what (see `training.guide`)
     match_weight: float = 0.3  # of "which patch of the first photo is this?"
+    point_from: int = 1600  # step from which attention heads are asked the same
+    pointing_layers: tuple = (1, 2)  # whose global blocks are asked; of those that the depth head reads
+    point_weight: float = 0.3  # of "which token do you look at?"
     place_weight: float = 2.0  # of "where in the first photo is this?"
     check_every: int = 500  # steps between measurements on the held-out worlds
     save_every: int = 100  # steps between checkpoints
