@@ -112,11 +112,11 @@ def named_like(source):
 
 def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "cache"))
-    settings = {"data": str(toy.root), "epochs": 1, "frames": 4, "image_size": 56, "rank": 4, "lr": 1e-3}
+    settings = {"data": str(toy.root), "epochs": 1, "frames": 4, "model": "random", "image_size": 56, "rank": 4, "lr": 1e-3}
     without = train(TrainConfig(output=str(tmp_path / "without"), store=False, **settings))
     assert not (tmp_path / "cache").exists()
     config = TrainConfig(output=str(tmp_path / "stored"), **settings)
-    made = frame_cache(config, build_model(config), items(toy))
+    made = frame_cache(config, build_model(config), items=items(toy))
     assert "0 frames reused, 8 made" in made.about() and "MB" in made.about()
     monkeypatch.setattr(samples, "load_image", refuse)
     stored = train(config)
@@ -124,7 +124,7 @@ def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp
         assert (without.folder / name).read_bytes() == (stored.folder / name).read_bytes(), name
     assert largest_difference(evaluate(stored.folder).table(), without.results["table"]) == 0
     logs = [(run.folder / "train.log").read_text() for run in (without, stored)]
-    assert "frames are decoded" in logs[0] and "8 frames reused, 0 made" in logs[1]
+    assert "frames (sparse) are decoded" in logs[0] and "8 frames reused, 0 made" in logs[1]
 
 
 def test_the_store_is_light_to_import():

@@ -18,7 +18,8 @@ from .train import Run
 from .training.config import TrainConfig, read_config
 from .training.loop import resolve_device, resolve_precision
 from .training.run import environment
-from .training.setup import build_model, check_photos, frame_cache, items_of, open_scenes, photos_of, split_scenes
+from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
+                                      split_scenes, truth_source)
 
 # %% ../nbs/04_evaluate.ipynb #016704e7
 _all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "Evaluation", "evaluate_windows", "comparison_rows"]
@@ -63,7 +64,7 @@ def evaluate(
         check_photos(recorded_photos(folder), photos_of(split, scenes), same=own)
     device = resolve_device(config.device)
     base = build_model(config)
-    cache = frame_cache(config, base, items_of(split.val, scenes))
+    cache = frame_cache(config, base, truth_source(config, scenes, split), items_of(split.val, scenes))
     models = run if folder is None else None
     if models is None:
         adapted = load_adapter(base, folder / "adapter").to(device)

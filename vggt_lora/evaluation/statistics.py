@@ -233,7 +233,7 @@ def _ends(drawn, observed, without_one, method: str, level: float) -> tuple[floa
 def paired_values(
     runs: list,  # rows of one run, or a list of such lists
     metric: str,
-    protocol: str,  # id, as rows carry it
+    alignment: str,  # name, as rows carry it
     models: tuple[str, str] = ("base", "adapted"),
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
     """Return base and adapted (runs, N) and the N frames as (scene, photo), in order; raises ConfigError where frames do not match."""
@@ -241,10 +241,10 @@ def paired_values(
     columns, frames = [[], []], None
     for number, rows in enumerate(runs):
         for side, model in enumerate(models):
-            chosen = [row for row in rows if row["model"] == model and row["protocol"] == protocol]
+            chosen = [row for row in rows if row["model"] == model and row["alignment"] == alignment]
             values = {(row["scene"], row["photo"]): row[metric] for row in chosen}
             if len(values) != len(chosen):
-                raise ConfigError(f"run {number + 1} has frames twice under protocol {protocol} and model {model}")
+                raise ConfigError(f"run {number + 1} has frames twice under alignment {alignment} and model {model}")
             frames = sorted(values) if frames is None else frames
             if sorted(values) != frames:
                 odd = sorted(set(values) ^ set(frames))
@@ -256,16 +256,16 @@ def paired_values(
 def effects(
     runs: list,  # rows of one run, or a list of such lists: runs with other seeds on the same frames
     metrics: tuple[str, ...] = ("absrel", "d1"),
-    protocol: str = "median-image",  # id, as rows carry it
+    alignment: str = "median per image",  # name, as rows carry it
     models: tuple[str, str] = ("base", "adapted"),
     **options,  # of paired_effect: unit, method, level, draws, seed
 ) -> list[Effect]:
     """Measure several metrics on the same draws; raises ConfigError where rows or names do not fit."""
     found = []
     for metric in metrics:
-        base, adapted, frames = paired_values(runs, metric, protocol, models)
+        base, adapted, frames = paired_values(runs, metric, alignment, models)
         if not frames:
-            raise ConfigError(f"no row has protocol {protocol!r} and a model of {models}")
+            raise ConfigError(f"no row has alignment {alignment!r} and a model of {models}")
         found.append(paired_effect(base, adapted, [scene for scene, _ in frames], metric=metric, **options))
     return found
 

@@ -168,6 +168,16 @@ class Aggregator(nn.Module):
                 outputs[layer] = torch.cat([inside, tokens], dim=-1)
         return AggregatorState(tokens, last, outputs, state.image_size)
 
+    def pointers(
+        self,
+        state: AggregatorState,  # that kept the output of `layer`
+        layer: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the queries and keys of a layer's global block, each (B, heads, S * N, head_width): what looks at what across photos."""
+        block, inside = self.global_blocks[layer], state.outputs[layer][..., : self.config.embed_dim]
+        query, key, _ = block.attn.project(block.norm1(inside.flatten(1, 2)), self._rope(state)[1])
+        return query, key
+
     def _layer(self, layer: int, tokens: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Run one layer on (B, S, N, C); return the tokens after its frame block and after its global block."""
         batch, frames, count, _ = tokens.shape

@@ -65,20 +65,28 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
+    def project(
+        self,
+        tokens: torch.Tensor,  # (B, N, width)
+        rope: tuple[torch.Tensor, torch.Tensor] | None = None,  # from `rope_table`; None leaves positions out
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values, each (B, heads, N, head_width); queries and keys normed and rotated where configured."""
+        query, key, value = self.qkv(tokens).view(*tokens.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = self.q_norm(query), self.k_norm(key)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        return query, key, value
+
     def forward(
         self,
         tokens: torch.Tensor,  # (B, N, width)
         rope: tuple[torch.Tensor, torch.Tensor] | None = None,  # from `rope_table`; None leaves positions out
     ) -> torch.Tensor:
         """Return attended tokens, (B, N, width)."""
-        batch, count, width = tokens.shape
-        query, key, value = self.qkv(tokens).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        query, key = self.q_norm(query), self.k_norm(key)
-        if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
+        query, key, value = self.project(tokens, rope)
         # CPU autocast leaves normed queries in another dtype than values; attention wants one
         mixed = F.scaled_dot_product_attention(query.to(value.dtype), key.to(value.dtype), value)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+        return self.proj(mixed.transpose(1, 2).reshape(tokens.shape))
 
 # %% ../../nbs/model/layers.ipynb #a9309e9e
 class LayerScale(nn.Module):

@@ -52,14 +52,15 @@ class Mixture:
 
 def depth_source(
     name: str,  # one of DEPTH_SOURCES, or several joined by "+", the most trusted first
+    setting: str = "supervision",  # what the name was given for, for messages
 ):
     """Look up a depth source or a mixture by name; raises ConfigError with the choices."""
     names = [part.strip() for part in str(name).split("+")]
     for part in names:
         if part not in DEPTH_SOURCES:
-            raise ConfigError(unknown("supervision", part, DEPTH_SOURCES) + " Several can be joined by '+', the most trusted first.")
+            raise ConfigError(unknown(setting, part, DEPTH_SOURCES) + " Several can be joined by '+', the most trusted first.")
     if len(set(names)) < len(names):
-        raise ConfigError(f"supervision {name!r} names a source twice; expected each once, the most trusted first")
+        raise ConfigError(f"{setting} {name!r} names a source twice; expected each once, the most trusted first")
     return DEPTH_SOURCES[names[0]] if len(names) == 1 else Mixture(tuple(names))
 
 # %% ../../nbs/scenes/samples.ipynb #7bb61fdb
@@ -129,7 +130,7 @@ class FrameCache:
 
     def about(self) -> str:
         """Say in one line where frames come from."""
-        return f"frames are decoded when they are first asked for; up to {self.capacity} stay in memory"
+        return f"frames ({self.supervision}) are decoded when they are first asked for; up to {self.capacity} stay in memory"
 
 # %% ../../nbs/scenes/samples.ipynb #faab0696
 def load_sample(

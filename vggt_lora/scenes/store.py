@@ -363,4 +363,4 @@ class FrameStore(FrameCache):
         total = folder_bytes(self.root)
         others = total - folder_bytes(self.folder)
         spare = f", {others / 1e6:.1f} MB of them by other versions, which may be deleted" if others else ""
-        return f"frame store: {self.report}; {self.root} holds {total / 1e6:.1f} MB{spare}"
+        return f"frame store ({self.supervision}): {self.report}; {self.root} holds {total / 1e6:.1f} MB{spare}"

@@ -20,7 +20,7 @@ class TrainConfig:
     """Settings of one training run; a bad value raises ConfigError before any work."""
 
     strategy: str = "b"  # which layers get adapters: a, b, c or custom
-    model: str = "random"  # "random" (a small VGGT, untrained), "tiny" (small and pretrained, in the package), a hub name such as facebook/VGGT-1B, a folder or a file
+    model: str = "tiny"  # "tiny" (small and pretrained, in the package), "random" (the same shape, untrained), a hub name such as facebook/VGGT-1B, a folder or a file
     data: str = "demo"  # "demo", a scene folder, or a folder of scene folders
     scenes: str = ""  # names of the scenes to use, separated by commas; empty: all
     metric: str = "auto"  # are scene units metres? auto (where laser data or scene.json say so), yes or no
@@ -35,12 +35,13 @@ class TrainConfig:
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
     supervision: str = "sparse"  # depth source
     store: bool = True  # keep preprocessed frames on disk for the next run; changes no number
+    truth: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
     targets: str = ""  # patterns of strategy custom, separated by commas
     full: str = ""  # patterns of layers trained in full beside the adapters
     rank: int = 16  # of the adapters
     alpha: float = 32.0  # adapters are scaled by alpha / rank
     dropout: float = 0.1  # on the adapters' input
-    lr: float = 0.0  # peak learning rate; 0: the strategy's own
+    lr: float = 0.0  # peak learning rate; 0: the strategy's own, larger for a network that is narrower than VGGT-1B
     min_lr: float = 1e-6  # at the end of the cosine
     warmup: float = 0.1  # share of all steps with linear warm-up
     weight_decay: float = 0.01  # AdamW
@@ -62,6 +63,8 @@ class TrainConfig:
         if self.strategy != "custom":
             strategy_named(self.strategy)
         depth_source(self.supervision)
+        if self.truth != "auto":
+            depth_source(self.truth, "truth")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(unknown(name, getattr(self, name), choices))
@@ -81,7 +84,7 @@ class TrainConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up: `lr`, or the strategy's own."""
+        """The learning rate after warm-up for a network of VGGT-1B's width: `lr`, or the strategy's own."""
         return self.lr or (STRATEGIES[self.strategy].lr if self.strategy in STRATEGIES else STRATEGIES["b"].lr)
 
     def names(self, field: str) -> tuple[str, ...]:
