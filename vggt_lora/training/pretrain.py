@@ -96,10 +96,11 @@ def judge(
             "direction_deg": float(np.median(ways)), "frames": len(absrel), "pairs": len(turns)}
 
 # %% ../../nbs/training/pretrain.ipynb #592ca1b8
-def rate_at(config: PretrainConfig, step: int) -> float:
-    """Factor of the learning rates at a step: up, flat, down to 0."""
+def rate_at(config: PretrainConfig, step: int, muon: bool) -> float:
+    """Learning rate of a step, of Muon or of AdamW: up, flat, flat and lower, down to 0."""
+    early, late = (config.muon_lr, config.late_muon_lr) if muon else (config.lr, config.late_lr)
     falling = (config.steps - step) / config.decay_steps
-    return min(1.0, (step + 1) / config.warmup, falling)
+    return min(1.0, (step + 1) / config.warmup, falling) * (early if step < config.late_from else late)
 
 
 def optimisers(model: VGGT, config: PretrainConfig) -> list:
@@ -172,9 +173,8 @@ def pretrain(config: PretrainConfig, model_config: VGGTConfig | None = None, sto
                 guide = _begin_guide(model, optimizers, config)
             for number, optimizer in enumerate(optimizers):
                 for group in optimizer.param_groups:
-                    group["lr"] = (config.lr if number else config.muon_lr) * rate_at(config, step)
-            layers = config.pointing_layers if step >= config.point_from else ()
-            result = train_step(model, guide, optimizers, batch_at(config, step), config, layers)
+                    group["lr"] = rate_at(config, step, muon=number == 0)
+            result = train_step(model, guide, optimizers, batch_at(config, step), config, step)
             if not math.isfinite(result["loss"]):
                 raise ConfigError(f"the loss is not finite at step {step}; lower lr")
             step += 1
@@ -202,13 +202,13 @@ def _begin_guide(model: VGGT, optimizers: list, config: PretrainConfig) -> Guide
     return guide
 
 
-def train_step(model: VGGT, guide: Guide | None, optimizers: list, batch: dict, config: PretrainConfig, layers: tuple = ()) -> dict:
+def train_step(model: VGGT, guide: Guide | None, optimizers: list, batch: dict, config: PretrainConfig, step: int = 0) -> dict:
     """One step; return the loss and its parts. On the CPU the windows are shared out among `workers` threads."""
     trained = [p for m in (model, guide) if m is not None for p in m.parameters() if p.requires_grad]
     windows = len(batch["images"])
     parts = [p for p in torch.arange(windows).tensor_split(min(config.workers, windows)) if len(p)]
     with ThreadPoolExecutor(len(parts)) as pool:
-        results = list(pool.map(lambda part: _gradients(model, guide, trained, {n: v[part] for n, v in batch.items()}, config, layers, len(part) / windows), parts))
+        results = list(pool.map(lambda part: _gradients(model, guide, trained, {n: v[part] for n, v in batch.items()}, config, step, len(part) / windows), parts))
     for parameter, *gradients in zip(trained, *(gradients for gradients, _ in results)):
         found = [g for g in gradients if g is not None]
         parameter.grad = sum(found[1:], found[0]) if found else None
@@ -218,7 +218,7 @@ def train_step(model: VGGT, guide: Guide | None, optimizers: list, batch: dict, 
     return {name: round(sum(numbers[name] for _, numbers in results), 5) for name in results[0][1]}
 
 
-def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, config: PretrainConfig, layers: tuple, share: float) -> tuple[tuple, dict]:
+def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, config: PretrainConfig, step: int, share: float) -> tuple[tuple, dict]:
     """Gradients of a part of the batch, by torch.autograd.grad: several threads may ask at once."""
     batch = {name: value.to(config.device) for name, value in batch.items()}
     with torch.autocast(config.device, torch.bfloat16, enabled=config.device == "cuda"):
@@ -231,9 +231,18 @@ def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, con
         start, grid = model.config.patch_start, tuple(side // model.config.patch_size for side in batch["images"].shape[-2:])
         places, seen = patch_places(batch["depth"] * batch["valid"], batch["K"], batch["world_to_cam"], model.config.patch_size)
         late = state.outputs[model.config.depth - 1]
+        layers = config.pointing_layers if step >= config.point_from else ()
         pointers = [tuple(part.float() for part in model.aggregator.pointers(state, layer)) for layer in layers]
         asked = guide(embedded.tokens[:, :, start:].float(), late[:, :, start:].float(), places, seen, grid, pointers)
-        total = total + config.match_weight * asked["match"] + config.place_weight * asked["place"] + config.point_weight * asked.get("point", 0)
+        if step >= config.carry_from:
+            width = model.config.embed_dim
+            added = [(state.outputs[layer][:, :, start:, width:] - state.outputs[layer][:, :, start:, :width]).float() for layer in config.pointing_layers]
+            cameras = [state.outputs[layer][:, :, 0].float() for layer in model.config.dpt_layers[2:]]
+            carried = guide.carried(added, cameras, places, seen, grid)
+            total = total + config.carry_weight * carried["carry"] + config.flow_weight * carried["flow"]
+            terms |= carried
+        place_weight = config.place_weight if step < config.late_from else config.late_place_weight
+        total = total + config.match_weight * asked["match"] + place_weight * asked["place"] + config.point_weight * asked.get("point", 0)
         terms |= asked
     gradients = torch.autograd.grad(share * total, trained, allow_unused=True)
     return gradients, {n: share * float(v.detach()) for n, v in terms.items()}
