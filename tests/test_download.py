@@ -53,6 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start, same = 0, mode.trusting or self.headers.get("If-Range") in (None, tag)
         if asked and mode.ranges and same:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            start, mode.shift = start + mode.shift, 0
             if start >= len(content):
                 return self.head(416, **extra, **{"Content-Range": f"bytes */{len(content)}"})
             extra["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -80,7 +81,7 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.log, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
-    server.mode = types.SimpleNamespace(cut=None, ranges=True, lie=0, tag=None, trusting=False, busy=0, status=0, hang=None)
+    server.mode = types.SimpleNamespace(cut=None, ranges=True, lie=0, tag=None, trusting=False, shift=0, busy=0, status=0, hang=None)
     server.asked = lambda: [entry[2] for entry in server.log if entry[0] == "GET"]
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
@@ -165,7 +166,8 @@ def test_whatever_lies_there_the_file_comes_out_right(server, get, content, begu
     assert server.asked()[asked_before:] == ([] if begun == "whole" else [None])
 
 
-@pytest.mark.parametrize("fault", ["ranges ignored", "weak tag", "no tag", "changed", "changed and unnoticed", "shrunk", "shrunk and unnoticed"])
+@pytest.mark.parametrize("fault", ["ranges ignored", "weak tag", "no tag", "changed", "changed and unnoticed", "shrunk", "shrunk and unnoticed",
+                                   "another part"])
 def test_halves_of_two_files_never_meet(server, get, content, fault):
     """The part is dropped wherever the server does not vouch that the rest belongs to it."""
     server.mode.cut = 120_000
@@ -174,11 +176,12 @@ def test_halves_of_two_files_never_meet(server, get, content, fault):
         get(tries=1)
     assert get.part.stat().st_size > 100_000
     server.mode.cut, server.mode.ranges = None, fault != "ranges ignored"
-    if fault.startswith("changed"):
+    if fault.startswith("changed") or "tag" in fault:
         content = content[::-1]
+    server.mode.shift = 1000 if fault == "another part" else 0
     if fault.startswith("shrunk"):
         content = content[:50_000]  # the part is longer than this
-    server.files["x.7z"], server.mode.trusting = content, "unnoticed" in fault  # such a server takes no notice of If-Range
+    server.files["x.7z"], server.mode.trusting = content, "unnoticed" in fault or "tag" in fault  # such a server takes no notice of If-Range
     get()
     assert whole(get, content)
     if fault in ("ranges ignored", "changed", "shrunk"):
@@ -196,6 +199,16 @@ def test_a_change_that_the_tag_hides_is_found_by_the_hash(server, get, content):
     with pytest.raises(DownloadError, match="the file that arrived has SHA-256"):
         get(sha256="0" * 64)
     assert list(get.target.parent.iterdir()) == []
+
+
+def test_a_body_that_ends_early_without_a_word_is_noticed(tmp_path):
+    """Older versions of the library below end such a body as if it were whole."""
+    part, answer = fetch.Part(tmp_path / "x"), types.SimpleNamespace(iter_content=lambda size: iter([b"12", b"3"]), url="x")
+    with pytest.raises(fetch.Passing, match="ended after 3 bytes of 4 bytes"):
+        fetch.store(answer, part, 0, 4, progress=False)
+    with pytest.raises(DownloadError, match="sent more than the 5 bytes"):
+        fetch.store(answer, part, 3, 5, progress=False)
+    assert not part.path.exists()
 
 
 def test_wrong_lengths(server, get, content):
@@ -286,9 +299,10 @@ def test_names_that_leave_the_folder(tmp_path, name):
     with py7zr.SevenZipFile(path) as written:
         (name,) = {name, name.replace("\\", "/")} & set(written.getnames())  # py7zr writes its own way of slashes, and nothing else may be lost
     (tmp_path / "data").mkdir()
-    with pytest.raises(SceneError, match="bad.7z: is refused, nothing was unpacked: ") as told:
-        unpack(path, tmp_path / "data", root="pipes", progress=False)
-    assert repr(name) in str(told.value)
+    for root in ("pipes", None) if name not in ("other/a", "pipesx/a") else ("pipes",):
+        with pytest.raises(SceneError, match="bad.7z: is refused, nothing was unpacked: ") as told:
+            unpack(path, tmp_path / "data", root=root, progress=False)
+        assert repr(name) in str(told.value)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["bad.7z", "data"] and not Path("/tmp/evil").exists()
 
 
@@ -509,7 +523,7 @@ def test_exit_statuses_and_messages(server, made, tmp_path, capsys):
     assert "room needed: about" in capsys.readouterr().out
     assert main(["office", *to]) == 0
     told = capsys.readouterr()
-    assert told.out.startswith("ETH3D is licensed CC BY-NC-SA 4.0") and "opens as Scene(office" in told.out and told.err == ""
+    assert told.out.startswith("ETH3D is licensed CC BY-NC-SA 4.0") and re.search(r"opens as Scene.office: 3 photos, \d+ points, metres", told.out) and told.err == ""
     assert main(["office", "--kinds", "occlusion", *to]) == 1
     assert capsys.readouterr().err.startswith(f"vggt_lora_download: {server.url}/office_dslr_occlusion.7z: the server answers 404")
     for words, hint in ((["ofice"], "Did you mean 'office'?"), ([], "name a scene or a repository"), (["office", "--kind", "jgp"], "Did you mean 'jpg'?"),
