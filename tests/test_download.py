@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import py7zr
 import pytest
+from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.download import main
 from vggt_lora.scenes import archive, fetch
@@ -419,6 +421,26 @@ def test_archives_become_a_scene_that_opens(server, scenes, made):
     scenes.told.clear()
     scenes("depth,undistorted,jpg")
     assert not server.log and sum("nothing to do" in line for line in scenes.told) == 3
+
+
+def test_real_photographs_make_the_journey(server, tmp_path):
+    """ETH3D's own text and photos (made small), packed by 7-Zip itself where that program is at hand."""
+    real = real_scene("eth3d_pipes")
+    if real is None:
+        pytest.skip("shared/data/eth3d_pipes is not here")
+    shutil.copytree(real, tmp_path / "pipes")
+    program = next(filter(None, map(shutil.which, ("7zz", "7z", "7za"))), None)
+    if program:
+        subprocess.run([program, "a", "-bso0", "pipes.7z", "pipes"], cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
+    else:
+        with py7zr.SevenZipFile(tmp_path / "pipes.7z", "w") as packed:
+            packed.writeall(tmp_path / "pipes", "pipes")
+    server.files["pipes_dslr_undistorted.7z"] = (tmp_path / "pipes.7z").read_bytes()
+    server.mode.cut = 2_000_000
+    (folder,) = fetch_scenes("pipes", to=tmp_path / "data", base_url=server.url, wait=0, progress=False, say=lambda line: None)
+    scene = open_scene(folder)
+    assert len(scene) == 14 and scene.metric and len(server.asked()) == 2
+    assert all((folder / p.relative_to(real)).read_bytes() == p.read_bytes() for p in real.rglob("*") if p.is_file())
 
 
 def test_kinds_come_one_by_one_and_missing_files_come_back(server, scenes):
