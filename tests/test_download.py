@@ -402,7 +402,8 @@ def scenes(server, made, tmp_path):
     server.files.update(made[1])
 
     def call(kinds="undistorted", **options):
-        return fetch_scenes("office", kinds, tmp_path / "data", **{"base_url": server.url, "wait": 0, "progress": False, "say": call.told.append, **options})
+        common = {"base_url": server.url, "wait": 0, "progress": False, "say": call.told.append}
+        return fetch_scenes("office", kinds, tmp_path / "data", **{**common, **options})
     call.told, call.folder = [], tmp_path / "data"
     return call
 
@@ -545,7 +546,8 @@ def test_exit_statuses_and_messages(server, made, tmp_path, capsys):
     assert "room needed: about" in capsys.readouterr().out
     assert main(["office", *to]) == 0
     told = capsys.readouterr()
-    assert told.out.startswith("ETH3D is licensed CC BY-NC-SA 4.0") and re.search(r"opens as Scene.office: 3 photos, \d+ points, metres", told.out) and told.err == ""
+    assert told.out.startswith("ETH3D is licensed CC BY-NC-SA 4.0")
+    assert re.search(r"opens as Scene.office: 3 photos, \d+ points, metres", told.out) and told.err == ""
     assert main(["office", "--kinds", "occlusion", *to]) == 1
     assert capsys.readouterr().err.startswith(f"vggt_lora_download: {server.url}/office_dslr_occlusion.7z: the server answers 404")
     for words, hint in ((["ofice"], "Did you mean 'office'?"), ([], "name a scene or a repository"), (["office", "--kind", "jgp"], "Did you mean 'jpg'?"),
@@ -553,6 +555,9 @@ def test_exit_statuses_and_messages(server, made, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main([*words, *to])
         assert stop.value.code == 2 and hint in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["office", "--to", str(tmp_path / "file"), "--base-url", server.url]) == 1
+    assert capsys.readouterr().err.startswith(f"vggt_lora_download: {tmp_path / 'file'}: cannot be written (")
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
     assert all(kind.archive in out for kind in KINDS.values()) and "facade" in out and "facebook/VGGT-1B" in out and "non-commercial" in out

@@ -20,7 +20,7 @@ from .scenes.fetch import Part, amount, check_room, fetch
 
 # %% ../nbs/download.ipynb #7079a46f
 WEIGHTS_LICENCES = {"facebook/VGGT-1B": "the weights are for non-commercial use; read the terms on the repository's page",
-                    "facebook/VGGT-1B-Commercial": "gated: its own terms must be accepted on the repository's page, and a login is needed (`hf auth login`)"}
+                    "facebook/VGGT-1B-Commercial": "gated: accept its terms on the repository's page, then log in (`hf auth login`)"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Blob:
         """The hash of its contents, where the ETag is one; small files have a git hash instead."""
         return self.path.name if len(self.path.name) == 64 else None
 
-
+# %% ../nbs/download.ipynb #e2169891
 def blob_of(
     name: str,  # of a repository
     revision: str | None = None,  # branch, tag or commit
@@ -104,13 +104,14 @@ def listing() -> str:
     scenes = [f"  {name:14} {photos:3} photos" + "".join(f"  {k}: {amount(SIZES[f'{name}_{kind.archive}'])}" for k, kind in KINDS.items()
                                                         if f"{name}_{kind.archive}" in SIZES) for name, photos in ETH3D_PHOTOS.items()]
     weights = [f"  {name}: {licence}" for name, licence in WEIGHTS_LICENCES.items()]
-    return "\n".join([ETH3D_LICENCE, "", "scenes, with the packed sizes that are known (or: all)", *scenes, "", "kinds: short name, archive, contents", *kinds,
-                      "", "weights on the hub (any repository that holds model.safetensors or model.pt)", *weights])
+    return "\n".join([ETH3D_LICENCE, "", "scenes, with the packed sizes that are known (or: all)", *scenes, "",
+                      "kinds: short name, archive, contents", *kinds, "", "weights on the hub (any repository that holds model.safetensors or model.pt)", *weights])
 
-
+# %% ../nbs/download.ipynb #b33c03ca
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = argparse.ArgumentParser(prog="vggt_lora_download", description="Fetch scenes of ETH3D and weights; stopped at any moment, the same command goes on.",
+    p = argparse.ArgumentParser(prog="vggt_lora_download",
+                                description="Fetch scenes of ETH3D and weights; stopped at any moment, the same command goes on.",
                                 epilog="Example: vggt_lora_download facade --kinds undistorted,jpg,depth,occlusion --to data")
     p.add_argument("names", nargs="*", metavar="NAME", help="a scene of ETH3D (see --list), all, or a repository such as facebook/VGGT-1B")
     p.add_argument("--kinds", default="undistorted", help=f"of a scene, with commas: {', '.join(KINDS)} (default: undistorted)")
@@ -160,7 +161,7 @@ def main(
         download(options.names, options)
     except ConfigError as fault:
         p.error(str(fault))
-    except VggtLoraError as fault:
+    except (VggtLoraError, OSError) as fault:
         print(f"{p.prog}: {fault}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

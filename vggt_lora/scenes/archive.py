@@ -65,7 +65,7 @@ def entry_fault(
         return f"lies outside the folder {root}/"
     return None
 
-
+# %% ../../nbs/scenes/archive.ipynb #6658170d
 def contents(
     archive,  # py7zr.SevenZipFile
     path: Path,  # for messages
@@ -163,7 +163,7 @@ def conflicts(
         return os.path.lexists(path) or any(p.is_relative_to(folder) and p.exists() and not p.is_dir() for p in path.parents)
     return [name for name, packed in files.items() if differs(folder / name, packed)]
 
-
+# %% ../../nbs/scenes/archive.ipynb #76934bcf
 def merge(
     work: Path,  # where everything lies unpacked
     folder: Path,
@@ -186,7 +186,10 @@ def unpack(
     replace: bool = False,  # overwrite files of `folder` that differ
     progress: bool = True,  # show a bar
 ) -> dict[str, Packed]:
-    """Unpack an archive into a folder and return its files; raises SceneError naming the fault, DownloadError where the disk is too small."""
+    """Unpack an archive into a folder and return its files; raises SceneError naming the fault, DownloadError where the disk is too small.
+
+    One process at a time may unpack into a folder: what another has begun there is taken for a leftover and removed.
+    """
     import py7zr
     path, folder = Path(path), Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ ETH3D_LICENCE = ("ETH3D is licensed CC BY-NC-SA 4.0 (attribution, non-commercial
                  "with High-Resolution Images and Multi-Camera Videos, CVPR 2017.")
 DEPTH_BYTES = 4 * 6048 * 4032  # of one depth map
 
-
+# %% ../../nbs/scenes/download.ipynb #3b7ce1db
 @dataclass(frozen=True)
 class Kind:
     """One kind of archive."""
@@ -49,7 +49,7 @@ SIZES = {"facade_dslr_undistorted": 1_252_088_400, "facade_dslr_jpg": 1_161_258_
          "facade_dslr_scan_eval": 176_517_224, "facade_dslr_occlusion": 144_292_883,
          "electro_dslr_undistorted": 514_345_623, "electro_dslr_scan_eval": 250_703_286}  # bytes, from published manifests
 
-
+# %% ../../nbs/scenes/download.ipynb #0fcde1d5
 def read_kinds(
     kinds,  # names, or one text with commas; a kind's own name, its archive's, or "originals"
 ) -> list[str]:
@@ -111,7 +111,7 @@ class Archive:
         """Bytes of it that are here already."""
         return self.path.stat().st_size if self.path.exists() else Part(self.path).read(self.url)[0]
 
-
+# %% ../../nbs/scenes/download.ipynb #43fefae4
 def receipt_fault(
     archive: Archive,
 ) -> tuple[str | None, bool]:
@@ -142,7 +142,7 @@ def room_needed(
         written += (archive.unpacked or 0) + (packed if keep else -archive.fetched)
     return most
 
-
+# %% ../../nbs/scenes/download.ipynb #154d2e4e
 def plan(
     scenes,  # see `read_scenes`
     kinds,  # see `read_kinds`
@@ -150,6 +150,8 @@ def plan(
     base_url: str = ETH3D_URL,
     any_size: bool = False,  # accept other sizes than SIZES
     replace: bool = False,  # also fetch what was changed here since it was unpacked
+    tries: int = 3,  # attempts per question
+    wait: float = 1.0,  # seconds before the second attempt
     say=tqdm.write,
 ) -> list[Archive]:
     """Return the archives that have to be fetched, with their sizes; raises DownloadError for one that the server has not, or has in another size."""
@@ -163,15 +165,16 @@ def plan(
                 continue
             if changed and not replace:
                 raise SceneError(f"{archive.folder / scene}: {fault}; it was changed after the download. Restore it, or fetch it again with --replace")
-            offered = archive.path.stat().st_size if archive.path.exists() else probe(archive.url, say=say).size
+            offered = archive.path.stat().st_size if archive.path.exists() else probe(archive.url, tries=tries, wait=wait, say=say).size
             known = SIZES.get(archive.name)
             if known not in (None, offered) and offered is not None and not any_size:
-                raise DownloadError(f"{archive.path if archive.path.exists() else archive.url}: has {offered:,} bytes, published manifests say {known:,}; if ETH3D "
+                place = archive.path if archive.path.exists() else archive.url
+                raise DownloadError(f"{place}: has {offered:,} bytes, published manifests say {known:,}; if ETH3D "
                                     "has published a new edition, accept it with --any-size")
             todo.append(Archive(scene, kind, folder, base_url, known if offered is None and not any_size else offered))
     return todo
 
-
+# %% ../../nbs/scenes/download.ipynb #e38bf2c8
 def describe(
     archives: list[Archive],
     keep: bool = False,  # archives are not removed after unpacking
@@ -193,18 +196,20 @@ def only_one(
 ):
     """Keep other processes from downloading into `folder` meanwhile; raises DownloadError where one does."""
     from filelock import FileLock, Timeout
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".vggt_lora_download.lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise DownloadError(f"{folder}: another download into this folder is running; wait for it") from None
+    except OSError as fault:
+        raise DownloadError(f"{folder}: cannot be written ({fault.strerror}); name another folder") from fault
     try:
         yield
     finally:
         lock.release()
 
-
+# %% ../../nbs/scenes/download.ipynb #50852aec
 def install(
     archive: Archive,
     *,
@@ -225,7 +230,7 @@ def install(
         archive.path.unlink()
     say(f"{archive.name}: {len(files)} files, {amount(sum(packed.size for packed in files.values()))}")
 
-
+# %% ../../nbs/scenes/download.ipynb #bbea2700
 def fetch_scenes(
     scenes,  # one name or several of ETH3D_PHOTOS, or "all"
     kinds="undistorted",  # of KINDS; a list, or one text with commas
@@ -249,7 +254,7 @@ def fetch_scenes(
     say(ETH3D_LICENCE)
     if {"depth", "occlusion"} & set(kinds) and "jpg" not in kinds and not all((folder / name / "dslr_calibration_jpg").is_dir() for name in names):
         say("note: depth and occlusion are drawn on the distorted originals; to use them, fetch the kind jpg as well")
-    todo = plan(names, kinds, folder, base_url, any_size, replace, say)
+    todo = plan(names, kinds, folder, base_url, any_size, replace, tries, wait, say)
     if todo:
         say(f"to fetch into {folder}:\n{describe(todo, keep)}")
         say(f"  free there: {amount(check_room(folder, room_needed(todo, keep), 'the download'))}")

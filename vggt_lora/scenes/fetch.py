@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DownloadError', 'amount', 'check_room', 'Remote', 'version_of', 'remote_of', 'Passing', 'ask', 'persist', 'probe',
-           'Part', 'continues', 'transfer', 'store', 'file_fault', 'fetch']
+           'Part', 'continues', 'store', 'transfer', 'file_fault', 'fetch']
 
 # %% ../../nbs/scenes/fetch.ipynb #aeb7e757
 import hashlib
@@ -71,8 +71,10 @@ def remote_of(
     """Read what an answer says about the whole file; raises DownloadError where the bytes would come packed."""
     if answer.headers.get("Content-Encoding", "identity") != "identity":
         raise DownloadError(f"{answer.url}: the server packs the file on the way ({answer.headers['Content-Encoding']}), so its size cannot be checked")
-    span = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-    length = span[1] if answer.status_code == 206 and span else answer.headers.get("Content-Length", "") if answer.status_code != 206 else ""
+    if answer.status_code == 206:  # the length of the answer is that of the rest
+        length = answer.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        length = answer.headers.get("Content-Length", "")
     return Remote(int(length) if length.isdigit() else None, version_of(answer.headers))
 
 # %% ../../nbs/scenes/fetch.ipynb #6765ce8c
@@ -102,7 +104,7 @@ def ask(
     hint = {404: "; check the name and the base address", 401: "; it asks for a login", 403: "; it refuses access"}.get(code, "")
     raise DownloadError(f"{url}: the server answers {code} {answer.reason}{hint}")
 
-
+# %% ../../nbs/scenes/fetch.ipynb #5fd2fd11
 def persist(
     action,  # called without arguments, raises `Passing`
     url: str,  # for messages
@@ -121,7 +123,7 @@ def persist(
             say(f"{url.rpartition('/')[2]}: {fault}; trying again ({attempt + 1} of {tries})")
             time.sleep(min(wait * 2 ** (attempt - 1), 60))
 
-
+# %% ../../nbs/scenes/fetch.ipynb #77027c6e
 def probe(
     url: str,
     *,
@@ -198,39 +200,7 @@ def continues(
     part.remove()
     raise Passing(f"the file on the server is not the one that was begun ({answer.status_code} {span})".rstrip(" ("))
 
-
-def transfer(
-    url: str,
-    part: Part,
-    size: int | None,  # bytes that the file must have; None: what the server says
-    headers: dict,
-    timeout: float,
-    progress: bool,
-    say,
-) -> None:
-    """Fetch all of a file, or the rest of it, into its part; raises `Passing` or DownloadError."""
-    have, noted = part.read(url)
-    if have and have == noted.size and size in (None, have):
-        return
-    more = {"Range": f"bytes={have}-", "If-Range": noted.version} if have else {}
-    with ask("GET", url, {**headers, **more}, timeout) as answer:
-        if continues(answer, part, have, noted):
-            remote = noted
-            say(f"{part.target.name}: going on after {amount(have)} of {amount(noted.size)}")
-        else:
-            if have:
-                say(f"{part.target.name}: the server sends the whole file again (it has changed, or continues none): starting anew")
-            remote, have = remote_of(answer), 0
-            if size is not None and remote.size not in (None, size):
-                raise DownloadError(f"{url}: the server offers {remote.size:,} bytes, expected {size:,}; it is another file, or another edition of it")
-            remote = Remote(remote.size if size is None else size, remote.version)
-            if remote.size is None:
-                raise DownloadError(f"{url}: the server does not tell the file's length, so a cut could not be noticed; state its size")
-            part.begin(url, remote)
-        check_room(part.target.parent, remote.size - have, part.target.name)
-        store(answer, part, have, remote.size, progress)
-
-
+# %% ../../nbs/scenes/fetch.ipynb #30d13589
 def store(
     answer: requests.Response,
     part: Part,
@@ -260,6 +230,40 @@ def store(
     if have < size:
         raise Passing(f"the connection ended after {amount(have)} of {amount(size)}")
 
+# %% ../../nbs/scenes/fetch.ipynb #313f8331
+def transfer(
+    url: str,
+    part: Part,
+    size: int | None,  # bytes that the file must have; None: what the server says
+    headers: dict,
+    timeout: float,
+    progress: bool,
+    say,
+) -> None:
+    """Fetch all of a file, or the rest of it, into its part; raises `Passing` or DownloadError."""
+    have, noted = part.read(url)
+    if have and have == noted.size and size in (None, have):
+        return
+    more = {"Range": f"bytes={have}-", "If-Range": noted.version} if have else {}
+    with ask("GET", url, {**headers, **more}, timeout) as answer:
+        if continues(answer, part, have, noted):
+            remote = noted
+            say(f"{part.target.name}: going on after {amount(have)} of {amount(noted.size)}")
+        else:
+            if have:
+                say(f"{part.target.name}: the server sends the whole file again (it has changed, or continues none): starting anew")
+            if answer.status_code != 200:
+                raise Passing(f"the server answers {answer.status_code} where nothing but the whole file was asked for")
+            remote, have = remote_of(answer), 0
+            if size is not None and remote.size not in (None, size):
+                raise DownloadError(f"{url}: the server offers {remote.size:,} bytes, expected {size:,}; it is another file, or another edition of it")
+            remote = Remote(remote.size if size is None else size, remote.version)
+            if remote.size is None:
+                raise DownloadError(f"{url}: the server does not tell the file's length, so a cut could not be noticed; state its size")
+            part.begin(url, remote)
+        check_room(part.target.parent, remote.size - have, part.target.name)
+        store(answer, part, have, remote.size, progress)
+
 # %% ../../nbs/scenes/fetch.ipynb #b9afe7e8
 def file_fault(
     path: Path,
@@ -277,7 +281,7 @@ def file_fault(
             return f"has SHA-256 {found}, expected {sha256.lower()}"
     return None
 
-
+# %% ../../nbs/scenes/fetch.ipynb #0198854d
 def fetch(
     url: str,
     target: Path | str,  # the file to write
