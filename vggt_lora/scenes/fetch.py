@@ -92,7 +92,8 @@ def ask(
     try:
         answer = requests.request(method, url, headers={"Accept-Encoding": "identity", **headers}, timeout=timeout, stream=True, allow_redirects=True)
     except (requests.ConnectionError, requests.Timeout) as fault:
-        raise Passing(f"no connection ({type(fault).__name__}: {str(fault)[:150]})") from fault
+        cause = getattr(next(iter(fault.args), None), "reason", None) or fault  # inside urllib3's own words about pools and retries
+        raise Passing(f"no connection ({str(cause).rpartition(': ')[2][:150]})") from fault
     except (requests.RequestException, UnicodeError) as fault:
         raise DownloadError(f"{url}: is no address to fetch from ({fault})") from fault
     code = answer.status_code
