@@ -23,7 +23,7 @@ class PretrainConfig:
 
     output: str = "outputs/pretrain_tiny"  # folder of the run; a run found there is continued
     worlds: str = ""  # folder of the worlds, which are made where absent; empty: `worlds` in the run's folder
-    steps: int = 5000  # optimiser steps in all
+    steps: int = 4600  # optimiser steps in all
     images: int = 12  # photos per step, in windows of 2 to 6
     coarse_steps: int = 1600  # steps at 84 x 126 pixels, where a step costs little ...
     small_steps: int = 1900  # ... then at 112 x 168, before the rest at 154 x 224
@@ -37,7 +37,7 @@ class PretrainConfig:
     late_muon_lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 200  # steps
-    decay_steps: int = 1500  # steps, at the end, with the rate falling to 0
+    decay_steps: int = 1100  # steps, at the end, with the rate falling to 0
     clip: float = 1.0  # largest norm of the gradient
     guide_from: int = 0  # step from which the network is also asked which patch shows what (see `training.guide`)
     match_weight: float = 0.3  # of "which patch of the first photo is this?"
