@@ -24,6 +24,6 @@ setup(
     package_data={"vggt_lora": ["weights/*.safetensors", "weights/*.json"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"views": views, "dev": views + cfg["dev_requirements"].split()},
-    entry_points={"nbdev": ["vggt_lora=vggt_lora._modidx:d"]},
+    entry_points={"nbdev": ["vggt_lora=vggt_lora._modidx:d"], "console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

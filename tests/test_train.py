@@ -29,7 +29,7 @@ def scene(tmp_path_factory):
 
 
 def quick(scene, output, **changes) -> TrainConfig:
-    settings = {"strategy": "b", "data": str(scene), "output": str(output), "epochs": 2, "frames": 4, "image_size": 56, "rank": 4, "lr": 1e-3}
+    settings = {"strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 2, "frames": 4, "image_size": 56, "rank": 4, "lr": 1e-3}
     return TrainConfig(**{**settings, **changes})
 
 

@@ -185,7 +185,7 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
     loss = results["held_out_loss"]
     note = "\n**The base is random:** these numbers prove that the line works, not that the depth is good.\n" if config.model == "random" else ""
     lines = [f"# Strategy {config.strategy} on {config.data}", note,
-             *[f"**{effect['verdict'].capitalize()}.** {effect['sentence']}\n" for effect in results["effects"]],
+             *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
              f"Held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {config.epochs} epochs (best {loss['best']:.4f}).", "",
              "| model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 |", "|---|---|---|---|---|---|---|"]
     lines += [f"| {r['model']} | {r['alignment']} | {r['frames']} | "
@@ -204,7 +204,7 @@ def save_figures(run: RunFolder, maps: list[dict], most: int = 4) -> None:
     from vggt_lora.views.plots import depth_comparison
 
     for name, draw in {"losses": lambda: loss_curves(run.records),
-                       "held_out": lambda: depth_comparison(comparison_rows(maps[:most]), "median per image",
+                       "held_out": lambda: depth_comparison(comparison_rows(maps[:: max(1, len(maps) // most)][:most]), "median per image",
                                                             "m" if maps[0]["metric"] else "scene units")}.items():
         try:
             figure = draw()

@@ -186,6 +186,9 @@ DEMO = {
     "demo_a": {"style": "plaster", "layout": "street", "seed": 11},
     "demo_b": {"style": "brick", "layout": "corner", "seed": 12},
     "demo_c": {"style": "panel", "layout": "courtyard", "seed": 14},
+    "demo_d": {"style": "brick", "layout": "courtyard", "seed": 15},
+    "demo_e": {"style": "plaster", "layout": "corner", "seed": 16},
+    "demo_f": {"style": "panel", "layout": "street", "seed": 17},
     "demo_held": {"style": "stone", "layout": "corner", "seed": 13},
 }  # name -> settings of demo_scene
 DEMO_HELD_OUT = ("demo_held",)  # the scenes meant for validation only

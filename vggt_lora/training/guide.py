@@ -40,10 +40,12 @@ def patch_places(
 class Guide(nn.Module):
     """Asks which patch of the first photo, and where in it, each patch is; used in pretraining alone."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, layers: int = 2, cameras: int = 2):
         super().__init__()
         self.place = nn.Linear(2 * width, 2)
         self.sharpness = nn.Parameter(torch.tensor(2.3))  # log of the factor on cosines
+        self.carry = nn.ModuleList(nn.Linear(width, 2) for _ in range(layers))
+        self.flow = nn.ModuleList(nn.Linear(2 * width, 2) for _ in range(cameras))
 
     def forward(
         self,
@@ -70,6 +72,28 @@ class Guide(nn.Module):
             found = [pointing(query, key, counted, target) for query, key in pointers]
             terms |= {name: torch.stack(part).mean() for name, part in zip(("point", "pointed"), zip(*found))}
         return terms
+
+    def carried(
+        self,
+        added: list,  # per layer (B, S, P, C), what a global block adds to the patch tokens
+        cameras: list,  # per layer (B, S, 2C), camera tokens
+        places: torch.Tensor,  # (B, S, P, 2), of patch_places
+        seen: torch.Tensor,  # (B, S, P)
+        grid: tuple[int, int],  # patches down and across
+    ) -> dict[str, torch.Tensor]:
+        """Return the terms `carry` and `flow`: mean absolute errors, shares of width and height."""
+        counted = seen.clone()
+        counted[:, 0] = False
+        down, across = ((torch.arange(side, device=places.device) + 0.5) / side for side in grid)
+        own = torch.stack(torch.meshgrid(down, across, indexing="ij")[::-1], -1).reshape(-1, 2)
+        number = counted.sum(-1, keepdim=True)
+        moved = ((places - own) * counted[..., None]).sum(2) / number.clamp_min(1)
+        asked = number[..., 0] >= 5
+        if not asked.any():
+            return dict.fromkeys(("carry", "flow"), 0 * sum(part.sum() for part in (*added, *cameras)))
+        carry = [(head(part)[counted] + 0.5 - places[counted]).abs().mean() for head, part in zip(self.carry, added, strict=True)]
+        flow = [(head(F.layer_norm(part, part.shape[-1:]))[asked] - moved[asked]).abs().mean() for head, part in zip(self.flow, cameras, strict=True)]
+        return {"carry": torch.stack(carry).mean(), "flow": torch.stack(flow).mean()}
 
 
 def pointing(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'position_table', 'fresh_model', 'pose_angles', 'judge', 'rate_at', 'optimisers', 'held_out_worlds',
-           'stone_worlds', 'pretrain', 'train_step', 'read_curve', 'training_record']
+           'stone_worlds', 'ask', 'train_step', 'pretrain', 'read_curve', 'training_record']
 
 # %% ../../nbs/training/pretrain.ipynb #a6a50a62
 import dataclasses
@@ -96,10 +96,11 @@ def judge(
             "direction_deg": float(np.median(ways)), "frames": len(absrel), "pairs": len(turns)}
 
 # %% ../../nbs/training/pretrain.ipynb #592ca1b8
-def rate_at(config: PretrainConfig, step: int) -> float:
-    """Factor of the learning rates at a step: up, flat, down to 0."""
+def rate_at(config: PretrainConfig, step: int, muon: bool) -> float:
+    """Learning rate of a step, of Muon or of AdamW: up, flat, flat and lower, down to 0."""
+    early, late = (config.muon_lr, config.late_muon_lr) if muon else (config.lr, config.late_lr)
     falling = (config.steps - step) / config.decay_steps
-    return min(1.0, (step + 1) / config.warmup, falling)
+    return min(1.0, (step + 1) / config.warmup, falling) * (early if step < config.late_from else late)
 
 
 def optimisers(model: VGGT, config: PretrainConfig) -> list:
@@ -113,7 +114,7 @@ def optimisers(model: VGGT, config: PretrainConfig) -> list:
 
 LOSSES = LossConfig.official(depth_range=None)
 
-# %% ../../nbs/training/pretrain.ipynb #14101e01
+# %% ../../nbs/training/pretrain.ipynb #032816af
 def held_out_worlds(config: PretrainConfig) -> list:
     """Worlds of seeds that no step draws from."""
     return [stored_world(config.world_folder, 1_000_000 + k) for k in range(config.held_out)]
@@ -123,7 +124,68 @@ def stone_worlds(config: PretrainConfig) -> list:
     """Streets of stone: a style that no training world has."""
     return [stored_world(config.world_folder / "stone", 2_000_000 + k, styles=("stone",), kind="site") for k in range(config.held_out // 2)]
 
+# %% ../../nbs/training/pretrain.ipynb #7c107c84
+def ask(guide: Guide, model: VGGT, embedded, state, batch: dict, config: PretrainConfig, step: int) -> tuple[torch.Tensor, dict]:
+    """The guide's questions that are asked at a step: their weighted sum, and each."""
+    start, width = model.config.patch_start, model.config.embed_dim
+    grid = tuple(side // model.config.patch_size for side in state.image_size)
+    places, seen = patch_places(batch["depth"] * batch["valid"], batch["K"], batch["world_to_cam"], model.config.patch_size)
+    outputs = {layer: output.float() for layer, output in state.outputs.items()}
+    weights = {"match": config.match_weight, "place": config.place_weight if step < config.late_from else config.late_place_weight}
+    pointers = []
+    if step >= config.point_from:
+        weights["point"] = config.point_weight
+        pointers = [tuple(part.float() for part in model.aggregator.pointers(state, layer)) for layer in config.pointing_layers]
+    terms = guide(embedded.tokens[:, :, start:].float(), outputs[model.config.depth - 1][:, :, start:], places, seen, grid, pointers)
+    if step >= config.carry_from:
+        weights |= {"carry": config.carry_weight, "flow": config.flow_weight}
+        patches = [outputs[layer][:, :, start:] for layer in config.pointing_layers]
+        added = [both[..., width:] - both[..., :width] for both in patches]  # after the global block, less before it
+        terms |= guide.carried(added, [outputs[layer][:, :, 0] for layer in model.config.dpt_layers[2:]], places, seen, grid)
+    return sum(weight * terms[name] for name, weight in weights.items()), terms
 
+
+def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, config: PretrainConfig, step: int, share: float) -> tuple[tuple, dict]:
+    """Gradients of a part of the batch, by torch.autograd.grad: several threads may ask at once."""
+    batch = {name: value.to(config.device) for name, value in batch.items()}
+    with torch.autocast(config.device, torch.bfloat16, enabled=config.device == "cuda"):
+        embedded = model.aggregator.embed(batch["images"])
+        state = model.aggregator(embedded, model.config.dpt_layers)
+        out = model(state=state, heads=("camera", "depth"))
+    result = training_loss(out, batch, LOSSES)
+    total, terms = result.total, {"loss": result.total, **result.terms}
+    if guide is not None:
+        more, asked = ask(guide, model, embedded, state, batch, config, step)
+        total, terms = total + more, terms | asked
+    gradients = torch.autograd.grad(share * total, trained, allow_unused=True)
+    return gradients, {n: share * float(v.detach()) for n, v in terms.items()}
+
+# %% ../../nbs/training/pretrain.ipynb #66cfe24f
+def train_step(model: VGGT, guide: Guide | None, optimizers: list, batch: dict, config: PretrainConfig, step: int = 0) -> dict:
+    """One step; return the loss and its parts. On the CPU the windows are shared out among `workers` threads."""
+    trained = [p for m in (model, guide) if m is not None for p in m.parameters() if p.requires_grad]
+    windows = len(batch["images"])
+    parts = [p for p in torch.arange(windows).tensor_split(min(config.workers, windows)) if len(p)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        results = list(pool.map(lambda part: _gradients(model, guide, trained, {n: v[part] for n, v in batch.items()}, config, step, len(part) / windows), parts))
+    for parameter, *gradients in zip(trained, *(gradients for gradients, _ in results)):
+        found = [g for g in gradients if g is not None]
+        parameter.grad = sum(found[1:], found[0]) if found else None
+    torch.nn.utils.clip_grad_norm_(trained, config.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return {name: round(sum(numbers[name] for _, numbers in results), 5) for name in results[0][1]}
+
+
+def _begin_guide(model: VGGT, optimizers: list, config: PretrainConfig) -> Guide:
+    """Make the guide and an optimiser for it, which joins `optimizers`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        guide = Guide(model.config.embed_dim, len(config.pointing_layers)).to(config.device)
+    optimizers.append(torch.optim.AdamW(guide.parameters(), lr=config.lr, weight_decay=0.0))
+    return guide
+
+# %% ../../nbs/training/pretrain.ipynb #f08c6058
 def _save(path: Path, model, guide, optimizers, step: int, seconds: float) -> None:
     with atomic_path(path) as temporary:
         torch.save({"model": model.state_dict(), "guide": guide and guide.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
@@ -143,6 +205,18 @@ def _curve(path: Path, step: int) -> None:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
+def _continue(last: Path, model: VGGT, optimizers: list, config: PretrainConfig) -> tuple[Guide | None, int, float]:
+    """Load a checkpoint into model and optimisers; return its guide, step and seconds."""
+    state, guide = torch.load(last, map_location=config.device, weights_only=True), None
+    model.load_state_dict(state["model"], strict=True)
+    if state["guide"] is not None:
+        guide = _begin_guide(model, optimizers, config)
+        guide.load_state_dict(state["guide"], strict=True)
+    for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(stored)
+    return guide, state["step"], state["seconds"]
+
+# %% ../../nbs/training/pretrain.ipynb #14101e01
 def pretrain(config: PretrainConfig, model_config: VGGTConfig | None = None, stop_at: int | None = None) -> VGGT:
     """Train, or continue to train, up to `steps` (or stop after `stop_at` steps in all); return the model."""
     from tqdm import tqdm
@@ -154,14 +228,7 @@ def pretrain(config: PretrainConfig, model_config: VGGTConfig | None = None, sto
     model = fresh_model(model_config or VGGTConfig.tiny(), config.seed).to(config.device).train()
     optimizers, guide, step, before = optimisers(model, config), None, 0, 0.0
     if last.is_file():
-        state = torch.load(last, map_location=config.device, weights_only=True)
-        step, before = state["step"], state["seconds"]
-        model.load_state_dict(state["model"], strict=True)
-        if state["guide"] is not None:
-            guide = _begin_guide(model, optimizers, config)
-            guide.load_state_dict(state["guide"], strict=True)
-        for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
+        guide, step, before = _continue(last, model, optimizers, config)
     _curve(curve, step)
     write_json(folder / "config.json", dataclasses.asdict(config))
     held_out = held_out_worlds(config)
@@ -172,9 +239,8 @@ def pretrain(config: PretrainConfig, model_config: VGGTConfig | None = None, sto
                 guide = _begin_guide(model, optimizers, config)
             for number, optimizer in enumerate(optimizers):
                 for group in optimizer.param_groups:
-                    group["lr"] = (config.lr if number else config.muon_lr) * rate_at(config, step)
-            layers = config.pointing_layers if step >= config.point_from else ()
-            result = train_step(model, guide, optimizers, batch_at(config, step), config, layers)
+                    group["lr"] = rate_at(config, step, muon=number == 0)
+            result = train_step(model, guide, optimizers, batch_at(config, step), config, step)
             if not math.isfinite(result["loss"]):
                 raise ConfigError(f"the loss is not finite at step {step}; lower lr")
             step += 1
@@ -191,52 +257,6 @@ def pretrain(config: PretrainConfig, model_config: VGGTConfig | None = None, sto
             if step % config.save_every == 0 or step == end:
                 _save(last, model, guide, optimizers, step, seconds)
     return model.eval()
-
-
-def _begin_guide(model: VGGT, optimizers: list, config: PretrainConfig) -> Guide:
-    """Make the guide and an optimiser for it, which joins `optimizers`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        guide = Guide(model.config.embed_dim).to(config.device)
-    optimizers.append(torch.optim.AdamW(guide.parameters(), lr=config.lr, weight_decay=0.0))
-    return guide
-
-
-def train_step(model: VGGT, guide: Guide | None, optimizers: list, batch: dict, config: PretrainConfig, layers: tuple = ()) -> dict:
-    """One step; return the loss and its parts. On the CPU the windows are shared out among `workers` threads."""
-    trained = [p for m in (model, guide) if m is not None for p in m.parameters() if p.requires_grad]
-    windows = len(batch["images"])
-    parts = [p for p in torch.arange(windows).tensor_split(min(config.workers, windows)) if len(p)]
-    with ThreadPoolExecutor(len(parts)) as pool:
-        results = list(pool.map(lambda part: _gradients(model, guide, trained, {n: v[part] for n, v in batch.items()}, config, layers, len(part) / windows), parts))
-    for parameter, *gradients in zip(trained, *(gradients for gradients, _ in results)):
-        found = [g for g in gradients if g is not None]
-        parameter.grad = sum(found[1:], found[0]) if found else None
-    torch.nn.utils.clip_grad_norm_(trained, config.clip)
-    for optimizer in optimizers:
-        optimizer.step()
-    return {name: round(sum(numbers[name] for _, numbers in results), 5) for name in results[0][1]}
-
-
-def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, config: PretrainConfig, layers: tuple, share: float) -> tuple[tuple, dict]:
-    """Gradients of a part of the batch, by torch.autograd.grad: several threads may ask at once."""
-    batch = {name: value.to(config.device) for name, value in batch.items()}
-    with torch.autocast(config.device, torch.bfloat16, enabled=config.device == "cuda"):
-        embedded = model.aggregator.embed(batch["images"])
-        state = model.aggregator(embedded, model.config.dpt_layers)
-        out = model(state=state, heads=("camera", "depth"))
-    result = training_loss(out, batch, LOSSES)
-    total, terms = result.total, {"loss": result.total, **result.terms}
-    if guide is not None:
-        start, grid = model.config.patch_start, tuple(side // model.config.patch_size for side in batch["images"].shape[-2:])
-        places, seen = patch_places(batch["depth"] * batch["valid"], batch["K"], batch["world_to_cam"], model.config.patch_size)
-        late = state.outputs[model.config.depth - 1]
-        pointers = [tuple(part.float() for part in model.aggregator.pointers(state, layer)) for layer in layers]
-        asked = guide(embedded.tokens[:, :, start:].float(), late[:, :, start:].float(), places, seen, grid, pointers)
-        total = total + config.match_weight * asked["match"] + config.place_weight * asked["place"] + config.point_weight * asked.get("point", 0)
-        terms |= asked
-    gradients = torch.autograd.grad(share * total, trained, allow_unused=True)
-    return gradients, {n: share * float(v.detach()) for n, v in terms.items()}
 
 # %% ../../nbs/training/pretrain.ipynb #1e6e5912
 def read_curve(folder: Path | str) -> list[dict]:
