@@ -63,7 +63,8 @@ def reprojection_error(
     plan,  # ImagePlan
 ) -> float:
     """Return the median distance of projections and stored keypoints in pixels of the grid; nan without keypoints."""
-    pixels, z = project_points(scene.points.xyz[frame.point_rows], frame.world_to_cam, plan.intrinsics(frame.K))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pixels, z = project_points(scene.points.xyz[frame.point_rows], frame.world_to_cam, plan.intrinsics(frame.K))
     distance = np.linalg.norm(pixels - plan.points(frame.observations), axis=1)
     distance = np.where(z > 0, distance, np.inf)[np.isfinite(frame.observations).all(1)]  # a point behind the camera is as far off as can be
     return float(np.median(distance)) if len(distance) else float("nan")
@@ -149,9 +150,9 @@ def scale_against_neighbour(
 ) -> float:
     """Return log(one / other) at what both photos see, the median; pixels that differ by more than a half are taken for hidden. nan for fewer."""
     world = unproject_depth(np.where(one.valid, one.depth, 1.0), camera[0], camera[1])[one.valid]
-    pixels, z = project_points(world, other_camera[1], other_camera[0])
-    there = look_up(np.where(other.valid, other.depth, 0), np.where(z[:, None] > 0, pixels, np.nan), 0)
     with np.errstate(divide="ignore", invalid="ignore"):
+        pixels, z = project_points(world, other_camera[1], other_camera[0])
+        there = look_up(np.where(other.valid, other.depth, 0), np.where(z[:, None] > 0, pixels, np.nan), 0)
         ratio = z / there
     ratio = ratio[(there > 0) & (ratio > 2 / 3) & (ratio < 1.5)]
     return float(np.median(np.log(ratio))) if len(ratio) >= fewest else float("nan")

@@ -46,7 +46,7 @@ def draw_shares(
     for (row, column), share in np.ndenumerate(shares):
         words = "absent" if np.isnan(share) else f"{share:.2g} %" if share < 10 else f"{share:.0f} %"
         if not np.isnan(share) or column == 0:
-            ax.text(column, row, words, ha="center", va="center", fontsize=9, color="white" if share > 30 else "0.5" if np.isnan(share) else "black")
+            ax.text(column, row, words, ha="center", va="center", fontsize=9, color="white" if share > 12 else "0.5" if np.isnan(share) else "black")
     kinds = [kind for kind, _ in columns]
     for kind in dict.fromkeys(kinds):
         first, last = kinds.index(kind), len(kinds) - 1 - kinds[::-1].index(kind)
@@ -70,10 +70,14 @@ def draw_agreements(
         ax.plot([low, high], [row, row], color=PLAIN, linewidth=2)
         ax.plot([low], [row], "o", color=PLAIN, markersize=7, label=None if row else "median")
         ax.plot([high], [row], "|", color=PLAIN, markersize=12, markeredgewidth=2, label=None if row else "90 %")
-    ax.set(title="how far sources differ where both know a pixel", yticks=range(len(audit.agreements)), ylim=(len(audit.agreements) - 0.4, -0.6), xlabel="relative difference (%)")
+    ax.set_title("how far sources differ where both know a pixel", fontsize=10)
+    ax.set(yticks=range(len(audit.agreements)), ylim=(len(audit.agreements) - 0.4, -0.6), xlabel="relative difference (%)")
     ax.set_yticklabels([f"{p['one']}\n{p['other']}\n{p['pixels']:,} pixels" for p in audit.agreements], fontsize=8)
     if audit.agreements:
         ax.set_xscale("log")
+        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+            axis(lambda value, place: f"{value:.2g}")
+        ax.tick_params(axis="x", which="both", labelsize=8)
         ax.grid(axis="x", alpha=0.3)
         ax.legend(fontsize=8, frameon=False, loc="lower right")
     else:
@@ -135,6 +139,7 @@ def draw_strip(
         ax.text(0.5, 0.5, "nothing to check", ha="center", va="center", transform=ax.transAxes, fontsize=9, color="0.4")
     elif reason == "pose" and np.nanmax(series[""]) > 20 * max(np.nanmedian(series[""]), 1e-9):
         ax.set_yscale("symlog", linthresh=max(float(np.nanmedian(series[""])), 1e-3))
+        ax.set_ylim(0, 2 * np.nanmax(series[""]))
     if len(series) > 1:
         ax.legend(fontsize=7, frameon=False)
 
