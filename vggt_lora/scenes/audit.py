@@ -104,6 +104,7 @@ def mask_offset(
     reach: int = 30,  # pixels, the farthest shift that is tried
     step: int = 2,  # pixels
     fewest: int = 60,  # pixels that an outline needs
+    distinct: float = 0.01,  # by which the best place beats all that are more than 4 pixels from it
 ) -> tuple[float, tuple[int, int]]:
     """Return by how much the outline's mean edge rank gains in the best place (more than 4 pixels away), and that shift (down, right); nan without outline."""
     from scipy.ndimage import binary_erosion
@@ -116,19 +117,21 @@ def mask_offset(
         return float("nan"), (0, 0)
     some = np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)  # of a long outline a thousand pixels will do
     rows, columns = rows[some], columns[some]
-    ranks, here, best, place = edge_ranks(photo), 0.0, -np.inf, (0, 0)
-    for down in range(-reach, reach + 1, step):
-        for right in range(-reach, reach + 1, step):
-            r, c = rows + down, columns + right
-            inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-            if inside.mean() < 0.7:
-                continue
-            score = ranks[r[inside], c[inside]].mean()
-            if max(abs(down), abs(right)) <= 2:
-                here = max(here, score)
-            elif np.hypot(down, right) > 4 and score > best:
-                best, place = score, (down, right)
-    return float(best - here), place
+    ranks, shifts = edge_ranks(photo), np.arange(-reach, reach + 1, step)
+    down, right = np.meshgrid(shifts, shifts, indexing="ij")
+    scores = np.full(down.shape, -np.inf)
+    for at in np.ndindex(down.shape):
+        r, c = rows + down[at], columns + right[at]
+        inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+        if inside.mean() >= 0.7:
+            scores[at] = ranks[r[inside], c[inside]].mean()
+    here = scores[(abs(down) <= 2) & (abs(right) <= 2)].max()
+    best = np.unravel_index(np.where(np.hypot(down, right) > 4, scores, -np.inf).argmax(), scores.shape)
+    third = scores[np.hypot(down - down[best], right - right[best]) > 4].max()
+    place, gain = (int(down[best]), int(right[best])), float(scores[best] - here)
+    if max(abs(place[0]), abs(place[1])) >= reach or scores[best] - third < distinct:
+        gain = min(gain, 0.0)  # no place of its own: the outline is as good in many, or better still beyond
+    return gain, place
 
 # %% ../../nbs/scenes/audit.ipynb #513bb34c
 def scale_between(
