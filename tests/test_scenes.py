@@ -440,6 +440,29 @@ def test_audit_fails_when_a_frame_is_shared(scene_folder, tmp_path):
         audit_split(split_windows(both, frames=2, hold_out="copy"), both)
 
 
+@pytest.mark.parametrize("hold_out, torn", [("entry", "entry validates while castle, fountain of the same group train"),
+                                            ("castle,fountain", "castle, fountain validate while entry of the same group trains"),
+                                            ("castle,entry,fountain", None), ("barn", None), ("", None)])
+def test_a_group_of_scenes_is_not_held_out_in_part(scene_folder, tmp_path, hold_out, torn):
+    folders = {name: tmp_path / name for name in ("castle", "entry", "fountain", "barn")}
+    for number, folder in enumerate(folders.values()):
+        shutil.copytree(scene_folder, folder)
+        for photo in folder.rglob("*.JPG"):
+            photo.write_bytes(photo.read_bytes() + b"%d" % number)  # each scene has photos of its own: only the group can tell
+    scenes, held = [open_scene(folder) for folder in folders.values()], [name for name in hold_out.split(",") if name]
+    group = "castle, entry,fountain;"
+    if torn is None:
+        split = split_windows(scenes, frames=2, hold_out=held, groups=group)
+        assert audit_split(split, scenes, group)["groups"] == [["castle", "entry", "fountain"]]
+        return
+    with pytest.raises(LeakError, match=torn):
+        split_windows(scenes, frames=2, hold_out=held, groups=group)
+    split = split_windows(scenes, frames=2, hold_out=held)
+    assert audit_split(split, scenes)["shared"] == 0  # the files alone do not tell
+    with pytest.raises(LeakError, match=torn):
+        audit_split(split, scenes, group)
+
+
 def test_real_scenes_read_binary_alike(tmp_path):
     path = real_scene("strecha_fountain_p11")
     if path is None:

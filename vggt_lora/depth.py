@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['keypoint_offsets', 'coverage', 'coverage_text', 'against_sparse', 'sparse_depth', 'laser_depth', 'laser_agreement',
-           'photo_mask', 'DepthMap', 'DepthAbsent']
+           'photo_mask', 'completed_depth', 'audit_scene', 'SceneAudit', 'AuditLimits', 'DepthMap', 'DepthAbsent']
 
 # %% ../nbs/01_depth.ipynb #4734f243
 import numpy as np
 
+from .scenes.audit import AuditLimits, SceneAudit, audit_scene
+from .scenes.completion import completed_depth
 from .scenes.geometry import project_points, resize_intrinsics
 from .scenes.images import target_size
 from .scenes.laser_depth import laser_agreement, laser_depth
@@ -16,7 +18,7 @@ from .scenes.masks import photo_mask
 from .scenes.sparse import FATES, DepthAbsent, DepthMap, sparse_depth
 
 # %% ../nbs/01_depth.ipynb #68369091
-_all_ = ["sparse_depth", "laser_depth", "laser_agreement", "photo_mask", "DepthMap", "DepthAbsent"]
+_all_ = ["sparse_depth", "laser_depth", "laser_agreement", "photo_mask", "completed_depth", "audit_scene", "SceneAudit", "AuditLimits", "DepthMap", "DepthAbsent"]
 
 # %% ../nbs/01_depth.ipynb #f97f9771
 def keypoint_offsets(

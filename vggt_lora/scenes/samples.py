@@ -12,6 +12,7 @@ from collections import OrderedDict
 import numpy as np
 
 from ..core import ConfigError, unknown
+from .completion import completed_depth
 from .images import ImagePlan, load_image, plan_image
 from .laser_depth import laser_depth
 from .scene import Scene
@@ -19,7 +20,7 @@ from .sparse import DepthAbsent, DepthMap, sparse_depth
 from .windows import Window
 
 # %% ../../nbs/scenes/samples.ipynb #c6b9fcc6
-DEPTH_SOURCES = {"sparse": sparse_depth, "laser": laser_depth}
+DEPTH_SOURCES = {"sparse": sparse_depth, "laser": laser_depth, "completed": completed_depth}
 
 
 @dataclasses.dataclass(frozen=True)

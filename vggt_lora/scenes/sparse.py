@@ -24,7 +24,7 @@ class DepthMap:
 
     depth: np.ndarray  # (h, w) float32, z in scene units; 0 = unknown
     valid: np.ndarray  # (h, w) bool
-    weight: np.ndarray  # (h, w) float32, mean 1 over valid pixels of one source; 0 where invalid
+    weight: np.ndarray  # (h, w) float32, mean 1 over valid pixels of one source (a guess: its confidence, at most 1); 0 where invalid
     counts: dict = field(default_factory=dict)  # what became of the samples that went in
 
     @property

@@ -25,6 +25,7 @@ class TrainConfig:
     scenes: str = ""  # names of the scenes to use, separated by commas; empty: all
     metric: str = "auto"  # are scene units metres? auto (where laser data or scene.json say so), yes or no
     hold_out: str = ""  # scenes kept whole for validation, separated by commas
+    groups: str = ""  # scenes that show one place and must not be held out apart, such as "castle,entry,fountain; north,south"
     output: str = ""  # run folder; empty: outputs/<strategy>-<date>-<time>
     resume: bool = False  # continue the run in `output`
     epochs: int = 10  # passes over the training windows
