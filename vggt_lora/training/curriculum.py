@@ -119,7 +119,7 @@ def recolour(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def size_at(config: PretrainConfig, step: int) -> tuple[int, int]:
-    """Height and width of the photos of a step: small ones first, which cost little, as in a class that learns letters before words."""
+    """Height and width of the photos of a step: small ones first, which cost little."""
     if step < config.coarse_steps:
         return 84, 126
     return (112, 168) if step < config.coarse_steps + config.small_steps else (154, 224)

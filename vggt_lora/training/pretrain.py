@@ -73,11 +73,11 @@ def judge(
     frames: int = 4,
     stride: int = 2,
 ) -> dict:
-    """Mean AbsRel after the median of each image, share of pixels within 1.25, and median angles over all windows."""
+    """Mean AbsRel after the median of each image, share of pixels within 1.25, median angles over all windows, and the same of no answer at all."""
     from vggt_lora.scenes.geometry import decode_pose, relative_to_first
 
     model.eval()
-    device, absrel, within, turns, ways = next(model.parameters()).device, [], [], [], []
+    device, absrel, within, turns, ways, flat, still = next(model.parameters()).device, [], [], [], [], [], []
     for world in worlds:
         window = window_of(world, [stride * k for k in range(frames)], size)
         out = model(window["images"][None].to(device))
@@ -88,12 +88,15 @@ def judge(
                 p = p * (t.median() / p.median())
                 absrel.append(float(((p - t).abs() / t).mean()))
                 within.append(float((torch.maximum(p / t, t / p) < 1.25).float().mean()))
+                flat.append(float(((t.median() - t).abs() / t).mean()))
         poses, _ = decode_pose(out["pose_enc"][0].float().cpu(), size)
-        turn, way = pose_angles(relative_to_first(poses.double())[1:], relative_to_first(window["world_to_cam"])[1:])
+        motions = relative_to_first(window["world_to_cam"])[1:]
+        turn, way = pose_angles(relative_to_first(poses.double())[1:], motions)
+        still = [*still, *pose_angles(torch.eye(4).double().expand_as(motions), motions)[0]]
         turns, ways = [*turns, *turn], [*ways, *way]
     model.train()
     return {"absrel": float(np.mean(absrel)), "d1": float(np.mean(within)), "rotation_deg": float(np.median(turns)),
-            "direction_deg": float(np.median(ways)), "frames": len(absrel), "pairs": len(turns)}
+            "direction_deg": float(np.median(ways)), "absrel_flat": float(np.mean(flat)), "rotation_deg_still": float(np.median(still)), "frames": len(absrel), "pairs": len(turns)}
 
 # %% ../../nbs/training/pretrain.ipynb #592ca1b8
 def rate_at(config: PretrainConfig, step: int, muon: bool) -> float:
