@@ -49,6 +49,10 @@ class PretrainConfig:
     flow_weight: float = 5.0
     place_weight: float = 2.0  # of "where in the first photo is this?"
     late_place_weight: float = 5.0  # the same from `late_from` on
+    camera_batches: int = 400  # batches whose camera tokens the camera head learns from in the end
+    camera_steps: int = 1500  # its steps, of 64 windows
+    camera_lr: float = 5e-4  # peak
+    camera_noise: float = 0.1  # on its tokens, as a share of their spread
     check_every: int = 500  # steps between measurements on the held-out worlds
     save_every: int = 100  # steps between checkpoints
     held_out: int = 24  # worlds that are only measured on

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'position_table', 'fresh_model', 'pose_angles', 'judge', 'rate_at', 'optimisers', 'held_out_worlds',
-           'stone_worlds', 'ask', 'train_step', 'pretrain', 'read_curve', 'training_record']
+           'stone_worlds', 'ask', 'train_step', 'pretrain', 'camera_tokens', 'camera_data', 'fresh_head',
+           'finish_camera', 'read_curve', 'training_record']
 
 # %% ../../nbs/training/pretrain.ipynb #a6a50a62
 import dataclasses
@@ -23,9 +24,9 @@ import torch.nn.functional as F
 from ..core import ConfigError, atomic_path, write_json
 from ..model.vggt import VGGT, VGGTConfig
 from ..scenes.worlds import stored_world
-from .curriculum import PretrainConfig, batch_at, window_of
+from .curriculum import PretrainConfig, batch_at, size_at, window_of
 from .guide import Guide, patch_places
-from .losses import LossConfig, training_loss
+from .losses import LossConfig, camera_loss, prepare_batch, training_loss
 
 # %% ../../nbs/training/pretrain.ipynb #e21fdf0c
 def position_table(grid: int, width: int) -> torch.Tensor:
@@ -259,6 +260,72 @@ def pretrain(config: PretrainConfig, model_config: VGGTConfig | None = None, sto
                 tqdm.write(f"step {step}: " + ", ".join(f"{n} {v:.4g}" for n, v in numbers.items()))
             if step % config.save_every == 0 or step == end:
                 _save(last, model, guide, optimizers, step, seconds)
+    return model.eval()
+
+# %% ../../nbs/training/pretrain.ipynb #d1e8f01c
+@torch.no_grad()
+def camera_tokens(model: VGGT, config: PretrainConfig, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Camera tokens (B, S, 1, 2C), normalised world_to_cam and K of one of the batches that follow those of the run."""
+    batch = {name: value.to(config.device) for name, value in batch_at(config, config.steps + index).items()}
+    state = model.aggregator(batch["images"], (model.config.depth - 1,))
+    return state.outputs[model.config.depth - 1][:, :, :1], prepare_batch(batch, LOSSES)[0]["world_to_cam"], batch["K"]
+
+
+def camera_data(model: VGGT, config: PretrainConfig) -> tuple[dict, tuple[int, int]]:
+    """What the camera head learns from, {frames: (tokens, world_to_cam, K)}, and the size of the photos."""
+    from tqdm import tqdm
+
+    groups: dict = {}
+    with ThreadPoolExecutor(config.workers) as pool:
+        made = pool.map(lambda k: camera_tokens(model, config, k), range(config.camera_batches))
+        for part in tqdm(made, total=config.camera_batches, desc="camera tokens", mininterval=5):
+            groups.setdefault(part[0].shape[1], []).append(part)
+    return {frames: [torch.cat(column) for column in zip(*parts)] for frames, parts in groups.items()}, size_at(config, config.steps)
+
+# %% ../../nbs/training/pretrain.ipynb #d411021f
+def fresh_head(model: VGGT, tokens: torch.Tensor, seed: int) -> None:
+    """Begin the camera head anew, its first norm set so that the channels of `tokens` (n, 2C) come out with mean 0 and spread 1."""
+    head = model.camera_head
+    head.load_state_dict(fresh_model(model.config, seed + 1).camera_head.state_dict())
+    plain = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-5)
+    with torch.no_grad():
+        head.token_norm.weight.copy_(1 / plain.std(0).clamp_min(1e-4))
+        head.token_norm.bias.copy_(-plain.mean(0) * head.token_norm.weight)
+
+
+def finish_camera(model: VGGT, config: PretrainConfig) -> VGGT:
+    """Train the camera head alone, on tokens of the finished network; a result found in the run's folder is loaded instead."""
+    from tqdm import tqdm
+
+    done = config.folder / "finished.pt"
+    if done.is_file():
+        model.load_state_dict(torch.load(done, map_location=config.device, weights_only=True), strict=True)
+        return model.eval()
+    data, size = camera_data(model.eval(), config)
+    others = torch.cat([tokens[:, 1:, 0].flatten(0, 1) for tokens, _, _ in data.values()])
+    fresh_head(model, others, config.seed)
+    head, spread, draw = model.camera_head.train(), others.std(0), torch.Generator().manual_seed(config.seed)
+    trained = {n: p for n, p in head.named_parameters() if not n.startswith("token_norm")}
+    matrices = [p for n, p in trained.items() if p.ndim == 2 and n.startswith("trunk.")]
+    rest = [p for n, p in trained.items() if not (p.ndim == 2 and n.startswith("trunk."))]
+    optimizers = [torch.optim.Muon(matrices, lr=config.camera_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(rest, lr=config.camera_lr, weight_decay=config.weight_decay)]
+    sizes = torch.tensor([float(len(tokens)) for tokens, _, _ in data.values()])
+    for step in tqdm(range(config.camera_steps), desc="camera head", mininterval=5):
+        tokens, poses, K = list(data.values())[int(torch.multinomial(sizes, 1, generator=draw))]
+        chosen = torch.randint(len(tokens), (64,), generator=draw)
+        noisy = tokens[chosen] + config.camera_noise * spread * torch.randn(tokens[chosen].shape, generator=draw).to(tokens)
+        valid = torch.ones(64, tokens.shape[1], 4, 4, dtype=torch.bool, device=tokens.device)
+        loss = camera_loss(head(noisy), poses[chosen], K[chosen], valid, size).total
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = config.camera_lr * min(1, (step + 1) / 50, (config.camera_steps - step) / (0.7 * config.camera_steps))
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+    with atomic_path(done) as temporary:
+        torch.save(model.state_dict(), temporary)
     return model.eval()
 
 # %% ../../nbs/training/pretrain.ipynb #1e6e5912
