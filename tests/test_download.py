@@ -539,8 +539,9 @@ def test_an_interruption_while_moving_leaves_no_half_scene(scenes, monkeypatch, 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 def command(*words, **environment):
+    # a shell that runs the tests in the background makes its children deaf to Ctrl-C; at a terminal they are not
     return subprocess.Popen([sys.executable, "-m", "vggt_lora.download", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            stdin=subprocess.DEVNULL, env={**os.environ, **environment})
+                            stdin=subprocess.DEVNULL, env={**os.environ, **environment}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 @pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
