@@ -64,6 +64,7 @@ def evaluate(
     device = resolve_device(config.device)
     base = build_model(config)
     cache = frame_cache(config, base)
+    cache.prepare(items_of(split.val, scenes), device)
     models = run if folder is None else None
     if models is None:
         adapted = load_adapter(base, folder / "adapter").to(device)

@@ -56,6 +56,7 @@ def train(
         check_photos(json.loads((folder / "split.json").read_text(encoding="utf-8")), photos)
     model = build_model(config).to(device)
     cache = frame_cache(config, model)
+    cache.prepare(items_of(split.train, scenes) + items_of(split.val, scenes), device)
     adapted, targets, gate = gated_adapter(model, items_of(split.train, scenes), cache, config)
     run = RunFolder(folder, keep_step=last_step(folder) if config.resume else None)
     try:

@@ -23,7 +23,7 @@ from .planesweep import Warper, half_size, plane_steps, relative_mapping, sweep,
 from .slanted import refine
 
 # %% ../../nbs/scenes/dense_estimate.ipynb #49ea43cc
-VERSION = 1  # raise it whenever the same settings give other depth: what lies in the cache is then made anew
+VERSION = 2  # raise it whenever the same settings give other depth: what lies in the cache is then made anew
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ class TrainConfig:
     train_share: float = 0.85  # of each scene's photos, the rest validates; not used where whole scenes are held out
     image_size: int = 0  # long side in px, a multiple of 14; 0: the model's own
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
-    supervision: str = "sparse"  # depth source
+    supervision: str = "sparse"  # depth source: sparse, laser, dense, colmap, or several joined by "+", the most trusted first
     targets: str = ""  # patterns of strategy custom, separated by commas
     full: str = ""  # patterns of layers trained in full beside the adapters
     rank: int = 16  # of the adapters
