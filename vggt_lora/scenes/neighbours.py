@@ -7,6 +7,7 @@ __all__ = ['LOW_ANGLE', 'HIGH_ANGLE', 'WIDEST_ANGLE', 'triangulation_angles', 'a
 
 # %% ../../nbs/scenes/neighbours.ipynb #7a6f6119
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -42,7 +43,10 @@ class Neighbour:
     shared: int  # points that both observe
     angle: float  # degrees, median triangulation angle of those
     overlap: float  # share of the frame's points that project into the other photo
-    score: float  # the higher the better
+    score: float  # what it added when it was chosen
+
+
+_FOUND: WeakKeyDictionary = WeakKeyDictionary()  # scene -> {(frame, settings): neighbours}
 
 
 def find_neighbours(
@@ -53,16 +57,39 @@ def find_neighbours(
     smallest_angle: float = 0.5,  # degrees, median over the shared points
 ) -> list[Neighbour]:
     """Return the photos to compare `frame` with, best first; an empty list where there is none."""
+    known, key = _FOUND.setdefault(scene, {}), (frame, count, fewest_shared, smallest_angle)
+    if key not in known:
+        known[key] = _chosen(scene, *key)
+    return list(known[key])
+
+
+def _candidates(scene, frame, fewest_shared: int, smallest_angle: float) -> list[tuple]:
+    """Return (index, value of each of the frame's points, median angle, overlap) of every photo that qualifies."""
     own = np.unique(frame.point_rows)
-    xyz, centre, found = scene.points.xyz, camera_centre(frame.world_to_cam), []
+    xyz, centre, found = scene.points.xyz[own], camera_centre(frame.world_to_cam), []
+    place = np.full(len(scene.points), -1)
+    place[own] = np.arange(len(own))
     for index, other in enumerate(scene.frames):
-        rows = np.intersect1d(own, other.point_rows)
-        if other.name == frame.name or len(rows) < fewest_shared:
+        shared = np.unique(place[other.point_rows])
+        shared = shared[shared >= 0]
+        if other.name == frame.name or len(shared) < fewest_shared:
             continue
-        angles = triangulation_angles(xyz[rows], centre, camera_centre(other.world_to_cam))
-        if np.median(angles) < smallest_angle:
-            continue
-        pixels, z = project_points(xyz[own], other.world_to_cam, other.K)
+        angles = triangulation_angles(xyz[shared], centre, camera_centre(other.world_to_cam))
+        pixels, z = project_points(xyz, other.world_to_cam, other.K)
         overlap = ((z > 0) & (pixels >= 0).all(1) & (pixels < other.size[::-1]).all(1)).mean()
-        found.append(Neighbour(index, len(rows), float(np.median(angles)), float(overlap), float(angle_value(angles).sum() * overlap)))
-    return sorted((n for n in found if n.score > 0), key=lambda n: (-n.score, n.index))[:count]
+        if np.median(angles) >= smallest_angle and angle_value(angles).any() and overlap > 0:
+            values = np.zeros(len(own))
+            values[shared] = angle_value(angles)
+            found.append((index, values, len(shared), float(np.median(angles)), float(overlap)))
+    return found
+
+
+def _chosen(scene, frame, count: int, fewest_shared: int, smallest_angle: float) -> list[Neighbour]:
+    left, chosen, total = _candidates(scene, frame, fewest_shared, smallest_angle), [], 0.0
+    while left and len(chosen) < count:
+        gains = [float((np.sqrt(total + values) - np.sqrt(total)).sum() * overlap) for _, values, _, _, overlap in left]
+        best = max(range(len(left)), key=lambda k: (gains[k], -left[k][0]))
+        index, values, shared, angle, overlap = left.pop(best)
+        total = total + values
+        chosen.append(Neighbour(index, shared, angle, overlap, gains[best]))
+    return chosen

@@ -317,6 +317,7 @@ class FrameStore(FrameCache):
         self,
         items,  # (scene, window) pairs
         progress: bool = True,  # show a bar if it takes more than a second
+        device: str = "cpu",  # or "cuda", for sources that work ahead
     ) -> StoreReport:
         """Check the entries of all frames of these windows and make those that are missing.
 
@@ -329,6 +330,7 @@ class FrameStore(FrameCache):
             target = self.size(scene, window.frames[0])
             wanted.setdefault(scene, {}).update({(index, target): None for index in window.frames})
         remove_leftovers(self.folder)
+        self.work_ahead(items, device)
         with tqdm(total=sum(map(len, wanted.values())), desc="frame store", unit="frame", delay=1, disable=not progress) as bar:
             faults = [fault for scene, jobs in wanted.items() for fault in self._prepare(scene, list(jobs), bar)]
         self.report.seconds += time.monotonic() - began

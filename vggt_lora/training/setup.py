@@ -19,6 +19,7 @@ from ..scenes.store import FrameStore
 from ..scenes.synthetic import DEMO_HELD_OUT
 from ..scenes.windows import LeakError, Split, audit_split, content_hash, split_windows
 from .config import TrainConfig
+from .loop import resolve_device
 
 # %% ../../nbs/training/setup.ipynb #7d4dfd1c
 def open_scenes(
@@ -123,11 +124,13 @@ def frame_cache(
 ) -> FrameCache:
     """The frames of a run at its image size (the model's own where the configuration says 0), from the store on disk or decoded each time."""
     settings = config.image_size or model.config.img_size, config.image_mode, source or config.supervision
-    if not config.store:
-        return FrameCache(*settings)
-    store = FrameStore(*settings)
-    store.prepare(items)
-    return store
+    if config.store:
+        frames = FrameStore(*settings)
+        frames.prepare(items, device=resolve_device(config.device))
+    else:
+        frames = FrameCache(*settings)
+        frames.work_ahead(items, resolve_device(config.device))
+    return frames
 
 # %% ../../nbs/training/setup.ipynb #9a41d7ce
 def truth_source(
