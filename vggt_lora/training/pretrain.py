@@ -301,6 +301,7 @@ def finish_camera(model: VGGT, config: PretrainConfig) -> VGGT:
     if done.is_file():
         model.load_state_dict(torch.load(done, map_location=config.device, weights_only=True), strict=True)
         return model.eval()
+    started = time.monotonic()
     data, size = camera_data(model.eval(), config)
     others = torch.cat([tokens[:, 1:, 0].flatten(0, 1) for tokens, _, _ in data.values()])
     fresh_head(model, others, config.seed)
@@ -324,9 +325,15 @@ def finish_camera(model: VGGT, config: PretrainConfig) -> VGGT:
         torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)
         for optimizer in optimizers:
             optimizer.step()
+    _note(config.folder / "curve.jsonl", step=config.steps, seconds=round(_seconds(config) + time.monotonic() - started, 1), finished="camera head")
     with atomic_path(done) as temporary:
         torch.save(model.state_dict(), temporary)
     return model.eval()
+
+
+def _seconds(config: PretrainConfig) -> float:
+    """Seconds that the run has taken so far."""
+    return json.loads((config.folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()[-1])["seconds"]
 
 # %% ../../nbs/training/pretrain.ipynb #1e6e5912
 def read_curve(folder: Path | str) -> list[dict]:
@@ -337,11 +344,10 @@ def read_curve(folder: Path | str) -> list[dict]:
 
 def training_record(config: PretrainConfig, model: VGGT) -> dict:
     """Settings, hours, machine, curve and final measurements of a run, as plain JSON values."""
-    last = [json.loads(line) for line in (config.folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()][-1]
     settings = {n: v for n, v in dataclasses.asdict(config).items() if n not in ("output", "worlds")}
     gpu = torch.cuda.get_device_name() if config.device == "cuda" else ""
     machine = gpu or f"{os.cpu_count()} cores ({platform.machine()}), no GPU"
-    return {"config": settings, "parameters": sum(p.numel() for p in model.parameters()), "hours": round(last["seconds"] / 3600, 2),
+    return {"config": settings, "parameters": sum(p.numel() for p in model.parameters()), "hours": round(_seconds(config) / 3600, 2),
             "machine": machine, "torch": torch.__version__, "curve": read_curve(config.folder),
             "measured": {"held-out worlds": judge(model, held_out_worlds(config)),
                          "stone streets (style never seen)": judge(model, stone_worlds(config))}}
