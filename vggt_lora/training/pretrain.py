@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'position_table', 'fresh_model', 'pose_angles', 'judge', 'rate_at', 'optimisers', 'held_out_worlds',
            'stone_worlds', 'ask', 'train_step', 'pretrain', 'camera_tokens', 'camera_data', 'fresh_head',
-           'finish_camera', 'read_curve', 'training_record']
+           'head_optimisers', 'finish_camera', 'read_curve', 'training_record']
 
 # %% ../../nbs/training/pretrain.ipynb #a6a50a62
 import dataclasses
@@ -293,6 +293,14 @@ def fresh_head(model: VGGT, tokens: torch.Tensor, seed: int) -> None:
         head.token_norm.bias.copy_(-plain.mean(0) * head.token_norm.weight)
 
 
+def head_optimisers(head, config: PretrainConfig) -> list:
+    """Muon for the matrices of the trunk, AdamW for the rest; the first norm stays."""
+    trained = {n: p for n, p in head.named_parameters() if not n.startswith("token_norm")}
+    matrices = {n: p for n, p in trained.items() if p.ndim == 2 and n.startswith("trunk.")}
+    return [torch.optim.Muon(list(matrices.values()), lr=config.camera_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], lr=config.camera_lr, weight_decay=config.weight_decay)]
+
+# %% ../../nbs/training/pretrain.ipynb #5539035a
 def finish_camera(model: VGGT, config: PretrainConfig) -> VGGT:
     """Train the camera head alone, on tokens of the finished network; a result found in the run's folder is loaded instead."""
     from tqdm import tqdm
@@ -306,11 +314,8 @@ def finish_camera(model: VGGT, config: PretrainConfig) -> VGGT:
     others = torch.cat([tokens[:, 1:, 0].flatten(0, 1) for tokens, _, _ in data.values()])
     fresh_head(model, others, config.seed)
     head, spread, draw = model.camera_head.train(), others.std(0), torch.Generator().manual_seed(config.seed)
-    trained = {n: p for n, p in head.named_parameters() if not n.startswith("token_norm")}
-    matrices = [p for n, p in trained.items() if p.ndim == 2 and n.startswith("trunk.")]
-    rest = [p for n, p in trained.items() if not (p.ndim == 2 and n.startswith("trunk."))]
-    optimizers = [torch.optim.Muon(matrices, lr=config.camera_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(rest, lr=config.camera_lr, weight_decay=config.weight_decay)]
+    optimizers = head_optimisers(head, config)
+    trained = [p for optimizer in optimizers for p in optimizer.param_groups[0]["params"]]
     sizes = torch.tensor([float(len(tokens)) for tokens, _, _ in data.values()])
     for step in tqdm(range(config.camera_steps), desc="camera head", mininterval=5):
         tokens, poses, K = list(data.values())[int(torch.multinomial(sizes, 1, generator=draw))]
@@ -322,7 +327,7 @@ def finish_camera(model: VGGT, config: PretrainConfig) -> VGGT:
             optimizer.param_groups[0]["lr"] = config.camera_lr * min(1, (step + 1) / 50, (config.camera_steps - step) / (0.7 * config.camera_steps))
             optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), config.clip)
+        torch.nn.utils.clip_grad_norm_(trained, config.clip)
         for optimizer in optimizers:
             optimizer.step()
     _note(config.folder / "curve.jsonl", step=config.steps, seconds=round(_seconds(config) + time.monotonic() - started, 1), finished="camera head")
