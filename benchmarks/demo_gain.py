@@ -1,7 +1,7 @@
 """Does fine-tuning help on a demo building of a style never seen? Strategies, seeds and supervision side by side, with intervals.
 
-    python benchmarks/demo_gain.py                                        # a, b, c on sparse points, then b on laser and on both; 3 seeds each
-    python benchmarks/demo_gain.py --strategies b --supervision sparse --seeds 0 1 2
+    python benchmarks/demo_gain.py                                        # a, b, c on laser and sparse points, then b on each alone; 3 seeds each
+    python benchmarks/demo_gain.py --strategies b --supervision dense --seeds 0 1 2
     python benchmarks/demo_gain.py --set epochs=20 model=path/to/weights  # other fields of TrainConfig
 
 Runs that are finished are read, not repeated: every run is a folder under --output. Nothing is asserted.
@@ -42,7 +42,7 @@ def main() -> None:
     """Make the runs and print a line for each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategies", nargs="+", default=["a", "b", "c"])
-    parser.add_argument("--supervision", nargs="+", default=["sparse", "laser", "laser+sparse"], help="the first for all strategies, the others for b alone")
+    parser.add_argument("--supervision", nargs="+", default=["laser+sparse", "laser", "sparse"], help="the first for all strategies, the others for b alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     parser.add_argument("--output", type=Path, default=project_root() / "outputs" / "demo_gain")

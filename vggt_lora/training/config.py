@@ -34,7 +34,7 @@ class TrainConfig:
     train_share: float = 0.85  # of each scene's photos, the rest validates; not used where whole scenes are held out
     image_size: int = 0  # long side in px, a multiple of 14; 0: the model's own
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
-    supervision: str = "sparse"  # depth source: sparse, laser, dense, colmap, completed, or several joined by "+", the most trusted first
+    supervision: str = "laser+sparse"  # depth source: sparse, laser, dense, colmap, completed, or several joined by "+", the most trusted first
     store: bool = True  # keep preprocessed frames on disk for the next run; changes no number
     truth: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
     targets: str = ""  # patterns of strategy custom, separated by commas
