@@ -124,7 +124,7 @@ def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp
         assert (without.folder / name).read_bytes() == (stored.folder / name).read_bytes(), name
     assert largest_difference(evaluate(stored.folder).table(), without.results["table"]) == 0
     logs = [(run.folder / "train.log").read_text() for run in (without, stored)]
-    assert "frames (sparse) are decoded" in logs[0] and "8 frames reused, 0 made" in logs[1]
+    assert f"frames ({config.supervision}) are decoded" in logs[0] and "8 frames reused, 0 made" in logs[1]
 
 
 def test_the_store_is_light_to_import():
