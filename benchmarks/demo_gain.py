@@ -13,9 +13,7 @@ from pathlib import Path
 
 from vggt_lora.core import project_root
 from vggt_lora.evaluation.statistics import effects, in_words
-from vggt_lora.train import TrainConfig, train
-
-NAMES = {"absrel": "AbsRel", "d1": "δ<1.25"}
+from vggt_lora.train import NAMES, TrainConfig, train
 
 
 def results_of(config: TrainConfig) -> dict:
