@@ -174,11 +174,11 @@ def measure(adapter: Path, held_out, cache, config: TrainConfig) -> tuple[dict, 
     model = load_adapter(build_model(config), adapter).to(device)
     precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
     evaluation = evaluate_windows({"base": base_of(model), "adapted": model}, held_out, cache, device=device, autocast=precision, depth_range=limits)
-    table, rows = ([{k: None if v != v else v for k, v in row.items()} for row in part]  # JSON knows no NaN
-                   for part in (evaluation.table(), evaluation.rows))
+    table, rows, cameras = ([{k: None if v != v else v for k, v in row.items()} for row in part]  # JSON knows no NaN
+                            for part in (evaluation.table(), evaluation.rows, evaluation.cameras()))
     protocol = {"truth": cache.supervision, "alignment": "fitted per image", "depth_limits_m": limits, "limits_apply_to": "scenes in metres", "precision": precision,
                 "frames": "each held-out frame once, in the first window that holds it"}
-    return {"protocol": protocol, "table": table, "effects": [e.row() | {"sentence": in_words(e, NAMES[e.metric])} for e in effects(rows, tuple(NAMES))],
+    return {"protocol": protocol, "table": table, "cameras": cameras, "warnings": evaluation.warnings, "effects": [e.row() | {"sentence": in_words(e, NAMES[e.metric])} for e in effects(rows, tuple(NAMES))],
             "frames_left_out": evaluation.left_out, "pixels_left_out": evaluation.pixels_left_out, "frames": rows}, evaluation.maps
 
 # %% ../nbs/03_train.ipynb #e38afbe7
@@ -189,12 +189,15 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
     lines = [f"# Strategy {config.strategy} on {config.data}", note,
              *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
              f"Held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {config.epochs} epochs (best {loss['best']:.4f}).", "",
-             "| model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {r['model']} | {r['alignment']} | {r['frames']} | "
-              + " | ".join("–" if r[k] is None else f"{r[k]:.4f}" for k in ("absrel", "mae", "rmse", "d1")) + " |" for r in results["table"]]
+             "| protocol | model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 | inliers |", "|---|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {r['protocol']} | {r['model']} | {r['alignment']} | {r['frames']} | "
+              + " | ".join("–" if r[k] is None else f"{r[k]:.4f}" for k in ("absrel", "mae", "rmse", "d1", "inlier")) + " |" for r in results["table"]]
     lines += ["", f"Truth: {results['protocol']['truth']}; supervision: {config.supervision}. Intervals: paired bootstrap over the held-out frames, after the median "
               "of each image.", "MAE and RMSE are in the scenes' own unit. `none` multiplies the prediction by the scene's own length, known from the truth; "
-              "the other alignments are fitted to the truth.",
+              "`pose` takes the scale of the true camera centres, the other alignments are fitted to the true depth.",
+              *[f"Cameras of {r['model']}: rotations off by {r['rotation_median'] or 0:.1f}°, directions by {r['translation_median'] or 0:.1f}° in the median of "
+                f"{r['pairs']} pairs, AUC@30 {r['auc_30'] or 0:.2f}." for r in results["cameras"]],
+              *[f"**Warning:** {warning}" for warning in results["warnings"]],
               f"Frames without any truth, left out: {len(results['frames_left_out'])}; pixels outside the depth limits: {results['pixels_left_out']}.",
               "", "![held-out frames](figures/held_out.png)", "![losses](figures/losses.png)"]
     return "\n".join(lines) + "\n"
