@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['newest_run', 'recorded_photos', 'evaluate', 'all_frames', 'largest_difference', 'ALIGNMENTS', 'align_depth',
            'depth_metrics', 'PROTOCOLS', 'Protocol', 'camera_metrics', 'Evaluation', 'evaluate_windows',
-           'comparison_rows']
+           'comparison_rows', 'calibration', 'confidence_rows', 'confidence_table', 'sparsification', 'Drift',
+           'DriftLimits', 'drift', 'HYPOTHESES', 'check_claims', 'region_effects', 'region_rows']
 
 # %% ../nbs/04_evaluate.ipynb #2c2d3163
 import dataclasses
@@ -15,9 +16,13 @@ from pathlib import Path
 from .adapters.adapter import load_adapter
 from .core import ConfigError, given_parameters, project_root, unknown, user_path
 from .evaluation.cameras import camera_metrics
+from .evaluation.confidence import calibration, confidence_rows, confidence_table, sparsification
+from .evaluation.forgetting import Drift, DriftLimits, drift, world_samples
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.protocols import PROTOCOLS, PUBLISHED, STANDARD, Protocol, find_protocols
-from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_windows
+from .evaluation.regions import HYPOTHESES, check_claims, region_effects, region_masks, region_rows, true_planes
+from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_samples, evaluate_windows
+from .evaluation.statistics import effects, in_words
 from .scenes.windows import Split, make_windows
 from .train import Run
 from .training.config import TrainConfig, read_config
@@ -27,7 +32,8 @@ from .training.setup import (build_model, check_photos, frame_cache, items_of, o
                                       split_scenes, truth_source)
 
 # %% ../nbs/04_evaluate.ipynb #016704e7
-_all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "PROTOCOLS", "Protocol", "camera_metrics", "Evaluation", "evaluate_windows", "comparison_rows"]
+_all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "PROTOCOLS", "Protocol", "camera_metrics", "Evaluation", "evaluate_windows", "comparison_rows",
+         "calibration", "confidence_rows", "confidence_table", "sparsification", "Drift", "DriftLimits", "drift", "HYPOTHESES", "check_claims", "region_effects", "region_rows"]
 
 # %% ../nbs/04_evaluate.ipynb #f2bd2ea0
 def newest_run(
