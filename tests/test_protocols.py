@@ -229,8 +229,12 @@ def test_planes_of_a_building_and_what_a_shift_does_to_them(window):
     assert by == "labels" and min(masks[k].sum() for k in ("wall", "window", "edge")) > 50
     assert (sum(masks[k].astype(int) for k in ("wall", "window", "edge", "rest")) == frame["valid"]).all()
     unlabelled, by = regions.region_masks({**frame, "labels": frame["labels"] * 0}, planes)
-    both = (unlabelled["wall"] & masks["wall"]).sum() / unlabelled["wall"].sum()
-    assert by == "planes" and both > 0.4, "vertical planes are hardly on walls"
+    assert by == "planes"
+    upright = {bool(abs(plane.normal @ frame["world_to_cam"][:3, 2]) < 0.26): plane.mask for plane in planes}
+    assert (unlabelled["wall"] & upright[False]).sum() == 0
+    built = masks["wall"] | masks["window"] | masks["edge"]
+    on = [(part & built).sum() / part.sum() for part in (unlabelled["wall"], upright[False])]
+    assert on[0] > 0.7 > 0.2 > on[1], "vertical planes are on the building, the horizontal one on the ground"
 
 
 def test_an_improvement_on_windows_alone_is_found_there_alone(window):

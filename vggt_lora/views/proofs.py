@@ -11,7 +11,7 @@ import numpy as np
 
 from .figures import axes_or_new, new_figure
 
-# %% ../../nbs/views/proofs.ipynb #705a9e44
+# %% ../../nbs/views/proofs.ipynb #12b98c17
 COLOURS = {"base": "#6c6c6c", "adapted": "#d55e00"}
 OTHERS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00")  # for names that are neither
 
@@ -105,12 +105,17 @@ def region_picture(
     figure = new_figure(7.0, 7.0 * photo.shape[0] / photo.shape[1] + 0.4)
     ax = figure.subplots()
     tint, palette = np.repeat(photo.mean(-1, keepdims=True), 3, -1), ((0.9, 0.62, 0), (0.34, 0.7, 0.91), (0.84, 0.37, 0), (0, 0.62, 0.45), (0.8, 0.47, 0.65), (0.94, 0.89, 0.26), (0, 0.45, 0.7))
+    sparse = sum(mask.mean() for mask in masks.values()) < 0.3
     for number, (name, mask) in enumerate(masks.items()):
         colour = np.array(palette[number % len(palette)])
-        tint[mask] = 0.55 * tint[mask] + 0.45 * colour
+        if sparse:  # single pixels would not be seen
+            rows, columns = np.nonzero(mask)
+            ax.scatter(columns + 0.5, rows + 0.5, s=5, color=colour, linewidths=0, zorder=2)
+        else:
+            tint[mask] = 0.55 * tint[mask] + 0.45 * colour
         ax.plot([], [], "s", color=colour, label=f"{name} {100 * mask.mean():.0f} %")
-    ax.imshow(tint.clip(0, 1))
-    ax.set(xticks=[], yticks=[])
+    ax.imshow(tint.clip(0, 1), extent=(0, photo.shape[1], photo.shape[0], 0))
+    ax.set(xticks=[], yticks=[], xlim=(0, photo.shape[1]), ylim=(photo.shape[0], 0))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     return figure
 
