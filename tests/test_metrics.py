@@ -92,7 +92,7 @@ def test_small_types_are_computed_in_double(dtype):
 def test_a_perfect_prediction():
     _, truth, valid = maps(5)
     for row in evaluate_frames([(truth, truth, valid, {})]):
-        assert [row[name] for name in ERRORS] == pytest.approx([0, 0, 0, 0, 1, 1, 1], abs=1e-12)
+        assert [row[name] for name in ERRORS] == pytest.approx([0, 0, 0, 0, 1, 1, 1, 1], abs=1e-12)
 
 
 def test_a_negative_depth_fails_delta_and_is_counted():
@@ -111,12 +111,12 @@ def test_windows_share_one_alignment_and_rows_keep_their_order():
     frames = []
     for number in range(6):
         truth = random.uniform(1, 9, (4, 5 + number))
-        frames.append((truth * (number + 1), truth, truth > 2, {"frame": number, "window": number % 2}))
-    rows = evaluate_frames(frames, ["scale", "median"], scope="window")
-    assert [(row["frame"], row["alignment"]) for row in rows[:4]] == [(0, "scale per window"), (0, "median per window"),
-                                                                     (1, "scale per window"), (1, "median per window")]
+        frames.append((truth * (number + 1), truth, truth > 2, {"frame": number, "sequence": number % 2}))
+    rows = evaluate_frames(frames, ["scale", "median"], scope="sequence")
+    assert [(row["frame"], row["alignment"]) for row in rows[:4]] == [(0, "scale per sequence"), (0, "median per sequence"),
+                                                                     (1, "scale per sequence"), (1, "median per sequence")]
     for window in (0, 1):
-        group = [row for row in rows if row["window"] == window and row["alignment"] == "scale per window"]
+        group = [row for row in rows if row["sequence"] == window and row["alignment"] == "scale per sequence"]
         mine = frames[window::2]
         p, t = (np.concatenate([f[i][f[2]] for f in mine]) for i in (0, 1))
         assert [row["scale"] for row in group] == pytest.approx([p @ t / (p @ p)] * 3)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'Run', 'train', 'first_frames', 'gated_adapter', 'unreached_by_loss', 'last_step', 'describe', 'truth_cache',
-           'check_same', 'finish', 'measure', 'report', 'save_figures', 'main', 'TrainConfig', 'read_config']
+           'check_same', 'finish', 'measure', 'in_detail', 'drift_of', 'report', 'save_figures', 'main', 'TrainConfig',
+           'read_config']
 
 # %% ../nbs/03_train.ipynb #ed1bc3c5
 import dataclasses
@@ -15,7 +16,11 @@ from pathlib import Path
 from .adapters.adapter import apply_lora, load_adapter, save_adapter
 from .adapters.gate import BaseGate
 from .core import ConfigError, given_parameters
+from .evaluation.protocols import DEFAULT
 from .evaluation.runner import base_of, comparison_rows, evaluate_windows
+from .evaluation.confidence import confidence_rows, confidence_table
+from .evaluation.forgetting import drift
+from .evaluation.regions import check_claims, region_effects, region_rows
 from .evaluation.statistics import effects, in_words
 from .scenes.samples import load_sample
 from .scenes.windows import Window
@@ -174,12 +179,28 @@ def measure(adapter: Path, held_out, cache, config: TrainConfig) -> tuple[dict, 
     model = load_adapter(build_model(config), adapter).to(device)
     precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
     evaluation = evaluate_windows({"base": base_of(model), "adapted": model}, held_out, cache, device=device, autocast=precision, depth_range=limits)
-    table, rows = ([{k: None if v != v else v for k, v in row.items()} for row in part]  # JSON knows no NaN
-                   for part in (evaluation.table(), evaluation.rows))
+    table, rows, cameras = ([{k: None if v != v else v for k, v in row.items()} for row in part]  # JSON knows no NaN
+                            for part in (evaluation.table(), evaluation.rows, evaluation.cameras()))
     protocol = {"truth": cache.supervision, "alignment": "fitted per image", "depth_limits_m": limits, "limits_apply_to": "scenes in metres", "precision": precision,
                 "frames": "each held-out frame once, in the first window that holds it"}
-    return {"protocol": protocol, "table": table, "effects": [e.row() | {"sentence": in_words(e, NAMES[e.metric])} for e in effects(rows, tuple(NAMES))],
+    return {"protocol": protocol, "table": table, "cameras": cameras, "warnings": evaluation.warnings, **in_detail(evaluation.maps),
+            "drift": drift_of(model, held_out, cache, device), "effects": [e.row() | {"sentence": in_words(e, NAMES[e.metric])} for e in effects(rows, tuple(NAMES))],
             "frames_left_out": evaluation.left_out, "pixels_left_out": evaluation.pixels_left_out, "frames": rows}, evaluation.maps
+
+
+def in_detail(maps: list[dict]) -> dict:
+    """Regions, claims and confidence of base and adapted under the default protocol, as JSON takes them."""
+    found = region_effects(region_rows(maps))
+    return {"regions": [{"protocol": DEFAULT, "region": region, **effect.row()} for region, of_region in found.items() for effect in of_region],
+            "claims": [{"protocol": DEFAULT, **claim} for claim in check_claims(found)],
+            "confidence": [{k: None if v != v else v for k, v in row.items()} for row in confidence_table(confidence_rows(maps))]}
+
+
+def drift_of(model, held_out, cache, device: str, most: int = 2) -> dict:
+    """How far the adapter moved features and confidence, on the first held-out windows."""
+    found = drift(base_of(model), model, [load_sample(scene, window, cache) for scene, window in held_out[:most]], device=device)
+    rows = [{k: None if v != v else v for k, v in row.items()} for row in found.rows]
+    return {"windows": found.windows, "rows": rows, "alarms": found.alarms}
 
 # %% ../nbs/03_train.ipynb #e38afbe7
 def report(config: TrainConfig, results: dict, folder: Path) -> str:
@@ -189,12 +210,16 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
     lines = [f"# Strategy {config.strategy} on {config.data}", note,
              *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
              f"Held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {config.epochs} epochs (best {loss['best']:.4f}).", "",
-             "| model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {r['model']} | {r['alignment']} | {r['frames']} | "
-              + " | ".join("–" if r[k] is None else f"{r[k]:.4f}" for k in ("absrel", "mae", "rmse", "d1")) + " |" for r in results["table"]]
+             "| protocol | model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 | inliers |", "|---|---|---|---|---|---|---|---|---|"]
+    lines += [f"| {r['protocol']} | {r['model']} | {r['alignment']} | {r['frames']} | "
+              + " | ".join("–" if r[k] is None else f"{r[k]:.4f}" for k in ("absrel", "mae", "rmse", "d1", "inlier")) + " |" for r in results["table"]]
     lines += ["", f"Truth: {results['protocol']['truth']}; supervision: {config.supervision}. Intervals: paired bootstrap over the held-out frames, after the median "
               "of each image.", "MAE and RMSE are in the scenes' own unit. `none` multiplies the prediction by the scene's own length, known from the truth; "
-              "the other alignments are fitted to the truth.",
+              "`pose` takes the scale of the true camera centres, the other alignments are fitted to the true depth.",
+              *[f"Cameras of {r['model']}: rotations off by {r['rotation_median'] or 0:.1f}°, directions by {r['translation_median'] or 0:.1f}° in the median of "
+                f"{r['pairs']} pairs, AUC@30 {r['auc_30'] or 0:.2f}." for r in results["cameras"]],
+              *[f"- {claim['sentence']}" for claim in results["claims"]],
+              *[f"**Warning:** {warning}" for warning in results["warnings"]], *[f"**Drift:** {alarm}." for alarm in results["drift"]["alarms"]],
               f"Frames without any truth, left out: {len(results['frames_left_out'])}; pixels outside the depth limits: {results['pixels_left_out']}.",
               "", "![held-out frames](figures/held_out.png)", "![losses](figures/losses.png)"]
     return "\n".join(lines) + "\n"

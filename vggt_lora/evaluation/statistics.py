@@ -90,14 +90,14 @@ def bca_shares(
     return float(low), float(high)
 
 # %% ../../nbs/evaluation/statistics.ipynb #dfa41058
-HIGHER_IS_BETTER = ("d1", "d2", "d3", "inlier_103")  # and every accuracy and area under a curve
+HIGHER_IS_BETTER = ("d1", "d2", "d3", "inlier")  # and every accuracy and area under a curve
 
 
 def higher_is_better(
     metric: str,
 ) -> bool:
     """Tell whether a larger value of a metric is the better one."""
-    return metric in HIGHER_IS_BETTER or metric.startswith(("auc", "accuracy"))
+    return metric in HIGHER_IS_BETTER or metric.startswith(("auc", "accuracy", "rra", "rta"))
 
 
 @dataclasses.dataclass(frozen=True)
