@@ -49,10 +49,19 @@ class TrainConfig:
     clip: float = 1.0  # largest norm of the gradient
     accumulate: int = 1  # windows per optimiser step
     shuffle_frames: bool = True  # training windows in random order, so any frame may define the world
+    windows: str = "order"  # windows by capture order, or of photos that share many points (covisible)
+    image_sizes: str = ""  # long sides that training windows are drawn at, such as "420,518,630", or factors of the image size, such as "0.8,1,1.2"; empty: one size
+    augment: str = ""  # changes to training windows, separated by commas: crop, colour, flip, turn, tilt, mixup, cutmix
+    augment_variants: int = 0  # number of different draws for each window, repeated in turn; 0: a new one in every epoch
     camera_weight: float = 2.0  # loss weights
     depth_conf_weight: float = 5.0
     depth_reg_weight: float = 5.0
     depth_grad_weight: float = 5.0
+    depth_normal_weight: float = 0.0  # of the surface normals of depth
+    confidence_error: str = "absolute"  # the confidence term weighs errors as they are, or relative to the depth
+    window_weight: float = 0.0  # pixels labelled as a window count 1 + this
+    keep_base: float = 0.0  # weight of staying near the base where nothing supervises
+    normalise: str = "points"  # unit of the truth: mean distance of its points, or where the base's prediction fits (base)
     depth_min: float = 0.1  # m; nearer depth is left out where the scene is metric
     depth_max: float = 100.0  # m; likewise farther depth
     precision: str = "auto"  # auto (bf16 on a GPU, float32 else), float32 or bf16
@@ -96,6 +105,9 @@ class TrainConfig:
 CHOICES = {
     "metric": ("auto", "yes", "no"),
     "image_mode": ("aspect", "crop", "pad", "squash"),
+    "windows": ("order", "covisible"),
+    "confidence_error": ("absolute", "relative"),
+    "normalise": ("points", "base"),
     "precision": ("auto", "float32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
 }
@@ -104,6 +116,7 @@ RANGES = {
     "image_size": (0, 8_400), "rank": (1, 4_096), "alpha": (1e-6, 1e6), "dropout": (0, 0.95), "lr": (0, 1),
     "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
+    "depth_normal_weight": (0, 1e4), "window_weight": (0, 1e4), "keep_base": (0, 1e4), "augment_variants": (0, 1_000),
     "depth_min": (0, 1e6), "depth_max": (0, 1e6), "seed": (0, 2**31 - 1),
 }
 

@@ -20,6 +20,7 @@ from ..scenes.scene import Scene
 from ..scenes.windows import Window
 from .config import TrainConfig
 from .feed import Feed, feed_of
+from .keep import base_depth
 from .losses import LossConfig, training_loss
 from .run import RunFolder, load_checkpoint, save_checkpoint
 
@@ -58,7 +59,9 @@ def loss_config(
 ) -> LossConfig:
     """The loss settings of a training configuration."""
     return LossConfig(camera=config.camera_weight, depth_conf=config.depth_conf_weight, depth_reg=config.depth_reg_weight,
-                      depth_grad=config.depth_grad_weight, depth_range=(config.depth_min, config.depth_max))
+                      depth_grad=config.depth_grad_weight, depth_range=(config.depth_min, config.depth_max),
+                      depth_normal=config.depth_normal_weight, confidence_error=config.confidence_error, window=config.window_weight,
+                      keep_base=config.keep_base, scale=config.normalise)
 
 
 def window_loss(
@@ -70,7 +73,10 @@ def window_loss(
 ):
     """Forward one window and compute its LossResult."""
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collate([sample]).items()}
-    predictions = model(batch["images"], heads=HEADS) if state is None else model(state=state.to(device), heads=HEADS)
+    state = None if state is None else state.to(device)
+    if losses.needs_base:
+        batch["base_depth"] = base_depth(model, batch["images"] if state is None else None, state)
+    predictions = model(batch["images"], heads=HEADS) if state is None else model(state=state, heads=HEADS)
     return training_loss(predictions, batch, losses)
 
 # %% ../../nbs/training/loop.ipynb #9315d425
