@@ -10,6 +10,8 @@ from ..model.aggregator import AggregatorState
 from ..scenes.samples import FrameCache, Sample, load_sample
 from ..scenes.scene import Scene
 from ..scenes.windows import Window
+from .augment import Variation, variation_of
+from .config import TrainConfig
 
 # %% ../../nbs/training/feed.ipynb #b44ef4b1
 class Feed:
@@ -18,8 +20,9 @@ class Feed:
     def __init__(
         self,
         cache: FrameCache,  # or a FrameStore
+        variation: Variation | None = None,  # loads and changes windows that are trained on; None: they stay as they are
     ):
-        self.cache = cache
+        self.cache, self.variation = cache, variation
 
     def load(
         self,
@@ -29,11 +32,15 @@ class Feed:
         epoch: int = 0,  # of training, from 0
     ) -> tuple[Sample, AggregatorState | None]:
         """One window: the sample, and the state from which the network goes on (B = 1), or None to start from the images."""
+        if order is not None and self.variation is not None:
+            return self.variation(scene, window, order, epoch), None
         return load_sample(scene, window, self.cache, order), None
 
 
 def feed_of(
     source: Feed | FrameCache,
+    config: TrainConfig | None = None,  # says how training windows vary; None: not at all
+    train=(),  # (scene, window) pairs that are trained on
 ) -> Feed:
-    """A feed as it is; a frame cache as the plain feed."""
-    return source if isinstance(source, Feed) else Feed(source)
+    """A feed as it is; a frame cache as the plain feed, with the variation that the configuration asks for."""
+    return source if isinstance(source, Feed) else Feed(source, variation_of(source, config, train) if config else None)

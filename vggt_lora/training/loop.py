@@ -163,7 +163,7 @@ def fit(
     hooks: tuple[Hook, ...] = (),
 ) -> Progress:
     """Train the adapter for `config.epochs` epochs and return the progress; continues a run when config.resume."""
-    feed, (accelerator, model, optimizer) = feed_of(feed), _prepare(model, config)
+    feed, (accelerator, model, optimizer) = feed_of(feed, config, train), _prepare(model, config)
     losses, device = loss_config(config), accelerator.device
     per_epoch = math.ceil(len(train) / config.accumulate)
     progress = Progress(total_steps=config.epochs * per_epoch)

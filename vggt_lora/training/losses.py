@@ -111,7 +111,8 @@ def prepare_batch(
         raise ConfigError("keep_base and scale='base' compare with the base model; the batch must hold its depth as base_depth")
     scale = given_scale(batch.get("scale"), depth)
     if config.scale == "base":
-        scale = torch.where(scale.isfinite(), scale, base_scale(depth, base, trusted))
+        fitting = base_scale(depth, base, trusted).to(scale)
+        scale = torch.where(fitting.isfinite(), fitting, scale)
     truth = normalise_batch(tensors["world_to_cam"], tensors["K"], depth, trusted, config.scale != "none", scale)
     emphasis = None
     if config.window > 0 and labels is not None:
