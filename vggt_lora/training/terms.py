@@ -226,6 +226,7 @@ def depth_normal_term(
 ) -> tuple[torch.Tensor, int]:
     """Compare the surface normals of two depth maps by 1 - cosine, at strides 1, 2 and 4; return the term and its number of triangles."""
     pred = at_least_float32(pred).reshape(mask.shape)
+    K = torch.where(K.isfinite(), K, 1.0)  # a broken camera's pixels are masked; NaN times their gradient of 0 would still be NaN
     points = [depth_to_cam_points(depth, K.to(depth)).flatten(0, 1) for depth in (pred, at_least_float32(target))]
     flat = [None if t is None else t.flatten(0, 1).to(pred) for t in (trust, emphasis)]
     value, triangles = gradient_term("normal", *points, mask.flatten(0, 1), pred.flatten(0, 1), trust=flat[0], emphasis=flat[1])
