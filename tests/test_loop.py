@@ -138,7 +138,7 @@ def test_the_weights_at_the_end(run, twin):
     differences = torch.cat([(weights[n] - p.detach()).abs().flatten() for n, p in twin.weights.items()])
     largest = max(s["lr"] for s in twin.steps)
     # Adam divides by the gradient's size: where that is nothing but rounding, so is the step, but a whole one
-    assert float((differences > 2e-5).float().mean()) < 1e-4, "more than a few weights differ"
+    assert float((differences > 2e-5).float().mean()) < 1e-3, "more than a few weights differ"
     assert differences.max() < 0.05 * largest, f"the weights differ by up to {differences.max()}; the largest step is {largest}"
 
 
