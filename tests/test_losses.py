@@ -301,6 +301,11 @@ def test_a_target_without_trust_moves_no_term():
         assert spoilt.terms[name].item() == pytest.approx(value.item(), rel=2e-3), name
 
 
+def test_a_pair_counts_as_its_worse_end():
+    pred, truth, mask = torch.tensor([[[[0.0], [1.0]]]]), torch.zeros(1, 1, 2, 1), torch.ones(1, 1, 2, dtype=torch.bool)
+    assert difference_term(pred, truth, mask, trust=torch.tensor([[[1.0, 3.0]]]))[0].item() == pytest.approx(1 * 1 / 4)
+
+
 def test_window_pixels_count_more_by_the_stated_factor():
     outputs, batch = scene()
     parts = {w: training_loss(outputs, batch, LossConfig(camera=0, depth_conf=0, depth_grad=0, depth_normal=0, window=w, quantile=0)).terms["depth_reg"] for w in (0, 1, 3)}
@@ -319,6 +324,9 @@ def test_the_base_holds_pixels_without_truth_and_no_others():
     gradient = outputs["depth"].grad[..., 0]
     assert (gradient[batch["valid"]].abs() < 1e-9).all() and (gradient[~batch["valid"]] != 0).all()
     assert result.counts["pixels_kept_near_base"] == int((~batch["valid"]).sum())
+    right = {**outputs, "depth": batch["base_depth"] * 0.3}  # the base's shape, in the unit of a truth that is 0.3 times the base
+    kept = training_loss(right, batch | {"depth": batch["base_depth"] * 6, "scale": 20.0}, LossConfig(keep_base=1))
+    assert kept.terms["keep_base"].item() == pytest.approx(0, abs=1e-5)
     full = training_loss(outputs, batch | {"valid": torch.ones_like(batch["valid"]), "depth": torch.full_like(batch["depth"], 5.0)}, KEEP)
     assert full.left_out == {"keep_base": "every pixel is supervised"}
 

@@ -6,6 +6,7 @@
 __all__ = ['Feed', 'feed_of']
 
 # %% ../../nbs/training/feed.ipynb #1a4ea0b5
+from ..core import ConfigError
 from ..model.aggregator import AggregatorState
 from ..scenes.samples import FrameCache, Sample, load_sample
 from ..scenes.scene import Scene
@@ -42,5 +43,9 @@ def feed_of(
     config: TrainConfig | None = None,  # says how training windows vary; None: not at all
     train=(),  # (scene, window) pairs that are trained on
 ) -> Feed:
-    """A feed as it is; a frame cache as the plain feed, with the variation that the configuration asks for."""
-    return source if isinstance(source, Feed) else Feed(source, variation_of(source, config, train) if config else None)
+    """A feed as it is; a frame cache as the plain feed, with the variation that the configuration asks for; ConfigError for a feed that does not vary although it should."""
+    if not isinstance(source, Feed):
+        return Feed(source, variation_of(source, config, train) if config else None)
+    if config and (config.augment.strip() or config.image_sizes.strip()) and getattr(source, "variation", None) is None:
+        raise ConfigError("augment and image_sizes change training windows, but this feed hands them over as they are; give it a Variation, or leave both empty")
+    return source
