@@ -93,6 +93,7 @@ class Sample:
     names: tuple[str, ...]  # photo names, in the order of the frames here
     scene: str  # scene name
     metric: bool  # scene units are metres
+    scale: float | None = None  # length, in scene units, that the scene is divided by in training; None: it follows from the depth
 
 # %% ../../nbs/scenes/samples.ipynb #a4fd6be9
 @dataclasses.dataclass(frozen=True)
