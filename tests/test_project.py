@@ -23,6 +23,7 @@ ALLOWED = {
     "training": {"scenes", "model", "adapters"},
     "evaluation": {"scenes", "model"},
     "views": {"scenes.geometry"},
+    "comparison": {"scenes", "model", "adapters", "training", "evaluation", "views"},
 }
 STEPS = ["data", "depth", "lora", "train", "evaluate"]
 
