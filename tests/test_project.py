@@ -25,7 +25,7 @@ ALLOWED = {
     "views": {"scenes.geometry"},
     "comparison": {"scenes", "model", "adapters", "training", "evaluation", "views"},
 }
-STEPS = ["data", "depth", "lora", "train", "evaluate"]
+STEPS = ["data", "depth", "lora", "train", "evaluate", "compare"]
 
 
 def imports(path: Path):

@@ -48,7 +48,7 @@ def trained_on(config: dict, about: dict, coverage: list | None) -> list:
                 "This run recorded no audit of its split." if shared is None else f"{shared} photos are on both sides: these numbers prove nothing.",
                 class_=None if shared == 0 else "alarm")
     rows = [[name, row["photos"], row["train"], row["val"]] for name, row in split.get("scenes", {}).items()]
-    rest = {key: value for key, value in split.items() if key not in ("scenes", "shared") and isinstance(value, (int, str))}
+    rest = {key.replace("_", " "): value for key, value in split.items() if key not in ("scenes", "shared") and isinstance(value, (int, str))}
     return [section("What was trained on what", made, tag("ul", notes) if notes else None),
             section("Split audit", audit, table(["scene", "photos", "train", "validate"], rows, (1, 2, 3)) if rows else None, facts(rest) if rest else None),
             section("What supervised it", *covered(coverage))]
@@ -81,7 +81,7 @@ def numbers_part(results: dict | None):
     columns = [(key, name) for key, name in columns if any(key in row for row in results["table"])]
     protocols = any("protocol" in row for row in results["table"])
     rows = [[row["model"], *([row.get("protocol")] if protocols else []), row["alignment"], row["frames"],
-             *[number(row.get(key)) for key, _ in columns]] for row in results["table"]]
+             *["–" if row.get(key) is None else f"{row[key]:.4f}" for key, _ in columns]] for row in results["table"]]
     head = ["model", *(["protocol"] if protocols else []), "alignment", "frames", *[name for _, name in columns]]
     protocol = {name.replace("_", " "): value for name, value in results["protocol"].items() if not isinstance(value, (dict, list)) or len(str(value)) < 200}
     out = {"frames without any truth, left out": len(results.get("frames_left_out", [])), "pixels left out": number(results.get("pixels_left_out"))}
