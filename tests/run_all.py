@@ -55,7 +55,9 @@ def main() -> int:
     print(f"notebooks: {len(done & expected)} of {len(expected)} completed")
 
     extra = ["-m", "not slow"] if "--quick" in sys.argv else []
-    code, text = run("pytest", [sys.executable, "-m", "pytest", "-q", "-rs", "--ignore=tests/test_export.py", *extra, "tests"])
+    # Two workers; the tests of one file stay together, because they share what is expensive to set up.
+    code, text = run("pytest", [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "2", "--dist", "loadfile", "--ignore=tests/test_export.py", *extra, "tests"],
+                     OMP_NUM_THREADS="1")
     if code:
         failed.append("pytest")
     tests = sum(int(n) for n in re.findall(r"(\d+) passed", text))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VggtLoraError', 'SceneError', 'WeightsError', 'ConfigError', 'unknown', 'given_parameters', 'project_root',
-           'user_path', 'atomic_path', 'write_text', 'write_json']
+           'user_path', 'atomic_path', 'write_text', 'read_json', 'write_json']
 
 # %% ../nbs/core.ipynb #c1519743
 import contextlib
@@ -115,6 +115,14 @@ def write_text(path: Path | str, text: str) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def read_json(path: Path | str):
+    """Read a JSON file, UTF-8; raises ValueError for any content that is none, also for one nested without end, and OSError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_json(path: Path | str, value) -> Path:

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'Run', 'train', 'first_frames', 'gated_adapter', 'unreached_by_loss', 'last_step', 'describe', 'truth_cache',
-           'check_same', 'finish', 'measure', 'report', 'save_page', 'save_figures', 'TrainConfig', 'read_config']
+           'check_same', 'finish', 'measure', 'report', 'save_page', 'save_figures', 'main', 'TrainConfig',
+           'read_config']
 
 # %% ../nbs/03_train.ipynb #ed1bc3c5
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from .adapters.adapter import apply_lora, load_adapter, save_adapter
@@ -19,6 +21,7 @@ from .evaluation.runner import base_of, comparison_rows, evaluate_windows
 from .evaluation.statistics import effects, in_words
 from .scenes.samples import load_sample
 from .scenes.windows import Window
+from .settings import command
 from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
@@ -232,3 +235,14 @@ def save_figures(run: RunFolder, maps: list[dict], most: int = 4) -> None:
             getattr(figure, "figure", figure).savefig(run.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
         except Exception as error:
             run.log(f"figure {name} could not be drawn: {type(error).__name__}: {error}")
+
+# %% ../nbs/03_train.ipynb #4fa7db6b
+def main(
+    arguments: list[str] | None = None,  # default: those of the process
+) -> int:
+    """Train from a command line and return the exit status."""
+    return command(TrainConfig, lambda config: print(train(config).folder), "python -m vggt_lora.train", __doc__ or "", arguments)
+
+# %% ../nbs/03_train.ipynb #199335e7
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

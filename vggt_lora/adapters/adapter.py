@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .targets import Targets, chosen_patterns, resolve_targets
-from ..core import ConfigError, VggtLoraError, WeightsError, write_json
+from ..core import ConfigError, VggtLoraError, WeightsError, read_json, write_json
 
 # %% ../../nbs/adapters/adapter.ipynb #50a194fb
 def fingerprint(
@@ -158,7 +158,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict]:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (ValueError, OSError) as error:
         raise WeightsError(f"{path}: no valid JSON ({error})") from None
     if not isinstance(content, dict):
@@ -177,7 +177,7 @@ def _read_lora_config(path: Path):
     numbers = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}
     for name, types in numbers.items():
         value = content.get(name)
-        if isinstance(value, bool) or not isinstance(value, types) or value < 0 or (name == "r" and value < 1):
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value < float("inf") or (name == "r" and value < 1):
             raise WeightsError(f"{path}: {name} is {value!r}; it must be a number{' of at least 1' if name == 'r' else ''}")
     targets, full = content.get("target_modules"), content.get("modules_to_save")
     if not targets or not isinstance(targets, str) and not _texts(targets):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_FOLDERS', 'MODEL_FILES', 'PINHOLE_FAMILY', 'find_model', 'ColmapCamera', 'ColmapImage', 'ColmapModel',
-           'pinhole_matrix', 'stand_in_keypoints', 'load_reconstruction', 'scan_model', 'points_of', 'pose_of',
-           'read_model']
+           'pinhole_matrix', 'stand_in_keypoints', 'is_marked', 'load_reconstruction', 'scan_model', 'points_of',
+           'pose_of', 'read_model']
 
 # %% ../../nbs/scenes/colmap.ipynb #4254fa49
 import os
@@ -117,12 +117,18 @@ def stand_in_keypoints(images: ImageTable, points: PointTable) -> tuple[ImageTab
     return images, PointTable(**{**vars(points), "tracks": tracks})
 
 
+def is_marked(path: Path) -> bool:
+    """Say whether a text file begins with a byte order mark, which COLMAP takes for a part of the first number."""
+    with open(path, "rb") as file:
+        return path.suffix == ".txt" and file.read(3) == b"\xef\xbb\xbf"
+
+
 def load_reconstruction(folder: Path, form: str, cameras: CameraTable, images: ImageTable, points: PointTable):
     """Let pycolmap read the model; raises SceneError where it refuses or where it counts differently."""
     import pycolmap
     reconstruction = pycolmap.Reconstruction()
     with tempfile.TemporaryDirectory(prefix="vggt_lora_model_") as clean:
-        if images.plain:
+        if images.plain and not any(is_marked(folder / (name + form)) for name in MODEL_FILES):
             for name in MODEL_FILES:
                 try:
                     os.symlink((folder / (name + form)).resolve(), Path(clean) / (name + form))

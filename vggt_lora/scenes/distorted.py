@@ -131,7 +131,7 @@ def original_camera(
         raise SceneError(f"{originals.folder}: its images file does not hold {name}; expected the same photos as in the undistorted calibration")
     camera_id, pose = originals.photos.get(name, (frame.camera_id, frame.world_to_cam))
     if camera_id not in originals.cameras:
-        raise SceneError(f"{originals.folder}: holds no camera {camera_id}, which took {name}; it has {', '.join(map(str, originals.cameras))}")
+        raise SceneError(f"{originals.folder}: its cameras file holds no camera {camera_id}, which took {name}; it holds {', '.join(map(str, originals.cameras)) or 'none'}")
     apart = np.linalg.norm(pose[:3, :3] - frame.world_to_cam[:3, :3])
     moved = np.linalg.norm(pose[:3, :3].T @ pose[:3, 3] - frame.world_to_cam[:3, :3].T @ frame.world_to_cam[:3, 3])
     if apart > 1e-3 or moved > 1e-3 * max(1.0, np.linalg.norm(frame.world_to_cam[:3, 3])):

@@ -7,13 +7,12 @@ __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'scene_root', 'scene_folders', 'find_p
            'size_factors', 'unit_is_metre', 'unused_models', 'mask_folder', 'frame_of', 'open_scene']
 
 # %% ../../nbs/scenes/eth3d.ipynb #e80c875e
-import json
 from pathlib import Path
 
 import numpy as np
 from natsort import natsort_keygen
 
-from ..core import SceneError, unknown, user_path
+from ..core import SceneError, read_json, unknown, user_path
 from .colmap import ColmapImage, ColmapModel, find_model, pinhole_matrix, read_model
 from .scene import Frame, Scene
 
@@ -126,7 +125,7 @@ def unit_is_metre(
     said = find_part(folders, "scene.json")
     if said is not None:
         try:
-            content = json.loads(said.read_text(encoding="utf-8"))
+            content = read_json(said)
         except ValueError as error:
             raise SceneError(f"{said}: is not valid JSON ({error}); expected for instance {{\"unit\": \"metre\"}}") from error
         unit = content.get("unit") if isinstance(content, dict) else None

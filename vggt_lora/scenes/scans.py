@@ -17,7 +17,7 @@ from ..core import ConfigError, SceneError, unknown
 from .distorted import file_stamp, grid_camera, pinhole_rays
 from .eth3d import find_part, scene_folders
 from .masks import LASER_DROPS, mask_at
-from .ply import read_alignment, read_ply
+from .ply import read_alignment, read_mesh, read_ply
 from .sparse import DepthAbsent, DepthMap, pool_front
 
 # %% ../../nbs/scenes/scans.ipynb #f658c8f0
@@ -125,13 +125,11 @@ def _load_occluder(stamps: tuple) -> Occluder:
                          "or move the folder `occlusion` away: then the scan's own points hide each other") from error
     rays, middle = open3d.t.geometry.RaycastingScene(nthreads=1), None
     for path, *_ in stamps:
-        read_ply(path)  # names what is wrong with a broken file; Open3D only warns
-        mesh = open3d.io.read_triangle_mesh(path)
-        vertices, triangles = np.asarray(mesh.vertices), np.asarray(mesh.triangles).astype(np.uint32)
+        vertices, triangles = read_mesh(path)
         if not len(triangles):
             raise SceneError(f"{path}: holds no triangles; expected the occlusion mesh of the scene, in the world's frame")
-        middle = vertices.mean(0) if middle is None else middle
-        rays.add_triangles(open3d.core.Tensor((vertices - middle).astype(np.float32)), open3d.core.Tensor(triangles))
+        middle = vertices.mean(0, dtype=np.float64) if middle is None else middle
+        rays.add_triangles(open3d.core.Tensor((vertices - middle).astype(np.float32)), open3d.core.Tensor(triangles.astype(np.uint32)))
     return Occluder(rays, middle)
 
 # %% ../../nbs/scenes/scans.ipynb #54c38cae
