@@ -113,7 +113,7 @@ class WindowNcc:
 
 # %% ../../nbs/scenes/planesweep.ipynb #252f83a7
 def mean_of_best(scores, count: int):
-    """Return the mean of the `count` largest of several tensors, element by element, keeping only that many in memory."""
+    """Return the mean of the `count` largest of several tensors, element by element, keeping only that many in memory; -inf abstains, and -1 stands where all do."""
     import torch
 
     best = []
@@ -122,7 +122,11 @@ def mean_of_best(scores, count: int):
             best[k], score = torch.maximum(best[k], score), torch.minimum(best[k], score)
         if len(best) < count:
             best.append(score)
-    return sum(best[1:], best[0].clone()) / len(best)
+    if len(best) == 1 or bool(torch.isfinite(best[-1]).all()):
+        return (sum(best[1:], best[0].clone()) / len(best)).clamp_(min=-1)
+    there = [torch.isfinite(score) for score in best]
+    total = sum(score.masked_fill(~known, 0) for score, known in zip(best, there)) / sum(there).clamp(min=1)
+    return total.masked_fill_(~there[0], -1)
 
 
 def match(
@@ -130,12 +134,13 @@ def match(
     warpers: list,  # of the other photos
     inverse,  # (n, 1, 1) planes, or (n, h, w) surfaces: inverse depth
     best: int,  # photos that have to agree
+    outside: float = -1.0,  # score of a photo that does not show the pixel; -inf: it abstains
 ):
     """Return how well the photos agree (n, h, w), in [-1, 1]."""
     def scores():
         for warper in warpers:
             warped, inside = warper(inverse)
-            yield ncc(warped).masked_fill_(~inside, -1.0)
+            yield ncc(warped).masked_fill_(~inside, outside)
     return mean_of_best(scores(), min(best, len(warpers)))
 
 # %% ../../nbs/scenes/planesweep.ipynb #5764a794
