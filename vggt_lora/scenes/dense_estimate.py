@@ -19,11 +19,11 @@ import numpy as np
 
 from ..core import ConfigError, SceneError, atomic_path
 from .images import ImagePlan, load_image, plan_image
-from .planesweep import Warper, half_size, plane_steps, relative_mapping, sweep, to_full_size
+from .planesweep import Warper, down_direction, half_size, lean, plane_steps, relative_mapping, sweep, to_full_size
 from .slanted import refine
 
 # %% ../../nbs/scenes/dense_estimate.ipynb #49ea43cc
-VERSION = 2  # raise it whenever the same settings give other depth: what lies in the cache is then made anew
+VERSION = 3  # raise it whenever the same settings give other depth: what lies in the cache is then made anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,9 @@ def estimate(
         reference = shot.grey(device)
         coarse = [warper_of(shot, other, device, True) for other in others]
         planes = plane_steps(coarse, *depths, step=settings.step, most=settings.most_planes)
-        first = to_full_size(sweep(half_size(reference), coarse, planes), shot.plan.size)
+        down = shot.frame.world_to_cam[:3, :3] @ down_direction([one.frame.world_to_cam for one in (shot, *others)])
+        ground = lean(down, np.diag([0.5, 0.5, 1]) @ shot.K, tuple(side // 2 for side in shot.plan.size), device)
+        first = to_full_size(sweep(half_size(reference), coarse, planes, leans=() if ground is None else (ground,)), shot.plan.size)
         del coarse
         inverse, error = refine(reference, [warper_of(shot, other, device, False) for other in others], first, float(planes[1] - planes[0]))
         return inverse.cpu().numpy(), error.cpu().numpy(), len(planes)
