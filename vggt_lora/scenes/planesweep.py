@@ -238,18 +238,19 @@ def semi_global(
 # %% ../../nbs/scenes/planesweep.ipynb #5b7d20f4
 def down_direction(
     poses: list,  # world_to_cam (4, 4) of several photos
-    trust: float = 0.02,  # in the cameras' own y axes, where their x axes leave the direction open
+    walls: list = (),  # (normal (3,) in the world, share of the points) of planes in the scene
+    trust: float = 0.001,  # in the cameras' own y axes, where the rest leaves the direction open
 ) -> np.ndarray:
-    """Return the unit vector (3,) in the world that points to the ground, as far as cameras held level can tell."""
+    """Return the unit vector (3,) in the world that points to the ground, as far as level cameras and upright walls can tell."""
     right, below = (np.array([pose[axis, :3] for pose in poses]) for axis in (0, 1))
-    level, guess = np.ones(len(poses), bool), below.mean(0)
-    for _ in range(2):  # the second time without photos on their side
-        across = right[level]
-        guess = np.linalg.solve(across.T @ across / len(across) + trust * np.eye(3), trust * below[level].mean(0))
+    across = np.concatenate([right, np.array([normal for normal, _ in walls]).reshape(-1, 3)])
+    weight = np.concatenate([np.full(len(poses), 1 / len(poses)), [share for _, share in walls]])
+    guess = below.sum(0) / max(np.linalg.norm(below.sum(0)), 1e-12)
+    for limit in (0.7, 0.2):  # without photos on their side, roofs and grounds
+        level = np.abs(across @ guess) < limit
+        upright = below[level[:len(poses)]].mean(0) if level[:len(poses)].any() else guess
+        guess = np.linalg.solve((across[level].T * weight[level]) @ across[level] + trust * np.eye(3), trust * upright)
         guess /= max(np.linalg.norm(guess), 1e-12)
-        level = np.abs(right @ guess) < 0.5
-        if not level.any():
-            break
     return guess
 
 
