@@ -31,6 +31,7 @@ from .dense_estimate import photo_hash
 from .distorted import file_stamp
 from .eth3d import find_part, scene_folders
 from .images import ImagePlan
+from .labels import label_files
 from .ply import read_alignment
 from .samples import DEPTH_SOURCES, FrameCache, FrameData
 from .scans import OCCLUSION_FILES, scan_files
@@ -38,7 +39,7 @@ from .scene import Scene
 from .sparse import DepthMap, triangulation_angles, typical_error
 
 # %% ../../nbs/scenes/store.ipynb #ba5aea7e
-VERSION = 1  # of an entry's layout
+VERSION = 2  # of an entry's layout
 LIBRARIES = ("numpy", "pillow", "scipy", "pycolmap", "open3d")
 
 
@@ -139,11 +140,12 @@ def entry_key(
     """Return the name of a frame's entry: SHA-256 of all that it depends on. Raises SceneError for files that cannot be read."""
     names = [part.strip() for part in supervision.split("+")]
     sources = [[name, code_of(DEPTH_SOURCES[name]), INPUTS.get(name, scene_inputs)(scene, frame)] for name in names]
-    facts = [VERSION, maker(), file_digest(frame.image_path), dataclasses.asdict(plan), list(map(int, frame.size)), frame.K.tolist(), frame.world_to_cam.tolist(), sources]
+    labels = [file_digest(path) for path in label_files(scene, frame).values()]
+    facts = [VERSION, maker(), file_digest(frame.image_path), labels, dataclasses.asdict(plan), list(map(int, frame.size)), frame.K.tolist(), frame.world_to_cam.tolist(), sources]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 # %% ../../nbs/scenes/store.ipynb #8c149f9f
-FIELDS = ("image", "K", "depth", "valid", "weight")
+FIELDS = ("image", "K", "depth", "valid", "weight", "labels")
 TYPES = {"U8": "|u1", "BOOL": "|b1", "F32": "<f4", "F64": "<f8"}  # names of the format
 
 
@@ -164,7 +166,7 @@ def write_entry(
     """Write a frame, whole or not at all."""
     from safetensors.numpy import save_file
 
-    arrays = {"image": data.image, "K": data.K, "depth": data.depth.depth, "valid": data.depth.valid, "weight": data.depth.weight}
+    arrays = {"image": data.image, "K": data.K, "depth": data.depth.depth, "valid": data.depth.valid, "weight": data.depth.weight, "labels": data.labels}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     about = {"version": VERSION, "key": key, "counts": data.depth.counts, "sha256": checksum(key, data.depth.counts, arrays)}
     with atomic_path(path) as temporary:
@@ -200,7 +202,7 @@ def read_entry(
         raise EntryError(f"{path}: is damaged or cut short ({type(error).__name__}: {error})") from error
     if verify and checksum(key, counts, arrays) != stated:
         raise EntryError(f"{path}: is damaged, its checksum differs")
-    return FrameData(arrays["image"], arrays["K"], DepthMap(arrays["depth"], arrays["valid"], arrays["weight"], counts))
+    return FrameData(arrays["image"], arrays["K"], DepthMap(arrays["depth"], arrays["valid"], arrays["weight"], counts), arrays["labels"])
 
 # %% ../../nbs/scenes/store.ipynb #7b3dd1ef
 @dataclasses.dataclass
