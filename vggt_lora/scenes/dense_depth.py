@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['confirmations', 'bends', 'confidence_of', 'DenseJob', 'scene_down', 'dense_jobs', 'compute_jobs', 'DenseEstimate',
-           'cache_folder', 'dense_estimate', 'in_the_pane', 'dense_depth', 'prepare_dense', 'dense_depths']
+           'cache_folder', 'dense_estimate', 'in_the_pane', 'dense_depth', 'prepare_dense', 'dense_depths',
+           'sparsification']
 
 # %% ../../nbs/scenes/dense_depth.ipynb #8df17aa7
 import dataclasses
@@ -258,3 +259,16 @@ def dense_depths(
     wanted = [(f, main_shot(f, size, None).plan if plans is None else plans[f.name]) for f in scene.frames if plans is None or f.name in plans]
     prepare_dense(scene, wanted, **options)
     return {frame.name: dense_depth(scene, frame, plan.size, plan, **options) for frame, plan in wanted}
+
+# %% ../../nbs/scenes/dense_depth.ipynb #a60b3f19
+def sparsification(
+    error: np.ndarray,  # (n,) relative errors; all that is above 1 counts as 1
+    confidence: np.ndarray,  # (n,)
+    steps: int = 20,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Return shares that are kept (steps,), the mean error of the most confident (steps,) and of the truly best (steps,), and the mean difference (AUSE)."""
+    error = np.minimum(np.nan_to_num(error, nan=1.0), 1.0).astype(float)
+    shares = np.arange(1, steps + 1) / steps
+    count = np.maximum((shares * len(error)).astype(int), 1)
+    curve, best = (np.cumsum(one)[count - 1] / count for one in (error[np.argsort(-confidence, kind="stable")], np.sort(error)))
+    return shares, curve, best, float((curve - best).mean())

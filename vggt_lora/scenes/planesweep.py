@@ -130,8 +130,8 @@ def mean_of_best(scores, count: int):
             best[k], score = torch.maximum(best[k], score), torch.minimum(best[k], score)
         if len(best) < count:
             best.append(score)
-    if len(best) == 1 or bool(torch.isfinite(best[-1]).all()):
-        return (sum(best[1:], best[0].clone()) / len(best)).clamp_(min=-1)
+    if len(best) > 1 and bool(torch.isfinite(best[-1]).all()):  # the last is the smallest
+        return sum(best[1:], best[0].clone()) / len(best)
     there = [torch.isfinite(score) for score in best]
     total = sum(score.masked_fill(~known, 0) for score, known in zip(best, there)) / sum(there).clamp(min=1)
     return total.masked_fill_(~there[0], -1)
