@@ -9,6 +9,7 @@ __all__ = ['VERSION', 'LIBRARIES', 'INPUTS', 'FIELDS', 'TYPES', 'store_folder', 
            'FrameStore']
 
 # %% ../../nbs/scenes/store.ipynb #21904d18
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -335,6 +336,9 @@ class FrameStore(FrameCache):
         self.work_ahead(items, device)
         with tqdm(total=sum(map(len, wanted.values())), desc="frame store", unit="frame", delay=1, disable=not progress) as bar:
             faults = [fault for scene, jobs in wanted.items() for fault in self._prepare(scene, list(jobs), bar)]
+        for key in set(self._keys.values()):  # the time of change says when an entry was last wanted
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / f"{key}.safetensors")
         self.report.seconds += time.monotonic() - began
         if faults:
             messages = list(dict.fromkeys(map(str, faults)))
@@ -361,6 +365,43 @@ class FrameStore(FrameCache):
         finally:
             pool.shutdown(cancel_futures=True)
         return [faults[job] for job in jobs if job in faults]
+
+    def sizes(self) -> dict:
+        """Return entries and bytes below the store's root: of this version, of others, and of those in use by this object."""
+        report = {}
+        used = {self.folder / f"{key}.safetensors" for key in self._keys.values()}
+        for path in self.root.rglob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                size = path.stat().st_size
+                for what in ("this version" if path.parent == self.folder else "other versions", *(["in use"] if path in used else [])):
+                    entries, total = report.get(what, (0, 0))
+                    report[what] = (entries + 1, total + size)
+        return report
+
+    def prune(
+        self,
+        limit: int,  # bytes that may stay
+    ) -> tuple[int, int]:
+        """Remove the entries that were wanted longest ago until the root holds at most `limit` bytes; returns how many, and their bytes.
+
+        Entries that this object has in use stay, whatever the limit. One that another process has mapped stays readable to it until it ends (not on Windows).
+        """
+        if not limit >= 0:
+            raise ConfigError(f"frame store: the limit is {limit} bytes; expected 0 or more")
+        used, held = {self.folder / f"{key}.safetensors" for key in self._keys.values()}, []
+        for path in self.root.rglob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                state = path.stat()
+                held.append((state.st_mtime_ns, path, state.st_size))
+        total, removed, freed = sum(size for _, _, size in held), 0, 0
+        for _, path, size in sorted(held):
+            if total - freed <= limit:
+                break
+            if path not in used:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                removed, freed = removed + 1, freed + size
+        return removed, freed
 
     def about(self) -> str:
         """Say in one line what was found and made, and the disk space."""
