@@ -76,6 +76,7 @@ class Beams:
     ends: np.ndarray  # (n, 3) world: where each beam met something
     half_angle: float = BEAM_ANGLE  # radians
     start: float = BEAM_START  # radius at the origin, scene units
+    gap: float = 0.0  # radians: beams this close in direction limit each other's free space; 0 for beams as wide as the laser's
     asked: int = 16  # beams that are asked about a point, the nearest in direction
 
     def look(
@@ -104,8 +105,12 @@ class Beams:
             inside = (along > 0) & (across <= self.start + along * np.tan(self.half_angle))
             before = inside & (along <= length[nearest])
             to_end = np.linalg.norm(local[part, None] - ends[nearest], axis=2)
+            behind[part] = np.where(inside & (~before | (self.gap > 0)), to_end, np.inf).min(1)
+            if self.gap > 0:
+                close = (along > 0) & (across <= along * np.tan(self.gap))
+                shortest = np.where(close, length[nearest], np.inf).min(1)
+                before = inside & (along + across <= shortest[:, None])
             free[part] = before.any(1)
-            behind[part] = np.where(inside & ~before, to_end, np.inf).min(1)
         return free, behind
 
 
@@ -119,7 +124,7 @@ def observed_space(
     looked = [b.look(points) for b in beams]
     return np.any([f for f, _ in looked], axis=0), np.min([d for _, d in looked], axis=0)
 
-# %% ../../nbs/evaluation/cloud_metrics.ipynb #6dc1b9c3
+# %% ../../nbs/evaluation/cloud_metrics.ipynb #49601816
 @dataclasses.dataclass(frozen=True, eq=False)
 class CloudScore:
     """What a cloud is worth, and why."""
