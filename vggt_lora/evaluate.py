@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['newest_run', 'recorded_photos', 'evaluate', 'largest_difference', 'ALIGNMENTS', 'align_depth', 'depth_metrics',
-           'Evaluation', 'evaluate_windows', 'comparison_rows']
+           'Evaluation', 'evaluate_windows', 'comparison_rows', 'CloudEvaluation', 'evaluate_clouds', 'write_clouds']
 
 # %% ../nbs/04_evaluate.ipynb #2c2d3163
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .adapters.adapter import load_adapter
 from .core import ConfigError, given_parameters, project_root, unknown, user_path
+from .evaluation.clouds import CloudEvaluation, evaluate_clouds, write_clouds
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_windows
 from .train import Run
@@ -22,7 +23,8 @@ from .training.setup import (build_model, check_photos, frame_cache, items_of, o
                                       split_scenes, truth_source)
 
 # %% ../nbs/04_evaluate.ipynb #016704e7
-_all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "Evaluation", "evaluate_windows", "comparison_rows"]
+_all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "Evaluation", "evaluate_windows", "comparison_rows", "CloudEvaluation", "evaluate_clouds",
+         "write_clouds"]
 
 # %% ../nbs/04_evaluate.ipynb #f2bd2ea0
 def newest_run(
@@ -49,6 +51,7 @@ def evaluate(
     config: TrainConfig | None = None,  # which data and split; default: the run's own
     *,
     alignments: tuple[str, ...] = tuple(ALIGNMENTS),
+    clouds: bool = False,  # also fuse and score point clouds
 ) -> Evaluation:
     """Score models on the held-out frames of a configuration; raises ConfigError, WeightsError, or LeakError for photos the run was trained on.
 
@@ -69,8 +72,11 @@ def evaluate(
     if models is None:
         adapted = load_adapter(base, folder / "adapter").to(device)
         models = {"base": base_of(adapted), "adapted": adapted}
-    return evaluate_windows(models, items_of(split.val, scenes), cache, alignments, device, resolve_precision(config.precision, device),
-                            (config.depth_min, config.depth_max))
+    items, how = items_of(split.val, scenes), (device, resolve_precision(config.precision, device), (config.depth_min, config.depth_max))
+    result = evaluate_windows(models, items, cache, alignments, *how)
+    if clouds:
+        result.clouds = evaluate_clouds(models, items, cache, device=how[0], autocast=how[1], depth_range=how[2], progress=len(items) > 8)
+    return result
 
 # %% ../nbs/04_evaluate.ipynb #6d0fba16
 def largest_difference(

@@ -328,15 +328,20 @@ def write_clouds(
     evaluation: CloudEvaluation,
     folder: Path | str,
     kinds: tuple[str, ...] = ("ply", "glb"),
+    keys: list[tuple] | None = None,  # of evaluation.clouds; default: all
+    most: int | None = None,  # points of a file; larger clouds are thinned evenly, and clouds.json says of how many
     up=None,  # scene -> (3,) up direction; default: z
 ) -> list[Path]:
     """Write clouds.json and SCENE_MODEL_PROTOCOL.ply and .glb; returns the files. Clouds without points have no GLB."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written = [write_json(folder / "clouds.json", {"rows": json.loads(json.dumps(evaluation.rows).replace("NaN", "null")), "left_out": evaluation.left_out})]
-    for key, cloud in evaluation.clouds.items():
-        name = "_".join(part.replace(" ", "-") for part in key if part)
+    written, about = [], {}
+    for key in evaluation.clouds if keys is None else keys:
+        cloud, name = evaluation.clouds[key], "_".join(part.replace(" ", "-") for part in key if part)
+        thin = cloud.take(np.linspace(0, len(cloud) - 1, most).round().astype(np.int64)) if most and len(cloud) > most else cloud
+        about[name] = {"points": len(thin), "of": len(cloud)}
         for kind in kinds:
-            if kind != "glb" or len(cloud):
-                written.append(write_cloud(folder / f"{name}.{kind}", cloud, (up or {}).get(key[0], (0.0, 0.0, 1.0))))
-    return written
+            if kind != "glb" or len(thin):
+                written.append(write_cloud(folder / f"{name}.{kind}", thin, (up or {}).get(key[0], (0.0, 0.0, 1.0))))
+    rows = json.loads(json.dumps(evaluation.rows).replace("NaN", "null"))
+    return [write_json(folder / "clouds.json", {"rows": rows, "left_out": evaluation.left_out, "files": about}), *written]

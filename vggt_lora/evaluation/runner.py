@@ -63,6 +63,7 @@ class Evaluation:
     maps: list[dict]  # one per frame: photo, truth, valid, K, world_to_cam, and each model's depth in scene units
     left_out: list[str]  # frames without any truth, named
     pixels_left_out: int = 0  # known depth outside the limits, or of weight 0
+    clouds: object = None  # CloudEvaluation, where clouds were asked for
 
     def table(self) -> list[dict]:
         """Mean over frames for each model and alignment, with the number of frames."""

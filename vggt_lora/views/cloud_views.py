@@ -57,13 +57,13 @@ def _shown(cloud, judged_only: bool) -> np.ndarray:
 
 def frustum_lines(
     cameras,  # (world_to_cam (S,4,4), K (S,3,3), (height, width)), or None
-    points: np.ndarray,  # (n, 3): pyramids are a thirtieth of its extent
+    points: np.ndarray,  # (n, 3): pyramids are a fifteenth of its extent
 ):
     """Return the cameras' pyramids as lines (8 S, 2, 3), or None."""
     if cameras is None or not len(points):
         return None
     low, high = np.percentile(points, [5, 95], axis=0)
-    return camera_segments(*cameras, length=float(np.linalg.norm(high - low)) / 30)
+    return camera_segments(*cameras, length=float(np.linalg.norm(high - low)) / 15)
 
 # %% ../../nbs/views/cloud_views.ipynb #c8ec4b78
 class ComparisonView(CloudView):
