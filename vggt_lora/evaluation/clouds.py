@@ -97,15 +97,16 @@ def scan_truth(
         world = transform_points(pose, points.astype(np.float64))
         beams.append(Beams(pose[:3, 3], world, max(BEAM_ANGLE, step / np.sqrt(2)), BEAM_START, 1.5 * step if step / np.sqrt(2) > BEAM_ANGLE else 0.0))
         spacing = step * np.linalg.norm(points, axis=1)
-        colours, photo, depths = np.zeros((len(world), 3), np.uint8), np.full(len(world), -1, np.int32), np.full(len(world), np.nan)
+        colours, photo, depths, region = (np.full((len(world), *more), fill, kind) for more, fill, kind in
+                                          (((3,), 0, np.uint8), ((), -1, np.int32), ((), np.nan, np.float64), ((), 0, np.uint8)))
         for k, view in enumerate(views):
             rows = np.flatnonzero(photo < 0)
             rows, pixels, z = _seen(scene, view, world, spacing, rows, occluder)
             inside = (z >= low) & (z <= high)
             rows, (column, row) = rows[inside], np.floor(pixels[inside]).astype(np.int64).T
-            colours[rows], photo[rows], depths[rows] = view.image[row, column], k, z[inside]
+            colours[rows], photo[rows], depths[rows], region[rows] = view.image[row, column], k, z[inside], view.labels[row, column]
         seen = photo >= 0
-        parts.append((make_cloud(world[seen], colours[seen], photo[seen], names=tuple(v.frame.name for v in views)), depths[seen]))
+        parts.append((make_cloud(world[seen], colours[seen], photo[seen], region=region[seen], names=tuple(v.frame.name for v in views)), depths[seen]))
     cloud = join_clouds([cloud for cloud, _ in parts])
     if not len(cloud):
         raise ConfigError(f"scene {scene.name}: no point of its laser scans is seen by the {len(views)} judged photos")
@@ -207,9 +208,9 @@ class CloudEvaluation:
         for row in self.rows:
             step = row["threshold"] if row["unit"] == "m" else row["relative"]
             groups.setdefault((row["protocol"], row["unit"], step, row["model"]), []).append(row)
-        names = ("accuracy", "completeness", "f1")
+        names, protocols = ("accuracy", "completeness", "f1"), list(CLOUD_PROTOCOLS)
         return [{"protocol": p, "unit": u, "threshold": t, "model": m, "scenes": len(g), **{n: float(np.mean([r[n] for r in g])) for n in names}}
-                for (p, u, t, m), g in groups.items()]
+                for (p, u, t, m), g in sorted(groups.items(), key=lambda item: protocols.index(item[0][0]))]
 
 
 def _predict(model, sample, device: str, autocast: str, cameras: bool) -> tuple[np.ndarray, np.ndarray | None, tuple]:

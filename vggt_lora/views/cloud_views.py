@@ -57,13 +57,13 @@ def _shown(cloud, judged_only: bool) -> np.ndarray:
 
 def frustum_lines(
     cameras,  # (world_to_cam (S,4,4), K (S,3,3), (height, width)), or None
-    points: np.ndarray,  # (n, 3): pyramids are a fifteenth of its extent
+    points: np.ndarray,  # (n, 3): pyramids are a twentieth of its extent
 ):
     """Return the cameras' pyramids as lines (8 S, 2, 3), or None."""
     if cameras is None or not len(points):
         return None
     low, high = np.percentile(points, [5, 95], axis=0)
-    return camera_segments(*cameras, length=float(np.linalg.norm(high - low)) / 15)
+    return camera_segments(*cameras, length=float(np.linalg.norm(high - low)) / 20)
 
 # %% ../../nbs/views/cloud_views.ipynb #c8ec4b78
 class ComparisonView(CloudView):
@@ -106,7 +106,7 @@ def compare_clouds(
     unit: str = "m",
     azimuth: float = 30.0,  # degrees, see orbit_camera
     elevation: float = 20.0,  # degrees
-    zoom: float = 1.3,
+    zoom: float = 1.0,
     up=(0.0, -1.0, 0.0),
     forward=(0.0, 0.0, 1.0),
     size: tuple[int, int] = (300, 400),  # (height, width) of each picture, pixels
@@ -143,7 +143,7 @@ def comparison_widget(
     limit: float = 0.5,  # error with the last colour, scene units
     azimuth: float = 30.0,
     elevation: float = 20.0,
-    zoom: float = 1.3,
+    zoom: float = 1.0,
     up=(0.0, -1.0, 0.0),
     forward=(0.0, 0.0, 1.0),
     size: tuple[int, int] = (280, 320),  # (height, width) of each column, pixels
