@@ -8,6 +8,7 @@ __all__ = ['THRESHOLDS', 'VOXEL', 'BEAM_START', 'BEAM_ANGLE', 'nearest_distance'
 
 # %% ../../nbs/evaluation/cloud_metrics.ipynb #2a9598f7
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -77,27 +78,31 @@ class Beams:
     half_angle: float = BEAM_ANGLE  # radians
     start: float = BEAM_START  # radius at the origin, scene units
     gap: float = 0.0  # radians: beams this close in direction limit each other's free space; 0 for beams as wide as the laser's
-    asked: int = 16  # beams that are asked about a point, the nearest in direction
+    asked: int = 12  # beams that are asked about a point, the nearest in direction
+
+    @functools.cached_property
+    def _tree(self):
+        """Vectors to the ends, their lengths and directions, and a search tree of the directions."""
+        from scipy.spatial import cKDTree
+
+        ends = self.ends - self.origin
+        length = np.linalg.norm(ends, axis=1)
+        ends, length = ends[length > 0], length[length > 0]
+        return ends, length, ends / length[:, None], cKDTree(ends / length[:, None]) if len(ends) else None
 
     def look(
         self,
         points: np.ndarray,  # (n, 3) world
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return whether each point is in free space (n,) bool, and how far behind a beam's end it is (n,), inf where no beam points at it."""
-        from scipy.spatial import cKDTree
-
         free, behind = np.zeros(len(points), bool), np.full(len(points), np.inf)
-        ends = self.ends - self.origin
-        length = np.linalg.norm(ends, axis=1)
-        ends, length = ends[length > 0], length[length > 0]
+        ends, length, directions, tree = self._tree
         local = points - self.origin
         far = np.linalg.norm(local, axis=1)
         if not len(ends) or not len(points):
             return free, behind
         free[far == 0] = True  # the scanner itself stood there
-        directions = ends / length[:, None]
-        tree, asked = cKDTree(directions), min(self.asked, len(ends))
-        rows = np.flatnonzero(far > 0)
+        asked, rows = min(self.asked, len(ends)), np.flatnonzero(far > 0)
         for part in np.array_split(rows, max(1, len(rows) // 200_000)):
             nearest = tree.query(local[part] / far[part, None], k=asked)[1].reshape(len(part), asked)
             along = np.einsum("nki,ni->nk", directions[nearest], local[part])
