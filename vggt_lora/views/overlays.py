@@ -75,7 +75,7 @@ def effects_chart(
             ax.plot(values[1:], [place, place], "-", color=colour, linewidth=2.4, solid_capstyle="butt")
         marker = {"better": "o", "worse": "X"}.get(row["verdict"], "d")
         ax.plot(values[0], place, marker, color=colour, markersize=7, markeredgecolor="white")
-        ax.annotate(f"{values[0]:+.1f} %  {row['verdict']}", (max(v for v in values if v is not None), place), xytext=(8, 0), textcoords="offset points",
+        ax.annotate(f"{values[0]:+.1f} %  {row['verdict']}", (max(v for v in values if v is not None), place), xytext=(8, 9), textcoords="offset points",
                     va="center", fontsize=8, color=colour)
     ax.axvline(0, color="0.3", linewidth=0.8)
     ax.set(yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), xlabel=f"change of {quantity}, %")
@@ -103,9 +103,10 @@ def frames_side_by_side(
     grid = figure.subplots(2 * len(frames), columns, squeeze=False)
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
-        ax.set_frame_on(False)
     for number, frame in enumerate(frames):
         upper, lower = grid[2 * number], grid[2 * number + 1]
+        for ax in lower[:2]:
+            ax.set_axis_off()
         truth, mask = np.asarray(frame["truth"]), np.asarray(frame["valid"], bool)
         scale = robust_range(truth[mask])
         upper[0].imshow(to_photo(frame["photo"]))
