@@ -10,9 +10,10 @@ from PIL import Image
 
 from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.depth import AuditLimits, audit_scene, sparse_depth
-from vggt_lora.scenes.audit import REGIONS, mask_fault, outliers, region_labels
+from vggt_lora.scenes.audit import mask_fault, outliers
 from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.images import plan_image
+from vggt_lora.scenes.labels import REGIONS, region_labels
 from vggt_lora.scenes.masks import photo_mask
 from vggt_lora.scenes.samples import DEPTH_SOURCES
 from vggt_lora.scenes.sparse import DepthMap

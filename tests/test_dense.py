@@ -1,9 +1,9 @@
 """Dense depth from known cameras: the half pixel, occlusion, faults in the data, the cache, and COLMAP's depth maps."""
 
 import dataclasses
-import multiprocessing
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from PIL import Image
 from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.scenes.colmap_dense import read_colmap_array
-from vggt_lora.scenes.dense_depth import bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate
+from vggt_lora.scenes.dense_depth import bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate, sparsification
 from vggt_lora.scenes.dense_estimate import DenseSettings, Shot, companion, main_shot
 from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.geometry import project_points, unproject_depth
@@ -216,6 +216,38 @@ def test_what_a_mask_covers_is_not_trained_on(tmp_path):
     assert masked.counts["masked"] == plain.valid[:, :66].sum() > 1000
 
 
+def test_glass_is_kept_on_stricter_terms_and_people_never(tmp_path, monkeypatch):
+    scene, _ = plane_scene(tmp_path)
+    found = dense_estimate(scene, scene.frames[0], SIZE, cache=None, **QUICK)
+    left = np.arange(SIZE[1]) < 66
+
+    def kept(value, settings=DenseSettings(), **changes):
+        """The share of the left half that is kept if a mask of this value lies there."""
+        mask = np.where(left, value, 0).astype(np.uint8) * np.ones(SIZE, np.uint8)
+        monkeypatch.setattr("vggt_lora.scenes.dense_depth.photo_mask", lambda *arguments: mask)
+        monkeypatch.setattr("vggt_lora.scenes.dense_depth.dense_estimate", lambda *arguments, **options: dataclasses.replace(found, **changes))
+        return dense_depth(scene, scene.frames[0], SIZE, settings=settings).valid[30:60, 50:66].mean()
+
+    assert kept(0) > 0.95 and kept(1) > 0.8 and kept(2) == 0
+    assert kept(1, DenseSettings(unfit=1)) == 0
+    for doubt in ({"confirmed": np.minimum(found.confirmed, 2)}, {"confidence": 0.25 * found.confidence}):
+        assert kept(0, **doubt) > 0.95 and kept(1, **doubt) == 0
+    behind = np.where(left, 1.5, 1).astype(np.float32) * found.depth  # a yard mirrored in the pane
+    assert kept(0, depth=behind) > 0.95 and kept(1, depth=behind) == 0
+
+
+def test_photos_that_end_before_a_pixel_do_not_spoil_the_match_of_the_others():
+    K = np.array([[158.4, 0, 66.4], [0, 158.4, 47.7], [0, 0, 1]])
+    poses = [pose_at(*camera) for camera in CAMERAS[:4]]
+    (reference, z), *others = [plane_photo(K, pose, SIZE) for pose in poses]
+    reference, inverse = (torch.tensor(values, dtype=torch.float32) for values in (reference, 1 / z))
+    warpers = [Warper(torch.tensor(grey - 0.5, dtype=torch.float32), relative_mapping(K, poses[0], K, pose), SIZE, box)
+               for (grey, _), pose, box in zip(others, poses[1:], (None, None, (0, 0, SIZE[0], 66)))]
+    _, error = refine(reference, warpers, inverse, 0.002, best=3)
+    two, three = error[20:-20, 80:-20].median(), error[20:-20, 20:50].median()
+    assert two < 2 * three < 0.02
+
+
 def test_a_wrong_pose_loses_coverage_instead_of_adding_errors(tmp_path):
     scene, z = plane_scene(tmp_path)
     moved = dataclasses.replace(scene.frames[2], world_to_cam=pose_at((0.6, 0.1, 0), -0.03))
@@ -226,7 +258,7 @@ def test_a_wrong_pose_loses_coverage_instead_of_adding_errors(tmp_path):
 
 def test_the_scene_unit_does_not_matter(tmp_path):
     (tmp_path / "scaled").mkdir()
-    scene, _ = plane_scene(tmp_path)
+    scene, _ = plane_scene(tmp_path, cameras=CAMERAS[:4])
     large = dataclasses.replace(scene, points=dataclasses.replace(scene.points, xyz=scene.points.xyz * 1000), frames=tuple(
         dataclasses.replace(f, world_to_cam=np.block([[f.world_to_cam[:3, :3], 1000 * f.world_to_cam[:3, 3:]], [np.zeros((1, 3)), 1]])) for f in scene.frames))
     one, thousand = (dense_estimate(s, s.frames[0], SIZE, cache=None, **QUICK) for s in (scene, large))
@@ -302,18 +334,24 @@ def test_maps_keep_their_promises(toy, cache):
         assert not found.valid.any() or found.weight[found.valid].mean() == pytest.approx(1, rel=1e-4)
 
 
-def _compute(arguments):
-    root, cache = arguments
-    torch.set_num_threads(1)
-    scene = open_scene(root)
-    return dense_depth(scene, scene.frames[0], (56, 84), cache=cache, progress=False).depth
+ALONE = """
+import sys
+import numpy as np
+from vggt_lora.scenes.dense_depth import dense_depth
+from vggt_lora.scenes.eth3d import open_scene
+scene = open_scene(sys.argv[1])
+np.save(sys.argv[3], dense_depth(scene, scene.frames[0], (56, 84), cache=sys.argv[2], progress=False).depth)
+"""
 
 
 def test_two_processes_may_fill_one_cache(toy, tmp_path):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        one, two = pool.map(_compute, [(toy.root, tmp_path)] * 2)
-    assert np.array_equal(one, two)
-    assert not [p for p in tmp_path.iterdir() if p.suffix != ".npz"]
+    cache, answer = tmp_path / "cache", tmp_path / "other.npy"
+    other = subprocess.Popen([sys.executable, "-c", ALONE, toy.root, cache, answer])
+    while not cache.exists() and other.poll() is None:  # until it has begun
+        time.sleep(0.01)
+    mine = dense_depth(toy, toy.frames[0], (56, 84), cache=cache, **QUICK).depth
+    assert other.wait() == 0 and np.array_equal(mine, np.load(answer))
+    assert not [p for p in cache.iterdir() if p.suffix != ".npz"]
 
 
 def test_broken_and_missing_photos_are_named(tmp_path):
@@ -341,12 +379,13 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "own_cache" / "dense"
 
 
-def test_training_computes_its_depth_before_the_first_step_and_never_in_between(own_cache, tmp_path):
+def test_training_computes_its_depth_before_the_first_step_and_never_in_between(own_cache, tmp_path, monkeypatch):
     seen = []
-    config = TrainConfig(data=str(toy_scene(tmp_path, frames=8, size=(112, 168))), output=str(tmp_path / "run"), supervision="dense", strategy="a",
+    monkeypatch.setattr("vggt_lora.train.save_figures", lambda *arguments: None)  # they cost seconds and are tested elsewhere
+    config = TrainConfig(data=str(toy_scene(tmp_path, frames=6, size=(84, 126))), output=str(tmp_path / "run"), supervision="dense", strategy="a",
                          epochs=1, frames=3, image_size=56, rank=2, lr=1e-3)
     run = train(config, hooks=[lambda event, progress: seen.append((event, len(list(own_cache.glob("*.npz")))))])
-    assert {number for _, number in seen} == {8} == {len(list(own_cache.glob("*.npz")))} and seen[0][0] == "step"
+    assert {number for _, number in seen} == {6} == {len(list(own_cache.glob("*.npz")))} and seen[0][0] == "step"
     trained = [r for r in run.records if r["split"] == "train"]
     assert trained and all(np.isfinite(r["loss"]) and r["loss_depth_reg"] > 0 for r in trained)
     assert run.results["table"][0]["frames"] > 0
@@ -389,7 +428,7 @@ def test_preparing_knows_every_size_at_which_photos_are_needed(toy, own_cache, m
     turned.save(path)
     portrait = dataclasses.replace(toy.frames[2], image_path=path, size=toy.frames[2].size[::-1], name="turned")
     scene = dataclasses.replace(toy, frames=(*toy.frames[:2], portrait, toy.frames[3]))
-    frames, windows = FrameCache(70, supervision="sparse+dense"), [Window(scene.name, (0, 1, 2)), Window(scene.name, (2, 3))]
+    frames, windows = FrameCache(56, supervision="sparse+dense"), [Window(scene.name, (0, 1, 2)), Window(scene.name, (2, 3))]
     assert frames.work_ahead([(scene, w) for w in windows])["dense"] > len(scene)
     monkeypatch.setattr("vggt_lora.scenes.dense_depth.estimate", lambda *args: pytest.fail("computed while training"))
     for window in windows:
@@ -426,7 +465,7 @@ def test_the_fountain_agrees_with_its_laser(tmp_path):
         pytest.skip("the fountain's photos and laser depth are absent")
     scene = open_scene(real_scene("strecha_fountain_p11"))
     frame, size = scene.frames[6], (168, 252)
-    found = dense_depth(scene, frame, size, settings=DenseSettings(views=2), cache=tmp_path, **QUICK)
+    found = dense_depth(scene, frame, size, settings=DenseSettings(views=3), cache=tmp_path, **QUICK)
     width, height, fx, fy, cx, cy = (float(word) for text in (scene.root / "dslr_calibration_jpg" / "cameras.txt").read_text().split("\n")
                                      if text and text[0] != "#" for word in text.split()[2:8])
     laser = np.fromfile(scene.root / "ground_truth_depth" / "dslr_images" / frame.image_path.name, "<f4").reshape(int(height), int(width))
@@ -436,7 +475,11 @@ def test_the_fountain_agrees_with_its_laser(tmp_path):
     inside = (u >= 0) & (v >= 0) & (u < size[1]) & (v < size[0])
     row, column = v[inside].astype(int), u[inside].astype(int)
     off = (found.depth[row, column] / laser[rows, columns][inside] - 1)[found.valid[row, column]]
-    assert len(off) > 0.5 * inside.sum() and np.median(np.abs(off)) < 0.003 and abs(np.median(off)) < 0.0015 and np.mean(np.abs(off) < 0.01) > 0.85
+    assert len(off) > 0.5 * inside.sum() and np.median(np.abs(off)) < 0.003 and abs(np.median(off)) < 0.001 and np.mean(np.abs(off) < 0.01) > 0.88
+    curves = dense_estimate(scene, frame, size, settings=DenseSettings(views=3), cache=tmp_path, **QUICK)
+    all_off = np.abs(curves.depth[row, column] / laser[rows, columns][inside] - 1)
+    _, curve, best, area = sparsification(all_off, curves.confidence[row, column])
+    assert (np.diff(curve[3:]) > 0).all() and curve[2] < 0.3 * curve[-1] and (best <= curve + 1e-9).all() and area < 0.2 * (curve[-1] - best.mean())
 
 
 # --- COLMAP's depth maps ---------------------------------------------------------------------------------------------

@@ -135,8 +135,11 @@ def test_the_held_out_curve(run, twin):
 def test_the_weights_at_the_end(run, twin):
     weights = read_checkpoint(run.folder / "checkpoints" / "last.pt")["weights"]
     assert weights.keys() == twin.weights.keys()
-    worst = max(float((weights[n] - p.detach()).abs().max()) for n, p in twin.weights.items())
-    assert worst < 2e-5, f"the weights differ by up to {worst}; the largest step is {max(s['lr'] for s in twin.steps)}"
+    differences = torch.cat([(weights[n] - p.detach()).abs().flatten() for n, p in twin.weights.items()])
+    largest = max(s["lr"] for s in twin.steps)
+    # Adam divides by the gradient's size: where that is nothing but rounding, so is the step, but a whole one
+    assert float((differences > 2e-5).float().mean()) < 1e-3, "more than a few weights differ"
+    assert differences.max() < 0.05 * largest, f"the weights differ by up to {differences.max()}; the largest step is {largest}"
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from vggt_lora.checks import reference
 from vggt_lora.scenes.geometry import centre_to_corner_intrinsics
-from vggt_lora.training.losses import LossConfig, camera_loss, depth_loss, normalise_batch, point_loss, training_loss
+from vggt_lora.training.losses import (WINDOW_LABEL, LossConfig, camera_loss, depth_loss, normalise_batch, point_loss, prepare_batch,
+                                       training_loss)
 from vggt_lora.training.terms import difference_term, normal_term, quantile_filter
 
 SMALL = Path(__file__).parent / "data" / "losses_golden.safetensors"
@@ -227,7 +228,8 @@ def scene(valid_share: float = 0.5, scenes: int = 2, size: tuple[int, int] = (28
     K = torch.tensor([[40.0, 0, size[1] / 2], [0, 41.0, size[0] / 2], [0, 0, 1]]).repeat(scenes, 3, 1, 1)
     valid = torch.rand(shape, generator=random) < valid_share
     batch = {"images": torch.zeros(scenes, 3, 3, *size), "K": K, "world_to_cam": poses, "valid": valid, "metric": True,
-             "depth": torch.where(valid, 4 + torch.rand(shape, generator=random), 0.0)}
+             "depth": torch.where(valid, 4 + torch.rand(shape, generator=random), 0.0),
+             "labels": torch.arange(size[1]).expand(shape).to(torch.uint8) // 10, "base_depth": 0.5 + torch.rand(shape, generator=random)}
     outputs = {"depth": torch.rand((*shape, 1), generator=random), "depth_conf": 1 + torch.rand(shape, generator=random),
                "world_points": torch.rand((*shape, 3), generator=random), "world_points_conf": 1 + torch.rand(shape, generator=random)}
     outputs["pose_enc_list"] = [torch.rand((scenes, 3, 9), generator=random) for _ in range(4)]
@@ -244,7 +246,9 @@ def leaves(outputs: dict) -> list[torch.Tensor]:
 
 
 CONFIGS = {"default": LossConfig(), "points": LossConfig(point_conf=1, point_reg=1, point_grad=1), "official": LossConfig.official(point=True),
-           "grad_conf": LossConfig(gradient="grad_conf", point_grad=1, point_gradient="normal_conf")}
+           "grad_conf": LossConfig(gradient="grad_conf", point_grad=1, point_gradient="normal_conf"),
+           "more": LossConfig(depth_normal=1, window=2, confidence_error="relative", scale="base")}
+KEEP = LossConfig(keep_base=2, depth_normal=1, scale="base")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -279,12 +283,63 @@ def test_weights():
     for name, value in plain.terms.items():
         assert torch.equal(ones.terms[name], value)  # weights of 1 change no bit
         assert one.terms[name].item() == pytest.approx(ten.terms[name].item(), rel=1e-6)  # only their ratio matters
-        assert (one.terms[name] != value) == (name in ("depth_conf", "depth_reg"))  # and only there
+        assert (one.terms[name] != value) == name.startswith("depth_")  # every depth term honours them, no camera term does
     half = batch["valid"] & (random > 0.5)
     dropped = training_loss(outputs, batch | {"weight": half.float()})
     masked = training_loss(outputs, batch | {"valid": half})
     assert dropped.total.item() == masked.total.item()
     assert dropped.counts["pixels_without_weight"] == int(batch["valid"].sum() - half.sum())
+
+
+def test_a_target_without_trust_moves_no_term():
+    outputs, batch = scene(0.9)
+    config = LossConfig(point_conf=1, point_reg=1, point_grad=1, depth_normal=1, window=3, quantile=0)  # the filter looks at values, whatever their weight
+    trust = torch.where(torch.arange(42) < 21, 1.0, 1e-9).expand(batch["depth"].shape)
+    wrong = torch.where(trust < 1, batch["depth"] * 1.3, batch["depth"])
+    sound, spoilt = (training_loss(outputs, batch | {"weight": trust, "depth": depth, "scale": 4.0}, config) for depth in (batch["depth"], wrong))
+    for name, value in sound.terms.items():
+        assert spoilt.terms[name].item() == pytest.approx(value.item(), rel=2e-3), name
+
+
+def test_a_pair_counts_as_its_worse_end():
+    pred, truth, mask = torch.tensor([[[[0.0], [1.0]]]]), torch.zeros(1, 1, 2, 1), torch.ones(1, 1, 2, dtype=torch.bool)
+    assert difference_term(pred, truth, mask, trust=torch.tensor([[[1.0, 3.0]]]))[0].item() == pytest.approx(1 * 1 / 4)
+
+
+def test_window_pixels_count_more_by_the_stated_factor():
+    outputs, batch = scene()
+    parts = {w: training_loss(outputs, batch, LossConfig(camera=0, depth_conf=0, depth_grad=0, depth_normal=0, window=w, quantile=0)).terms["depth_reg"] for w in (0, 1, 3)}
+    assert (parts[3] - parts[0]).item() == pytest.approx(3 * (parts[1] - parts[0]).item(), rel=1e-4)
+    truth, _ = prepare_batch(batch, LossConfig())
+    error = (outputs["depth"][..., 0] - truth["depth"]).abs()
+    inside, valid = batch["labels"] == WINDOW_LABEL, truth["valid"]
+    assert (parts[1] - parts[0]).item() == pytest.approx((error[valid & inside].sum() / valid.sum()).item(), rel=1e-4)
+
+
+def test_the_base_holds_pixels_without_truth_and_no_others():
+    outputs, batch = scene()
+    leaves(outputs)
+    result = training_loss(outputs, batch, LossConfig(camera=0, depth_conf=0, depth_reg=1e-9, depth_grad=0, keep_base=1))
+    result.total.backward()
+    gradient = outputs["depth"].grad[..., 0]
+    assert (gradient[batch["valid"]].abs() < 1e-9).all() and (gradient[~batch["valid"]] != 0).all()
+    assert result.counts["pixels_kept_near_base"] == int((~batch["valid"]).sum())
+    right = {**outputs, "depth": batch["base_depth"] * 0.3}  # the base's shape, in the unit of a truth that is 0.3 times the base
+    kept = training_loss(right, batch | {"depth": batch["base_depth"] * 6, "scale": 20.0}, LossConfig(keep_base=1))
+    assert kept.terms["keep_base"].item() == pytest.approx(0, abs=1e-5)
+    full = training_loss(outputs, batch | {"valid": torch.ones_like(batch["valid"]), "depth": torch.full_like(batch["depth"], 5.0)}, KEEP)
+    assert full.left_out == {"keep_base": "every pixel is supervised"}
+
+
+def test_the_unit_of_the_base_does_not_depend_on_what_supervises():
+    outputs, batch = scene(1.0)
+    batch["depth"] = batch["base_depth"] * 7  # the base is right, in another unit
+    near = batch["valid"] & (batch["depth"] < 7)
+    for valid in (batch["valid"], near, batch["valid"] & ~near):
+        truth, _ = prepare_batch(batch | {"valid": valid}, LossConfig(scale="base"))
+        assert truth["scale"].tolist() == pytest.approx([7, 7], rel=1e-5)
+    lengths = [prepare_batch(batch | {"valid": valid}, LossConfig())[0]["scale"][0].item() for valid in (near, batch["valid"] & ~near)]
+    assert lengths[1] > 1.3 * lengths[0]  # the mean distance of the points does
 
 
 def test_unit_of_the_scene_does_not_matter():
@@ -321,7 +376,7 @@ def test_isolated_pixels_leave_the_gradient_term_out():
     assert result.terms["depth_grad"].item() == 0 and result.terms["depth_reg"].item() > 0
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("config", [*CONFIGS.values(), KEEP], ids=[*CONFIGS, "keep"])
 @pytest.mark.parametrize("damage", ["nothing valid", "one pixel", "one frame", "depth nan", "depth inf", "depth 0", "depth negative", "poses nan",
                                     "poses inf", "K nan", "weight 0", "weight nan", "size 1x1"])
 def test_degenerate_input_gives_finite_numbers(damage, config):

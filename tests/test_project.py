@@ -23,8 +23,9 @@ ALLOWED = {
     "training": {"scenes", "model", "adapters"},
     "evaluation": {"scenes", "model"},
     "views": {"scenes.geometry"},
+    "comparison": {"scenes", "model", "adapters", "training", "evaluation", "views"},
 }
-STEPS = ["data", "depth", "lora", "train", "evaluate"]
+STEPS = ["data", "depth", "lora", "train", "evaluate", "compare"]
 
 
 def imports(path: Path):

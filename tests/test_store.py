@@ -17,9 +17,10 @@ from vggt_lora.core import ConfigError, SceneError, write_text
 from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.scenes import samples, store
 from vggt_lora.scenes.eth3d import open_scene
+from vggt_lora.scenes.labels import label_files
 from vggt_lora.scenes.ply import read_alignment
 from vggt_lora.scenes.samples import DEPTH_SOURCES, FrameCache, load_sample
-from vggt_lora.scenes.store import FrameStore, entry_key
+from vggt_lora.scenes.store import VERSION, FrameStore, entry_key
 from vggt_lora.scenes.synthetic import demo_scenes, toy_scene
 from vggt_lora.scenes.windows import Window, make_windows
 from vggt_lora.train import TrainConfig, train
@@ -154,6 +155,7 @@ FILES = {
     "photo": (lambda s: s.frames[3].image_path, {"sparse": {3}, "laser": {3}, "scans": {3}}),
     "mask": (lambda s: s.frames[3].mask_path, {"sparse": {3}, "laser": {3}, "scans": {3}}),
     "depth": (lambda s: s.frames[3].depth_path, {"sparse": set(), "laser": {3}, "scans": set()}),
+    "labels": (lambda s: label_files(s, s.frames[3])["windows"], {"sparse": {3}, "laser": {3}, "scans": {3}}),
     "cameras of the originals": (lambda s: s.jpg_cameras / "cameras.txt", {"sparse": None, "laser": ALL, "scans": None}),  # None: those with a mask
     "scan": (lambda s: sorted((s.root / "dslr_scan_eval").glob("*.ply"))[0], {"sparse": set(), "laser": set(), "scans": ALL}),
     "alignment": (lambda s: s.root / "dslr_scan_eval" / "scan_alignment.mlp", {"sparse": set(), "laser": set(), "scans": ALL}),
@@ -294,7 +296,7 @@ DAMAGE = {
     "a byte of the depth flipped": (flipped(0.2), "checksum differs"),
     "a byte of the header flipped": (flipped(40), "damaged|checksum|holds another frame|version"),
     "the header's length flipped": (flipped(2), "damaged or cut short"),
-    "another version": (lambda content, other: content.replace(b'{\\"version\\": 1,', b'{\\"version\\": 9,'), "is of version 9, expected 1"),
+    "another version": (lambda content, other: content.replace(b'{\\"version\\": %d,' % VERSION, b'{\\"version\\": 9,'), f"is of version 9, expected {VERSION}"),
     "another frame's entry": (lambda content, other: other, "holds another frame"),
     "something else": (lambda content, other: b"\xff\xd8\xff" * 5000, "damaged or cut short"),
 }

@@ -6,7 +6,8 @@
 __all__ = ['newest_run', 'recorded_photos', 'evaluate', 'all_frames', 'largest_difference', 'ALIGNMENTS', 'align_depth',
            'depth_metrics', 'PROTOCOLS', 'Protocol', 'camera_metrics', 'Evaluation', 'evaluate_windows',
            'comparison_rows', 'calibration', 'confidence_rows', 'confidence_table', 'sparsification', 'Drift',
-           'DriftLimits', 'drift', 'HYPOTHESES', 'check_claims', 'region_effects', 'region_rows']
+           'DriftLimits', 'drift', 'HYPOTHESES', 'check_claims', 'region_effects', 'region_rows', 'CloudEvaluation',
+           'evaluate_clouds', 'write_clouds']
 
 # %% ../nbs/04_evaluate.ipynb #2c2d3163
 import dataclasses
@@ -18,6 +19,7 @@ from .core import ConfigError, given_parameters, project_root, unknown, user_pat
 from .evaluation.cameras import camera_metrics
 from .evaluation.confidence import calibration, confidence_rows, confidence_table, sparsification
 from .evaluation.forgetting import Drift, DriftLimits, drift, world_samples
+from .evaluation.clouds import CloudEvaluation, evaluate_clouds, write_clouds
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.protocols import PROTOCOLS, PUBLISHED, STANDARD, Protocol, find_protocols
 from .evaluation.regions import HYPOTHESES, check_claims, region_effects, region_masks, region_rows, true_planes
@@ -33,7 +35,8 @@ from .training.setup import (build_model, check_photos, frame_cache, items_of, o
 
 # %% ../nbs/04_evaluate.ipynb #016704e7
 _all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "PROTOCOLS", "Protocol", "camera_metrics", "Evaluation", "evaluate_windows", "comparison_rows",
-         "calibration", "confidence_rows", "confidence_table", "sparsification", "Drift", "DriftLimits", "drift", "HYPOTHESES", "check_claims", "region_effects", "region_rows"]
+         "calibration", "confidence_rows", "confidence_table", "sparsification", "Drift", "DriftLimits", "drift", "HYPOTHESES", "check_claims", "region_effects", "region_rows",
+         "CloudEvaluation", "evaluate_clouds", "write_clouds"]
 
 # %% ../nbs/04_evaluate.ipynb #f2bd2ea0
 def newest_run(
@@ -60,6 +63,7 @@ def evaluate(
     data=None,  # a TrainConfig: its held-out frames; a folder of scenes or "demo": all frames; default: what the run held out
     *,
     protocol=STANDARD,  # id, Protocol, or several
+    clouds: bool = False,  # also fuse and score point clouds
 ) -> Evaluation:
     """Score models under named protocols; raises ConfigError, WeightsError, or LeakError for photos the run was trained on.
 
@@ -86,7 +90,11 @@ def evaluate(
         adapted = load_adapter(sized, folder / "adapter").to(device)
         models = {"base": base_of(adapted), "adapted": adapted}
     models = {name: m.to(device) if hasattr(m, "to") else m for name, m in models.items()}
-    return evaluate_windows(models, items, cache, protocols, device, resolve_precision(config.precision, device), (config.depth_min, config.depth_max))
+    precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
+    result = evaluate_windows(models, items, cache, protocols, device, precision, limits)
+    if clouds:
+        result.clouds = evaluate_clouds(models, items, cache, device=device, autocast=precision, depth_range=limits, progress=len(items) > 8)
+    return result
 
 
 def all_frames(

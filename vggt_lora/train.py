@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'Run', 'train', 'first_frames', 'gated_adapter', 'unreached_by_loss', 'last_step', 'describe', 'truth_cache',
-           'check_same', 'finish', 'measure', 'in_detail', 'drift_of', 'report', 'save_figures', 'main', 'TrainConfig',
-           'read_config']
+           'check_same', 'finish', 'measure', 'in_detail', 'drift_of', 'report', 'save_page', 'save_figures', 'main',
+           'TrainConfig', 'read_config']
 
 # %% ../nbs/03_train.ipynb #ed1bc3c5
 import dataclasses
@@ -17,6 +17,7 @@ from .adapters.adapter import apply_lora, load_adapter, save_adapter
 from .adapters.gate import BaseGate
 from .core import ConfigError, given_parameters
 from .evaluation.protocols import DEFAULT
+from .evaluation.pictures import save_pictures
 from .evaluation.runner import base_of, comparison_rows, evaluate_windows
 from .evaluation.confidence import confidence_rows, confidence_table
 from .evaluation.forgetting import drift
@@ -26,6 +27,8 @@ from .scenes.samples import load_sample
 from .scenes.windows import Window
 from .settings import command
 from .training.config import TrainConfig, read_config
+from .training.cost import CostMeter
+from .training.coverage import supervision_coverage
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.run import RunFolder, environment, read_checkpoint, run_path
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
@@ -56,7 +59,7 @@ def train(
     hooks=(),  # called as hook(event, progress) after steps and epochs
 ) -> Run:
     """Run one training and return it; raises ConfigError, SceneError, WeightsError or GateError before any work is lost."""
-    folder, device = run_path(config), resolve_device(config.device)
+    folder, device, meter = run_path(config), resolve_device(config.device), CostMeter()
     scenes = open_scenes(config)
     split, audit = split_scenes(scenes, config)
     photos = photos_of(split, scenes)
@@ -70,12 +73,15 @@ def train(
     run = RunFolder(folder, keep_step=last_step(folder) if config.resume else None)
     try:
         describe(run, config, scenes, split, audit, photos, targets, gate)
+        run.write("coverage.json", supervision_coverage(items_of(split.train, scenes), cache))
         for frames in (cache, *(() if truth.supervision == cache.supervision else (truth,))):
             run.log(frames.about())
         rated = with_rate(config, model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
+        meter.mark("preparation")
         fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, cache, hooks)
-        return finish(run, adapted, items_of(split.val, scenes), truth, config)
+        meter.mark("training")
+        return finish(run, adapted, items_of(split.val, scenes), truth, config, meter)
     finally:
         run.close()
 
@@ -130,6 +136,7 @@ def describe(run: RunFolder, config, scenes, split, audit, photos, targets, gate
         run.write("config.json", {**about, "resumed_in": [*about.get("resumed_in", []), environment()]})
         return
     run.write("split.json", photos)
+    run.write("gate.txt", gate.text + "\n")
     run.write("model.txt", "".join(f"{r.status:8} {r.kind:20} {r.parameters:>12,} {r.lora_parameters:>9,}  {r.name}  {r.reason}\n"
                                    for r in targets.rows))
     run.write("config.json", {"config": dataclasses.asdict(config), "environment": environment(), "split": audit,
@@ -160,7 +167,7 @@ def check_same(old: TrainConfig, new: TrainConfig) -> None:
 NAMES = {"absrel": "AbsRel", "d1": "δ<1.25"}  # metrics of which the report says whether they changed
 
 
-def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig) -> Run:
+def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter: CostMeter) -> Run:
     """Save the adapter, measure the saved copy against the base on held-out frames, write results and report."""
     folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(config)})
     results, maps = measure(folder, held_out, cache, config)
@@ -169,6 +176,10 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig) -> Run
     run.write("results.json", results)
     run.write("report.md", report(config, results, run.folder))
     save_figures(run, maps)
+    save_pictures(run.folder / "pictures.npz", maps)
+    meter.mark("evaluation")
+    run.write("cost.json", meter.cost(adapted, resumed=config.resume))
+    save_page(run)
     run.log(f"held-out loss {losses[0]:.4f} -> {losses[-1]:.4f}; results in {run.folder}")
     return Run(run.folder, config, results, run.records, maps)
 
@@ -223,6 +234,16 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
               f"Frames without any truth, left out: {len(results['frames_left_out'])}; pixels outside the depth limits: {results['pixels_left_out']}.",
               "", "![held-out frames](figures/held_out.png)", "![losses](figures/losses.png)"]
     return "\n".join(lines) + "\n"
+
+
+def save_page(run: RunFolder) -> None:
+    """The same for a browser, figures inside: report.html; a page that fails is logged and never ends a run."""
+    from vggt_lora.views.report import write_report
+
+    try:
+        write_report(run.folder)
+    except Exception as error:
+        run.log(f"report.html could not be written: {type(error).__name__}: {error}")
 
 
 def save_figures(run: RunFolder, maps: list[dict], most: int = 4) -> None:

@@ -1,7 +1,8 @@
 """One attack: damage something good, use it, and judge what was said.
 
-An outcome is good in four ways. `refused`: one of the project's own errors, whose message names the file or the parameter. `told`: the result differs,
-and so does what is said beside it (notes, counts). `same`: the result is that of the undamaged input. `data`: the damage cannot be told from other
+An outcome is good in five ways. `refused`: one of the project's own errors, whose message names the file or the parameter. `told`: the result differs,
+and so does what is said beside it (notes, counts). `mended`: the result is that of the undamaged
+input, and it was said that something was wrong. `same`: likewise, without a word. `data`: the damage cannot be told from other
 honest numbers (only where the attack says so beforehand). All else is bad: a bare traceback, a silent difference, a hang, a flood of memory.
 """
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 
 from vggt_lora.core import VggtLoraError
 
-GOOD = ("refused", "told", "same", "data")
+GOOD = ("refused", "told", "mended", "same", "data")
 SECONDS, MEGABYTES = 60, 600  # more than this is a hang, or a flood
 
 
@@ -117,8 +118,10 @@ def run(
     except Exception as error:
         kind, text = "bad", f"{type(error).__name__}: {error}"
     else:
-        if result == expected[0]:
+        if result == expected[0] and said == expected[1]:
             kind, text = "same", "read as if nothing had happened"
+        elif result == expected[0]:
+            kind, text = "mended", "; ".join(str(s) for s in said if s not in expected[1])
         elif said != expected[1]:
             kind, text = "told", "; ".join(str(s) for s in said if s not in expected[1]) or f"said {len(expected[1])} things, now {len(said)}"
         elif attack.data:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .targets import Targets, chosen_patterns, resolve_targets
-from ..core import ConfigError, VggtLoraError, WeightsError, write_json
+from ..core import ConfigError, VggtLoraError, WeightsError, read_json, write_json
 
 # %% ../../nbs/adapters/adapter.ipynb #50a194fb
 def fingerprint(
@@ -61,16 +61,19 @@ def apply_lora(
     targets=(),  # patterns of a custom choice
     full=(),  # patterns of layers trained in full beside the adapters
     seed: int | None = None,  # of the adapters' initial values
+    rslora: bool = False,  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)
+    dora: bool = False,  # train the length of each weight row apart (Liu et al. 2024)
+    heads=("camera", "depth"),  # heads that are trained: a strategy leaves the others alone
 ):
     """Wrap `model` in a PEFT model; returns (peft_model, Targets). Raises ConfigError if the choice cannot be met."""
     from peft import LoraConfig, get_peft_model
 
     _without_adapters(model)
-    patterns = chosen_patterns(strategy, targets, model.config.depth)
+    patterns = chosen_patterns(strategy, targets, model.config.depth, heads)
     if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
         raise ConfigError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}")
-    resolved = resolve_targets(model, patterns, rank, full)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none",
+    resolved = resolve_targets(model, patterns, rank, full, dora)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_rslora=rslora, use_dora=dora,
                         target_modules=_exactly(resolved.named("adapted")),
                         modules_to_save=resolved.named("full") or None)
     mark = fingerprint(model)
@@ -158,7 +161,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict]:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (ValueError, OSError) as error:
         raise WeightsError(f"{path}: no valid JSON ({error})") from None
     if not isinstance(content, dict):
@@ -177,7 +180,7 @@ def _read_lora_config(path: Path):
     numbers = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}
     for name, types in numbers.items():
         value = content.get(name)
-        if isinstance(value, bool) or not isinstance(value, types) or value < 0 or (name == "r" and value < 1):
+        if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value < float("inf") or (name == "r" and value < 1):
             raise WeightsError(f"{path}: {name} is {value!r}; it must be a number{' of at least 1' if name == 'r' else ''}")
     targets, full = content.get("target_modules"), content.get("modules_to_save")
     if not targets or not isinstance(targets, str) and not _texts(targets):

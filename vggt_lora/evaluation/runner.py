@@ -73,6 +73,7 @@ class Evaluation:
     pixels_left_out: int = 0  # known depth outside the limits, or of weight 0
     pairs: list[dict] = dataclasses.field(default_factory=list)  # one per model and pair of photos: rotation and translation error, degrees
     warnings: list[str] = dataclasses.field(default_factory=list)  # what a reader must know before believing a number
+    clouds: object = None  # CloudEvaluation, where clouds were asked for
 
     def table(self, protocol: str = "") -> list[dict]:
         """Mean over frames for each protocol and model, or for one protocol, with the number of frames."""

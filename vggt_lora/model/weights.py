@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FILE_NAMES', 'READABLE', 'REPOSITORY', 'MODEL_TYPE', 'HEADS', 'KNOWN', 'WeightsFile', 'find_weights', 'read_tensors',
-           'fields_from_shapes', 'config_from_shapes', 'config_for', 'LoadReport', 'drop_heads', 'check_fit',
-           'file_hash']
+           'fields_from_shapes', 'config_from_shapes', 'config_for', 'check_stated', 'LoadReport', 'drop_heads',
+           'check_fit', 'file_hash']
 
 # %% ../../nbs/model/weights.ipynb #97880f9d
 import dataclasses
 import hashlib
-import json
 import pickle
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..core import ConfigError, WeightsError, user_path
+from ..core import ConfigError, WeightsError, read_json, user_path
 from .config import VGGTConfig
 from .embedded import SHIPPED, ModelCard, card_beside, find_shipped, remedy
 
@@ -189,20 +188,35 @@ def config_for(
     file: WeightsFile,  # the weights
     tensors: dict[str, torch.Tensor],  # their content
 ) -> VGGTConfig:
-    """Return the configuration of weights: from the model card, else from our config.json, else from the shapes."""
+    """Return the configuration of weights: from the model card, else from our config.json, else from the shapes; raises WeightsError."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if file.card is not None:
         return file.card.config
     if file.config_path is not None:
         try:
-            fields = json.loads(file.config_path.read_text(encoding="utf-8"))
+            fields = read_json(file.config_path)
         except ValueError as fault:
             raise WeightsError(f"{file.config_path}: no valid JSON ({fault})") from fault
         if isinstance(fields, dict) and fields.pop("model_type", None) == MODEL_TYPE:
             try:
-                return VGGTConfig.from_dict(fields)
+                stated = VGGTConfig.from_dict(fields)
             except ConfigError as fault:
                 raise WeightsError(f"{file.config_path}: {fault}") from fault
-    return config_from_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, file.path)
+            check_stated(stated, shapes, file)
+            return stated
+    return config_from_shapes(shapes, file.path)
+
+
+def check_stated(
+    stated: VGGTConfig,  # from the config.json beside the weights
+    shapes: dict[str, tuple[int, ...]],  # key -> shape
+    file: WeightsFile,
+) -> None:
+    """Refuse a configuration that contradicts the tensors, before a network of its size is built; raises WeightsError naming the first field."""
+    for name, value in fields_from_shapes(shapes, file.path).items():
+        if name not in HEADS and getattr(stated, name) != value:
+            raise WeightsError(f"{file.config_path}: says {name} {getattr(stated, name)}, the tensors in {file.path.name} have {value}; "
+                               "the two do not belong together: fetch both again")
 
 # %% ../../nbs/model/weights.ipynb #4a4e6ade
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,11 @@ import numpy as np
 
 from ..core import ConfigError, SceneError, atomic_path
 from .images import ImagePlan, load_image, plan_image
-from .planesweep import Warper, half_size, plane_steps, relative_mapping, sweep, to_full_size
+from .planesweep import Warper, down_direction, half_size, lean, plane_steps, relative_mapping, sweep, to_full_size
 from .slanted import refine
 
 # %% ../../nbs/scenes/dense_estimate.ipynb #49ea43cc
-VERSION = 2  # raise it whenever the same settings give other depth: what lies in the cache is then made anew
+VERSION = 3  # raise it whenever the same settings give other depth: what lies in the cache is then made anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,11 @@ class DenseSettings:
     relative: float = 0.02  # depths of two photos that differ by less, as a share, agree
     agreeing: int = 2  # photos that have to confirm a pixel (fewer where the frame has fewer neighbours)
     confidence: float = 0.03  # smallest confidence that is kept, in [0, 1]
+    unfit: float = 0.3  # smallest confidence that is kept under mask value 1 (colours unfit: glass), where one more photo has to confirm; 1: nothing is
 
     def __post_init__(self):
         for name, low, high in (("views", 1, 64), ("step", 0.1, 4), ("most_planes", 8, 4096), ("near", 0.01, 1), ("far", 1, 100),
-                                ("reprojection", 0.01, 100), ("relative", 1e-6, 1), ("agreeing", 1, 64), ("confidence", 0, 1)):
+                                ("reprojection", 0.01, 100), ("relative", 1e-6, 1), ("agreeing", 1, 64), ("confidence", 0, 1), ("unfit", 0, 1)):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"dense depth: {name} is {value}; expected a value from {low} to {high}")
@@ -119,6 +120,7 @@ def estimate(
     depths: tuple,  # (near, far) of `depth_range`
     settings: DenseSettings,
     device="cpu",
+    down: np.ndarray | None = None,  # (3,) towards the ground, in the world; default: what the cameras of these shots say
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Return inverse depth and expected relative error, (h, w) float32 each, and the number of planes swept; unconfirmed yet."""
     import torch
@@ -127,7 +129,9 @@ def estimate(
         reference = shot.grey(device)
         coarse = [warper_of(shot, other, device, True) for other in others]
         planes = plane_steps(coarse, *depths, step=settings.step, most=settings.most_planes)
-        first = to_full_size(sweep(half_size(reference), coarse, planes), shot.plan.size)
+        down = down_direction([one.frame.world_to_cam for one in (shot, *others)]) if down is None else down
+        ground = lean(shot.frame.world_to_cam[:3, :3] @ down, np.diag([0.5, 0.5, 1]) @ shot.K, tuple(side // 2 for side in shot.plan.size), device)
+        first = to_full_size(sweep(half_size(reference), coarse, planes, leans=() if ground is None else (ground,)), shot.plan.size)
         del coarse
         inverse, error = refine(reference, [warper_of(shot, other, device, False) for other in others], first, float(planes[1] - planes[0]))
         return inverse.cpu().numpy(), error.cpu().numpy(), len(planes)
@@ -153,13 +157,13 @@ def photo_hash(path: Path) -> str:
         raise SceneError(f"{path}: cannot be read ({error.strerror}); expected the photo that the scene names") from error
 
 
-def estimate_key(shot: Shot, others: list[Shot], depths: tuple, settings: DenseSettings) -> str:
+def estimate_key(shot: Shot, others: list[Shot], depths: tuple, settings: DenseSettings, down=None) -> str:
     """Return the hash of all that an estimate depends on."""
     def facts(one):
         return [photo_hash(one.frame.image_path), dataclasses.asdict(one.plan), one.frame.K.tolist(), one.frame.world_to_cam.tolist()]
 
     swept = [settings.step, settings.most_planes]
-    text = json.dumps([VERSION, [facts(one) for one in (shot, *others)], list(depths), swept])
+    text = json.dumps([VERSION, [facts(one) for one in (shot, *others)], list(depths), None if down is None else list(down), swept])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

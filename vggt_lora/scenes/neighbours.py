@@ -55,15 +55,16 @@ def find_neighbours(
     count: int = 6,  # at most so many
     fewest_shared: int = 8,  # points
     smallest_angle: float = 0.5,  # degrees, median over the shared points
+    least_overlap: float = 0.25,  # share of the frame's points that fall inside the other photo
 ) -> list[Neighbour]:
     """Return the photos to compare `frame` with, best first; an empty list where there is none."""
-    known, key = _FOUND.setdefault(scene, {}), (frame, count, fewest_shared, smallest_angle)
+    known, key = _FOUND.setdefault(scene, {}), (frame, count, fewest_shared, smallest_angle, least_overlap)
     if key not in known:
         known[key] = _chosen(scene, *key)
     return list(known[key])
 
 
-def _candidates(scene, frame, fewest_shared: int, smallest_angle: float) -> list[tuple]:
+def _candidates(scene, frame, fewest_shared: int, smallest_angle: float, least_overlap: float) -> list[tuple]:
     """Return (index, value of each of the frame's points, median angle, overlap) of every photo that qualifies."""
     own = np.unique(frame.point_rows)
     xyz, centre, found = scene.points.xyz[own], camera_centre(frame.world_to_cam), []
@@ -77,15 +78,15 @@ def _candidates(scene, frame, fewest_shared: int, smallest_angle: float) -> list
         angles = triangulation_angles(xyz[shared], centre, camera_centre(other.world_to_cam))
         pixels, z = project_points(xyz, other.world_to_cam, other.K)
         overlap = ((z > 0) & (pixels >= 0).all(1) & (pixels < other.size[::-1]).all(1)).mean()
-        if np.median(angles) >= smallest_angle and angle_value(angles).any() and overlap > 0:
+        if np.median(angles) >= smallest_angle and angle_value(angles).any() and overlap >= least_overlap:
             values = np.zeros(len(own))
             values[shared] = angle_value(angles)
             found.append((index, values, len(shared), float(np.median(angles)), float(overlap)))
     return found
 
 
-def _chosen(scene, frame, count: int, fewest_shared: int, smallest_angle: float) -> list[Neighbour]:
-    left, chosen, total = _candidates(scene, frame, fewest_shared, smallest_angle), [], 0.0
+def _chosen(scene, frame, count: int, *limits) -> list[Neighbour]:
+    left, chosen, total = _candidates(scene, frame, *limits), [], 0.0
     while left and len(chosen) < count:
         gains = [float((np.sqrt(total + values) - np.sqrt(total)).sum() * overlap) for _, values, _, _, overlap in left]
         best = max(range(len(left)), key=lambda k: (gains[k], -left[k][0]))

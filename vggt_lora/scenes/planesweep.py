@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['relative_mapping', 'pixel_centres', 'Warper', 'window_sum', 'WindowNcc', 'mean_of_best', 'match', 'depth_range',
-           'plane_steps', 'match_volume', 'semi_global', 'best_plane', 'median_3x3', 'half_size', 'to_full_size',
-           'sweep']
+           'plane_steps', 'match_volume', 'semi_global', 'down_direction', 'lean', 'add_slanted', 'best_plane',
+           'median_3x3', 'half_size', 'to_full_size', 'sweep']
 
 # %% ../../nbs/scenes/planesweep.ipynb #08cf4da1
+import copy
+
 import numpy as np
 
 from ..core import SceneError
@@ -48,6 +50,12 @@ class Warper:
         self.image, self.offset = image, b
         self.base = [row[0] * x + row[1] * y + row[2] for row in A]
         self.box = box or (0, 0, *image.shape)
+
+    def below(self, row: int):
+        """Return this lookup for the frame's pixels from `row` on."""
+        part = copy.copy(self)
+        part.base = [values[row:] for values in self.base]
+        return part
 
     def locate(self, inverse):
         """Return u, v and z/z' (n, h, w) for inverse depths (n, 1, 1) or (n, h, w); z/z' <= 0 is behind the camera."""
@@ -113,7 +121,7 @@ class WindowNcc:
 
 # %% ../../nbs/scenes/planesweep.ipynb #252f83a7
 def mean_of_best(scores, count: int):
-    """Return the mean of the `count` largest of several tensors, element by element, keeping only that many in memory."""
+    """Return the mean of the `count` largest of several tensors, element by element, keeping only that many in memory; -inf abstains, and -1 stands where all do."""
     import torch
 
     best = []
@@ -122,7 +130,11 @@ def mean_of_best(scores, count: int):
             best[k], score = torch.maximum(best[k], score), torch.minimum(best[k], score)
         if len(best) < count:
             best.append(score)
-    return sum(best[1:], best[0].clone()) / len(best)
+    if len(best) > 1 and bool(torch.isfinite(best[-1]).all()):  # the last is the smallest
+        return sum(best[1:], best[0].clone()) / len(best)
+    there = [torch.isfinite(score) for score in best]
+    total = sum(score.masked_fill(~known, 0) for score, known in zip(best, there)) / sum(there).clamp(min=1)
+    return total.masked_fill_(~there[0], -1)
 
 
 def match(
@@ -130,12 +142,13 @@ def match(
     warpers: list,  # of the other photos
     inverse,  # (n, 1, 1) planes, or (n, h, w) surfaces: inverse depth
     best: int,  # photos that have to agree
+    outside: float = -1.0,  # score of a photo that does not show the pixel; -inf: it abstains
 ):
     """Return how well the photos agree (n, h, w), in [-1, 1]."""
     def scores():
         for warper in warpers:
             warped, inside = warper(inverse)
-            yield ncc(warped).masked_fill_(~inside, -1.0)
+            yield ncc(warped).masked_fill_(~inside, outside)
     return mean_of_best(scores(), min(best, len(warpers)))
 
 # %% ../../nbs/scenes/planesweep.ipynb #5764a794
@@ -222,6 +235,76 @@ def semi_global(
                 last = i
     return total
 
+# %% ../../nbs/scenes/planesweep.ipynb #5b7d20f4
+def down_direction(
+    poses: list,  # world_to_cam (4, 4) of several photos
+    walls: list = (),  # (normal (3,) in the world, share of the points) of planes in the scene
+    trust: float = 0.001,  # in the cameras' own y axes, where the rest leaves the direction open
+) -> np.ndarray:
+    """Return the unit vector (3,) in the world that points to the ground, as far as level cameras and upright walls can tell."""
+    right, below = (np.array([pose[axis, :3] for pose in poses]) for axis in (0, 1))
+    across = np.concatenate([right, np.array([normal for normal, _ in walls]).reshape(-1, 3)])
+    weight = np.concatenate([np.full(len(poses), 1 / len(poses)), [share for _, share in walls]])
+    guess = below.sum(0) / max(np.linalg.norm(below.sum(0)), 1e-12)
+    for limit in (0.7, 0.2):  # without photos on their side, roofs and grounds
+        level = np.abs(across @ guess) < limit
+        upright = below[level[:len(poses)]].mean(0) if level[:len(poses)].any() else guess
+        guess = np.linalg.solve((across[level].T * weight[level]) @ across[level] + trust * np.eye(3), trust * upright)
+        guess /= max(np.linalg.norm(guess), 1e-12)
+    return guess
+
+
+def lean(
+    normal: np.ndarray,  # (3,) in the frame's camera
+    K: np.ndarray,  # (3, 3) at the size of the sweep
+    size: tuple,  # (height, width)
+    device="cpu",
+    least: float = 0.02,  # of the largest
+):
+    """Return inverse depth (h, w) on a plane with that normal, up to a factor: 1 where the plane comes nearest, 0 beyond its horizon; None where none of it can be seen."""
+    import torch
+
+    x, y = pixel_centres(size, device)
+    along = (np.asarray(normal) @ np.linalg.inv(K)).tolist()
+    slope = along[0] * x + along[1] * y + along[2]
+    if float(slope.max()) < 0.05:  # radians, about
+        return None
+    slope = slope / slope.max()
+    return torch.where(slope > least, slope, 0 * slope)
+
+
+def add_slanted(
+    cost,  # (h, w, n) in [0, 1], changed in place
+    reference,  # (h, w) grey in [0, 1]
+    warpers: list,
+    planes,  # (n,) inverse depths, at equal steps
+    slope,  # (h, w) of `lean`
+    best: int,
+    radii: tuple,
+    chunk: int,
+    margin: float = 0.02,  # by which the slanted plane has to be better
+):
+    """Lower the cost of each pixel and depth to that of the slanted plane through it, where that is better."""
+    import torch
+
+    # rows above the horizon are left out; windows at its edge are none the worse for the rows that are missing there
+    top = int((slope > 0).any(1).to(torch.uint8).argmax())
+    part, slope = reference[top:], slope[top:]
+    ncc, cut = WindowNcc(part - reference.mean(), radii), [warper.below(top) for warper in warpers]
+    volume = torch.empty(*part.shape, len(planes), device=cost.device)
+    for start in range(0, len(planes), chunk):
+        scores = match(ncc, cut, planes[start:start + chunk].view(-1, 1, 1) * slope, best)
+        volume[:, :, start:start + chunk] = scores.permute(1, 2, 0)
+    step = planes[1] - planes[0]
+    for row in range(len(part)):  # one at a time: bounds memory
+        at = (planes / slope[row, :, None].clamp(min=1e-6) - planes[0]) / step
+        inside = (at >= 0) & (at <= len(planes) - 1) & (slope[row, :, None] > 0)
+        at = at.clamp(0, len(planes) - 1.001)
+        low = at.floor()
+        low_score, high_score = (volume[row].gather(1, low.long() + k) for k in (0, 1))
+        slanted = 0.5 * (1 - torch.lerp(low_score, high_score, at - low)) + margin
+        cost[top + row] = torch.where(inside, torch.minimum(cost[top + row], slanted), cost[top + row])
+
 # %% ../../nbs/scenes/planesweep.ipynb #2b9d7fc3
 def best_plane(total):
     """Return the fractional index (h, w) of the lowest cost of a volume (h, w, n)."""
@@ -265,10 +348,13 @@ def sweep(
     radii: tuple = (1, 3),  # windows, pixels at half size
     small: float = 0.04,
     large: float = 0.6,
+    leans: tuple = (),  # of `lean`, each (h, w): directions in which slanted planes are swept, too
 ):
     """Return inverse depth (h, w) by plane sweep and semi-global aggregation."""
     ncc = WindowNcc(reference - reference.mean(), radii)
     chunk = 8 if reference.device.type == "cpu" else 64
     cost = match_volume(ncc, warpers, planes, best, chunk).neg_().add_(1).mul_(0.5)
+    for slope in leans:
+        add_slanted(cost, reference, warpers, planes, slope, best, radii, chunk)
     index = best_plane(semi_global(cost, reference, small, large))
     return planes[0] + median_3x3(index) * (planes[1] - planes[0])

@@ -17,6 +17,7 @@ from .colmap_dense import colmap_dense_depth
 from .completion import completed_depth
 from .dense_depth import dense_depth, prepare_dense
 from .images import ImagePlan, load_image, plan_image
+from .labels import region_labels
 from .laser_depth import laser_depth
 from .scene import Scene
 from .sparse import DepthAbsent, DepthMap, sparse_depth
@@ -89,10 +90,11 @@ class Sample:
     depth: "torch.Tensor"  # (S, H, W) float32 z in scene units, 0 = unknown
     valid: "torch.Tensor"  # (S, H, W) bool
     weight: "torch.Tensor"  # (S, H, W) float32, 0 where not valid
-    labels: "torch.Tensor"  # (S, H, W) uint8 region labels, 0 = none
+    labels: "torch.Tensor"  # (S, H, W) uint8, codes of scenes.labels.REGIONS; 0 = none
     names: tuple[str, ...]  # photo names, in the order of the frames here
     scene: str  # scene name
     metric: bool  # scene units are metres
+    scale: float | None = None  # length, in scene units, that the scene is divided by in training; None: it follows from the depth
 
 # %% ../../nbs/scenes/samples.ipynb #a4fd6be9
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ class FrameData:
     image: np.ndarray  # (H, W, 3) uint8
     K: np.ndarray  # (3, 3) float64
     depth: DepthMap
+    labels: np.ndarray | None = None  # (H, W) uint8, codes of scenes.labels.REGIONS; None: not asked for
 
 
 class FrameCache:
@@ -132,9 +135,10 @@ class FrameCache:
         return data
 
     def load(self, scene: Scene, index: int, target: tuple[int, int]) -> FrameData:
-        """Decode, resize and project one frame; raises SceneError for unreadable files."""
+        """Decode, resize, project and label one frame; raises SceneError for unreadable files."""
         frame, plan = scene.frames[index], self.plan(scene, index, target)
-        return FrameData(load_image(frame.image_path, plan), plan.intrinsics(frame.K), self.source(scene, frame, plan.size, plan=plan))
+        depth = self.source(scene, frame, plan.size, plan=plan)
+        return FrameData(load_image(frame.image_path, plan), plan.intrinsics(frame.K), depth, region_labels(scene, frame, plan))
 
     def plan(self, scene: Scene, index: int, target: tuple[int, int]) -> ImagePlan:
         """How frame `index` is brought to `target`."""
@@ -184,7 +188,7 @@ def load_sample(
         depth=depth,
         valid=stack([d.depth.valid for d in data], bool),
         weight=stack([d.depth.weight for d in data], np.float32),
-        labels=torch.zeros(depth.shape, dtype=torch.uint8),
+        labels=stack([np.zeros(target, np.uint8) if d.labels is None else d.labels for d in data], np.uint8),
         names=tuple(f.name for f in frames),
         scene=scene.name,
         metric=scene.metric,

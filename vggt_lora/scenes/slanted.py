@@ -6,6 +6,8 @@
 __all__ = ['window_shifts', 'padded', 'SoftNcc', 'extreme', 'settle_edges', 'peak', 'information', 'plane_fit', 'widen', 'refine']
 
 # %% ../../nbs/scenes/slanted.ipynb #76f11cea
+import math
+
 from .planesweep import WindowNcc, match, median_3x3
 
 # %% ../../nbs/scenes/slanted.ipynb #60f9c864
@@ -92,7 +94,7 @@ def settle_edges(
 
     candidates = torch.stack([inverse, extreme(inverse, radius, -1), extreme(inverse, radius, 1)])
     scores = match(ncc, warpers, candidates, best)
-    scores[1] += bonus
+    scores[1] += bonus * scores[1].clamp(min=0)
     same = (candidates - inverse).abs() < apart
     same[0] = False
     return median_3x3(candidates.gather(0, scores.masked_fill(same, -2).argmax(0)[None])[0])
@@ -197,7 +199,7 @@ def refine(
     inverse, least = settle_edges(soft, warpers, inverse, 2 * step, best), None
     for ncc, fan, tolerance in ((soft, 0.5 * step, 1.0 * step), (plain, 0.25 * step, 0.5 * step)):
         offsets = torch.arange(-3, 4, device=inverse.device).view(-1, 1, 1) * fan
-        offset, height, curvature = peak(match(ncc, warpers, inverse + offsets, best))
+        offset, height, curvature = peak(match(ncc, warpers, inverse + offsets, best, -math.inf))
         info = information(height, curvature * (step / fan) ** 2)
         least = info if least is None else torch.minimum(least, info)
         inverse, gained = plane_fit(inverse + offset * fan, least + 1e-4, reference, tolerance)

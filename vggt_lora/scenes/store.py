@@ -9,6 +9,7 @@ __all__ = ['VERSION', 'LIBRARIES', 'INPUTS', 'FIELDS', 'TYPES', 'store_folder', 
            'FrameStore']
 
 # %% ../../nbs/scenes/store.ipynb #21904d18
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +32,7 @@ from .dense_estimate import photo_hash
 from .distorted import file_stamp
 from .eth3d import find_part, scene_folders
 from .images import ImagePlan
+from .labels import label_files
 from .ply import read_alignment
 from .samples import DEPTH_SOURCES, FrameCache, FrameData
 from .scans import OCCLUSION_FILES, scan_files
@@ -38,7 +40,7 @@ from .scene import Scene
 from .sparse import DepthMap, triangulation_angles, typical_error
 
 # %% ../../nbs/scenes/store.ipynb #ba5aea7e
-VERSION = 1  # of an entry's layout
+VERSION = 2  # of an entry's layout
 LIBRARIES = ("numpy", "pillow", "scipy", "pycolmap", "open3d")
 
 
@@ -139,11 +141,12 @@ def entry_key(
     """Return the name of a frame's entry: SHA-256 of all that it depends on. Raises SceneError for files that cannot be read."""
     names = [part.strip() for part in supervision.split("+")]
     sources = [[name, code_of(DEPTH_SOURCES[name]), INPUTS.get(name, scene_inputs)(scene, frame)] for name in names]
-    facts = [VERSION, maker(), file_digest(frame.image_path), dataclasses.asdict(plan), list(map(int, frame.size)), frame.K.tolist(), frame.world_to_cam.tolist(), sources]
+    labels = [file_digest(path) for path in label_files(scene, frame).values()]
+    facts = [VERSION, maker(), file_digest(frame.image_path), labels, dataclasses.asdict(plan), list(map(int, frame.size)), frame.K.tolist(), frame.world_to_cam.tolist(), sources]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 # %% ../../nbs/scenes/store.ipynb #8c149f9f
-FIELDS = ("image", "K", "depth", "valid", "weight")
+FIELDS = ("image", "K", "depth", "valid", "weight", "labels")
 TYPES = {"U8": "|u1", "BOOL": "|b1", "F32": "<f4", "F64": "<f8"}  # names of the format
 
 
@@ -164,7 +167,7 @@ def write_entry(
     """Write a frame, whole or not at all."""
     from safetensors.numpy import save_file
 
-    arrays = {"image": data.image, "K": data.K, "depth": data.depth.depth, "valid": data.depth.valid, "weight": data.depth.weight}
+    arrays = {"image": data.image, "K": data.K, "depth": data.depth.depth, "valid": data.depth.valid, "weight": data.depth.weight, "labels": data.labels}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     about = {"version": VERSION, "key": key, "counts": data.depth.counts, "sha256": checksum(key, data.depth.counts, arrays)}
     with atomic_path(path) as temporary:
@@ -200,7 +203,7 @@ def read_entry(
         raise EntryError(f"{path}: is damaged or cut short ({type(error).__name__}: {error})") from error
     if verify and checksum(key, counts, arrays) != stated:
         raise EntryError(f"{path}: is damaged, its checksum differs")
-    return FrameData(arrays["image"], arrays["K"], DepthMap(arrays["depth"], arrays["valid"], arrays["weight"], counts))
+    return FrameData(arrays["image"], arrays["K"], DepthMap(arrays["depth"], arrays["valid"], arrays["weight"], counts), arrays["labels"])
 
 # %% ../../nbs/scenes/store.ipynb #7b3dd1ef
 @dataclasses.dataclass
@@ -333,6 +336,9 @@ class FrameStore(FrameCache):
         self.work_ahead(items, device)
         with tqdm(total=sum(map(len, wanted.values())), desc="frame store", unit="frame", delay=1, disable=not progress) as bar:
             faults = [fault for scene, jobs in wanted.items() for fault in self._prepare(scene, list(jobs), bar)]
+        for key in set(self._keys.values()):  # the time of change says when an entry was last wanted
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / f"{key}.safetensors")
         self.report.seconds += time.monotonic() - began
         if faults:
             messages = list(dict.fromkeys(map(str, faults)))
@@ -359,6 +365,43 @@ class FrameStore(FrameCache):
         finally:
             pool.shutdown(cancel_futures=True)
         return [faults[job] for job in jobs if job in faults]
+
+    def sizes(self) -> dict:
+        """Return entries and bytes below the store's root: of this version, of others, and of those in use by this object."""
+        report = {}
+        used = {self.folder / f"{key}.safetensors" for key in self._keys.values()}
+        for path in self.root.rglob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                size = path.stat().st_size
+                for what in ("this version" if path.parent == self.folder else "other versions", *(["in use"] if path in used else [])):
+                    entries, total = report.get(what, (0, 0))
+                    report[what] = (entries + 1, total + size)
+        return report
+
+    def prune(
+        self,
+        limit: int,  # bytes that may stay
+    ) -> tuple[int, int]:
+        """Remove the entries that were wanted longest ago until the root holds at most `limit` bytes; returns how many, and their bytes.
+
+        Entries that this object has in use stay, whatever the limit. One that another process has mapped stays readable to it until it ends (not on Windows).
+        """
+        if not limit >= 0:
+            raise ConfigError(f"frame store: the limit is {limit} bytes; expected 0 or more")
+        used, held = {self.folder / f"{key}.safetensors" for key in self._keys.values()}, []
+        for path in self.root.rglob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                state = path.stat()
+                held.append((state.st_mtime_ns, path, state.st_size))
+        total, removed, freed = sum(size for _, _, size in held), 0, 0
+        for _, path, size in sorted(held):
+            if total - freed <= limit:
+                break
+            if path not in used:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                removed, freed = removed + 1, freed + size
+        return removed, freed
 
     def about(self) -> str:
         """Say in one line what was found and made, and the disk space."""

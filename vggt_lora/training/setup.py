@@ -42,7 +42,7 @@ def split_scenes(
     """Split into windows and audit the result; raises LeakError or ConfigError."""
     hold_out = config.names("hold_out") or _demo_hold_out(scenes, config)
     split = split_windows(scenes, frames=config.frames, overlap=config.overlap, train_share=config.train_share, hold_out=hold_out,
-                          groups=config.groups)
+                          groups=config.groups, by=config.windows)
     if not split.train or not split.val:
         raise ConfigError(f"the split leaves {len(split.train)} training and {len(split.val)} validation windows; "
                           "give more photos, smaller `frames`, or another `train_share`")

@@ -156,6 +156,7 @@ class CloudView:
         self.size, self.up, self.forward, self.point_size, self.segments = size, up, forward, point_size, segments
         self.everything = np.concatenate([cloud[0] for cloud in self.clouds.values()])  # one framing for all clouds
         self.state = {"cloud": next(iter(self.clouds)), "azimuth": 30.0, "elevation": 20.0, "zoom": 1.0}
+        self.page_size = size  # of the whole picture on the page
         self.widget, self.note = None, ""
         self._stage, self._shown = None, None
 
@@ -167,33 +168,38 @@ class CloudView:
         if stage is not None:
             stage.close()
 
-    def _open3d_picture(self, K, pose):
+    def _open3d_picture(self, name, points, colours, segments, K, pose):
         if self._stage is None:
             for view in _OPEN_VIEWS[:-1]:  # this one makes two
                 view.close()
             self._stage = CloudStage(self.size)
             _OPEN_VIEWS.append(self)
-        name = self.state["cloud"]
         if self._shown != name:
-            points, colours, _ = self.clouds[name]
-            show_cloud(self._stage, points, colours, self.point_size, self.segments)
+            show_cloud(self._stage, points, colours, self.point_size, segments)
             self._shown = name
         return see_cloud(self._stage, K, pose)
 
-    def picture(self):
-        """Render the chosen cloud from the chosen side to a PIL.Image."""
+    def draw(self, name, points, colours, segments, K, pose):
+        """Render one cloud to a PIL.Image; what is on the stage under this name already stays there."""
         from PIL import Image
-        side = {key: self.state[key] for key in ("azimuth", "elevation", "zoom")}
-        K, pose = orbit_camera(self.everything, size=self.size, up=self.up, forward=self.forward, **side)
         fault = open3d_fault()
         if fault is None:
             try:
-                return Image.fromarray(self._open3d_picture(K, pose))
+                return Image.fromarray(self._open3d_picture(name, points, colours, segments, K, pose))
             except Exception as error:  # see render_cloud
                 fault = f"{type(error).__name__}: {error}"
         self.note = tell_once(fault)
+        return Image.fromarray(scatter_cloud(points, colours, K, pose, self.size, self.point_size, segments))
+
+    def eye(self):
+        """Return K and world_to_cam of the chosen side."""
+        side = {key: self.state[key] for key in ("azimuth", "elevation", "zoom")}
+        return orbit_camera(self.everything, size=self.size, up=self.up, forward=self.forward, **side)
+
+    def picture(self):
+        """Render the chosen cloud from the chosen side to a PIL.Image."""
         points, colours, _ = self.clouds[self.state["cloud"]]
-        return Image.fromarray(scatter_cloud(points, colours, K, pose, self.size, self.point_size, self.segments))
+        return self.draw(self.state["cloud"], points, colours, self.segments, *self.eye())
 
     def png(self) -> bytes:
         """Return the picture as PNG."""
@@ -221,7 +227,7 @@ def cloud_page(
 ):
     """Build the ipywidgets page of a view: choice of cloud, sliders, picture and caption."""
     import ipywidgets
-    image = ipywidgets.Image(value=view.png(), format="png", width=view.size[1], height=view.size[0])
+    image = ipywidgets.Image(value=view.png(), format="png", width=view.page_size[1], height=view.page_size[0])
     caption = ipywidgets.Label(view.caption())
     common = {"continuous_update": False, "layout": ipywidgets.Layout(width="300px")}
     controls = {
