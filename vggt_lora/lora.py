@@ -9,8 +9,8 @@ __all__ = ['inspect_targets', 'STRATEGIES', 'Strategy', 'Targets', 'TargetRow', 
            'stack_adapters', 'without_adapter']
 
 # %% ../nbs/02_lora.ipynb #4a34860d
-from .adapters.export import MergedReport, export_adapter, export_merged
 from .adapters.adapter import apply_lora, fingerprint, load_adapter, merge, save_adapter
+from .adapters.export import MergedReport, export_adapter, export_merged
 from .adapters.gate import BaseGate, GateError, GateReport
 from .adapters.hub import model_card, push_to_hub
 from .adapters.stack import adapter_names, scale_adapter, stack_adapters, without_adapter
