@@ -135,8 +135,8 @@ def touched(
             tensors.add(name)
     return Touched(tuple(sorted(adapted)), tuple(sorted(full)), frozenset(tensors))
 
-# %% ../../nbs/adapters/export.ipynb #48ffc929
-TOLERANCE = 1e-3  # merged against unmerged, largest difference over largest magnitude, per output
+# %% ../../nbs/adapters/export.ipynb #fe25d32c
+TOLERANCE = 1e-4  # merged against unmerged, largest difference over largest magnitude, per output
 
 
 @dataclasses.dataclass(frozen=True)
