@@ -26,9 +26,8 @@ from vggt_lora.model.vggt import VGGT, VGGTConfig
 
 TARGETS = ["aggregator.frame_blocks.2.attn.qkv", "aggregator.global_blocks.3.mlp.fc1", "depth_head.projects.1", "depth_head.resize_layers.3",
            "depth_head.scratch.refinenet1.resConfUnit2.conv1", "camera_head.poseLN_modulation.1"]
-KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
-         "full": {"modules_to_save": ["depth_head.resize_layers.0", "depth_head.norm", "camera_head.trunk_norm"]},
-         "dora+full": {"use_dora": True, "modules_to_save": ["depth_head.norm"]}}
+KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True, "modules_to_save": ["depth_head.norm"]},
+         "full": {"modules_to_save": ["depth_head.resize_layers.0", "depth_head.norm", "camera_head.trunk_norm"]}}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +37,25 @@ def base(tmp_path_factory):
         for name, value in {"TRACK_BLOCKS": 1, "TRACK_WIDTH": 32, "VIRTUAL_TRACKS": 4, "CORRELATIONS": 27}.items():
             patch.setattr(track_head, name, value)
         torch.manual_seed(0)
-        config = VGGTConfig.from_dict(VGGTConfig.golden().to_dict() | {"track_head": True, "track_features": 16})
+        config = VGGTConfig.from_dict(VGGTConfig.golden().to_dict() | {"track_head": True, "track_features": 16, "vit_depth": 1, "camera_trunk_depth": 1})
         yield VGGT(config).save_pretrained(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
 def images():
     return torch.rand(1, 2, 3, 28, 42, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    """A run with a plain adapter, read by many and changed by none."""
+    return made(base, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def plain(base):
+    """The base with the heads that a run loads."""
+    return VGGT.from_pretrained(base, point_head=False)
 
 
 def outputs(model, images) -> dict:
@@ -72,10 +83,10 @@ def made(base: Path, folder: Path, kind: str = "lora", targets=TARGETS, seed: in
 
 # --- merged ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_merged_checkpoint_is_the_base_file_but_for_what_was_trained(base, images, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["rslora", "dora", "full"])
+def test_a_merged_checkpoint_is_the_base_file_but_for_what_was_trained(base, plain, images, tmp_path, kind):
     run = made(base, tmp_path / "run", kind)
-    wanted = outputs(load_adapter(VGGT.from_pretrained(base, point_head=False), run / "adapter"), images)
+    wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
     report = export.export_merged(run, tmp_path / "merged")
     old = load_file(base / "model.safetensors")
     for name in ("model.safetensors", "model.pt"):
@@ -97,11 +108,10 @@ def test_a_merged_checkpoint_is_the_base_file_but_for_what_was_trained(base, ima
     assert report.difference < 1e-5 and sorted(p.name for p in report.folder.iterdir()) == ["config.json", "model.pt", "model.safetensors"]
 
 
-def test_the_base_may_be_a_torch_file_in_an_order_of_its_own(base, tmp_path):
+def test_the_base_may_be_a_torch_file_in_an_order_of_its_own(base, run, tmp_path):
     tensors = load_file(base / "model.safetensors")
     names = sorted(tensors, reverse=True)
     torch.save({"model": {n: tensors[n] for n in names}, "prev_epoch": 3}, tmp_path / "model.pt")
-    run = made(base, tmp_path / "run")
     (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
     export.export_merged(run, tmp_path / "merged", base=tmp_path / "model.pt")
     assert list(torch.load(tmp_path / "merged" / "model.pt", weights_only=True)) == names
@@ -130,22 +140,19 @@ def damaging(monkeypatch, change):
 @pytest.mark.parametrize("change, word", [
     (lambda t: t | {"track_head.tracker.fmap_norm.bias": t["track_head.tracker.fmap_norm.bias"] + 1e-6}, "differs from .* no adapter touches it"),
     (lambda t: {n: v for n, v in t.items() if n != "point_head.norm.bias"}, "other names"),
-    (lambda t: t | {"extra": torch.ones(1)}, "other names"),
     (lambda t: t | {"depth_head.norm.bias": t["depth_head.norm.bias"].half()}, "is torch.float16"),
     (lambda t: t | {"depth_head.norm.bias": t["depth_head.norm.bias"][:3].clone()}, "in .* it is"),
     (lambda t: t | {f"{TARGETS[2]}.weight": t[f"{TARGETS[2]}.weight"] * 1.01}, "not written as it was merged"),
     (lambda t: t | {f"{TARGETS[2]}.weight": t[f"{TARGETS[2]}.weight"] * float("nan")}, "NaN"),
-], ids=["changed", "lost", "extra", "dtype", "shape", "not as merged", "nan"])
-def test_what_was_written_wrongly_never_gets_its_name(base, tmp_path, monkeypatch, change, word):
-    run = made(base, tmp_path / "run")
+], ids=["changed", "lost", "dtype", "shape", "not as merged", "nan"])
+def test_what_was_written_wrongly_never_gets_its_name(base, run, tmp_path, monkeypatch, change, word):
     damaging(monkeypatch, change)
     with pytest.raises(WeightsError, match=word):
         export.export_merged(run, tmp_path / "merged")
     assert not list((tmp_path / "merged").iterdir())
 
 
-def test_a_merge_that_changes_the_outputs_is_not_written(base, tmp_path, monkeypatch):
-    run = made(base, tmp_path / "run")
+def test_a_merge_that_changes_the_outputs_is_not_written(base, run, tmp_path, monkeypatch):
 
     def careless(adapted):
         model = merge(adapted)
@@ -158,19 +165,17 @@ def test_a_merge_that_changes_the_outputs_is_not_written(base, tmp_path, monkeyp
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(base, tmp_path, monkeypatch):
-    run = made(base, tmp_path / "run")
+def test_a_full_disk_is_noticed_before_anything_is_written(base, run, tmp_path, monkeypatch):
     monkeypatch.setattr(export.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000))
     with pytest.raises(WeightsError, match="only 0.00 GB are free"):
         export.export_merged(run, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_earlier_export_is_replaced_only_when_asked(base, tmp_path):
-    run = made(base, tmp_path / "run")
+def test_an_earlier_export_is_replaced_only_when_asked(base, run, tmp_path):
     export.export_merged(run, tmp_path / "merged")
     before = (tmp_path / "merged" / "model.safetensors").read_bytes()
-    run = made(base, tmp_path / "run2", seed=1)
+    run = made(base, tmp_path / "run", seed=1)
     with pytest.raises(ConfigError, match="exists already"):
         export.export_merged(run, tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
@@ -196,21 +201,20 @@ class Official(torch.nn.Module):
         return self.inner(images)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_exported_adapter_loads_by_plain_peft(base, images, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_an_exported_adapter_loads_by_plain_peft(base, plain, images, tmp_path, kind):
     run = made(base, tmp_path / "run", kind)
-    wanted = outputs(load_adapter(VGGT.from_pretrained(base, point_head=False), run / "adapter"), images)
+    wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
     folder = export.export_adapter(run, tmp_path / "exported")
-    plain = outputs(PeftModel.from_pretrained(Official(VGGT.from_pretrained(base, track_head=True)), folder).eval(), images)
-    assert all(torch.equal(plain[key], value) for key, value in wanted.items())
+    got = outputs(PeftModel.from_pretrained(Official(VGGT.from_pretrained(base, track_head=True)), folder).eval(), images)
+    assert all(torch.equal(got[key], value) for key, value in wanted.items())
     content = json.loads((folder / "adapter_config.json").read_text())
     assert content["target_modules"] == sorted(TARGETS) and content["modules_to_save"] == (sorted(KINDS[kind].get("modules_to_save", [])) or None)
     assert all((p.stat().st_mode & 0o044) == 0o044 for p in folder.iterdir())
 
 
-def test_the_official_class_is_found_by_name(base, images, tmp_path, monkeypatch):
+def test_the_official_class_is_found_by_name(base, run, plain, images, tmp_path, monkeypatch):
     """peft.AutoPeftModel imports the class that the folder names; here a module of that name stands in."""
-    run = made(base, tmp_path / "run")
     monkeypatch.setattr(VGGTConfig, "vggt_1b", classmethod(lambda cls: VGGT.from_pretrained(base, track_head=True).config))
     folder = export.export_adapter(run, tmp_path / "exported", base="facebook/VGGT-1B")
     asked = []
@@ -225,7 +229,7 @@ def test_the_official_class_is_found_by_name(base, images, tmp_path, monkeypatch
     sys.modules["vggt.models.vggt"].VGGT = Named
     allowed = {"import_allowlist": ["vggt.models.vggt"]} if hasattr(peft.auto, "check_import_allowlist") else {}
     model = AutoPeftModel.from_pretrained(str(folder), **allowed)
-    wanted = outputs(load_adapter(VGGT.from_pretrained(base, point_head=False), run / "adapter"), images)
+    wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
     assert asked == ["facebook/VGGT-1B"] and torch.equal(outputs(model, images)["depth"], wanted["depth"])
 
 
@@ -243,14 +247,13 @@ def test_an_export_never_replaces_something_else(base, tmp_path):
 
 # --- stacked and scaled ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_scales_begin_at_the_base_and_end_as_loaded(base, images, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["rslora", "dora", "full"])
+def test_scales_begin_at_the_base_and_end_as_loaded(base, plain, images, tmp_path, kind):
     run = made(base, tmp_path / "run", kind)
-    plain = VGGT.from_pretrained(base, point_head=False)
     bare, model = outputs(plain, images), load_adapter(copy.deepcopy(plain), run / "adapter")
     wanted = outputs(model, images)
     seen = []
-    for scale in (0, 0.5, 1, 0.5, 0, 1):
+    for scale in (0, 0.5, 1, 0.5):
         stack.scale_adapter(model, scale)
         now = outputs(model, images)
         seen.append(now)
@@ -264,18 +267,15 @@ def test_scales_begin_at_the_base_and_end_as_loaded(base, images, tmp_path, kind
         torch.testing.assert_close(value, seen[1][key], rtol=1e-4, atol=1e-5)
 
 
-def test_small_steps_of_the_scale_move_the_outputs_little(base, images, tmp_path):
+def test_small_steps_of_the_scale_move_the_outputs_little(base, plain, images, tmp_path):
     """Nothing jumps on the way from the base to the adapter, DoRA's magnitudes and full layers included."""
-    plain = VGGT.from_pretrained(base, point_head=False)
-    for kind in ("dora+full", "full"):
-        model = load_adapter(copy.deepcopy(plain), made(base, tmp_path / kind, kind) / "adapter")
-        whole = (outputs(model, images)["depth"] - outputs(plain, images)["depth"]).abs().mean()
-        stack.scale_adapter(model, 1e-4)
-        assert (outputs(model, images)["depth"] - outputs(plain, images)["depth"]).abs().mean() < 0.01 * whole
+    model = load_adapter(copy.deepcopy(plain), made(base, tmp_path / "run", "dora") / "adapter")
+    whole = (outputs(model, images)["depth"] - outputs(plain, images)["depth"]).abs().mean()
+    stack.scale_adapter(model, 1e-4)
+    assert (outputs(model, images)["depth"] - outputs(plain, images)["depth"]).abs().mean() < 0.01 * whole
 
 
-def test_disjoint_adapters_of_different_kinds_act_each_on_its_own(base, images, tmp_path):
-    plain = VGGT.from_pretrained(base, point_head=False)
+def test_disjoint_adapters_of_different_kinds_act_each_on_its_own(base, plain, images, tmp_path):
     depth = made(base, tmp_path / "depth", "dora", [t for t in TARGETS if t.startswith("depth_head")]) / "adapter"
     camera = made(base, tmp_path / "camera", "lora", ["camera_head.poseLN_modulation.1"], seed=3) / "adapter"
     alone = [outputs(load_adapter(copy.deepcopy(plain), folder), images) for folder in (depth, camera)]
@@ -403,15 +403,23 @@ def pushed(server) -> dict[str, bytes]:
     return files
 
 
-def test_a_push_arrives_whole_and_loads(server, base, images, tmp_path):
+def test_a_push_arrives_whole_and_loads_or_fails_with_a_reason(server, base, plain, images, tmp_path):
     run = made(base, tmp_path / "run")
     evil = "](http://evil) | <b>\n# h"
     settings = {"strategy": "custom", "model": str(base), "data": str(tmp_path / "houses"), "output": str(run)}
     write_json(run / "config.json", {"config": settings, "scenes": [{"name": evil, "frames": 12, "metric": True}], "split": {"scenes": {evil: {"train": 10, "val": 2}}}})
     write_json(run / "results.json", {"protocol": {"truth": "laser"}, "table": [{"model": "adapted", "alignment": "none", "frames": 2, "absrel": 0.12345}]})
-    said = push(server, tmp_path, {"run": str(run), "repo": "houses", "base": "facebook/VGGT-1B"}, {"run": str(run), "repo": "somebody/merged", "merged": True, "private": False})
-    assert said.count("pushed") == 2, said
-    assert [(c["name"], c.get("visibility", c.get("private"))) for c in server.created] == [("houses", "private"), ("merged", "public")]
+    call = {"run": str(run), "repo": "houses", "base": "facebook/VGGT-1B"}
+    cases = {"one": ("/create", 403, "may not write there"), "two": ("/commit/main", 412, "push again"), "three": ("/objects/batch", 403, "may not write there")}
+    server.fail = {(name, end): code for name, (end, code, _) in cases.items()}
+    said = push(server, tmp_path, call, {"run": str(run), "repo": "somebody/merged", "merged": True, "private": False},
+                *[call | {"repo": f"somebody/{name}"} for name in cases], call | {"token": "hf_AnotherOneThatIsWrong"}).splitlines()
+    assert [line.split()[0] for line in said] == ["pushed", "pushed", *["refused:"] * 4], said
+    for line, (name, (_, _, word)) in zip(said[2:], cases.items()):
+        assert line.startswith(f"refused: somebody/{name}: not pushed") and word in line
+    assert "hf auth login" in said[5] and "AnotherOne" not in said[5]
+    assert [(c["name"], c.get("visibility", c.get("private"))) for c in server.created[:2]] == [("houses", "private"), ("merged", "public")]
+    server.log = server.log[:-1]  # the last one had the wrong token
     assert len(server.commits) == 2 and all(TOKEN in (auth or "") for path, auth in server.log if path.startswith("/api"))
 
     merged = pushed(server)
@@ -428,27 +436,14 @@ def test_a_push_arrives_whole_and_loads(server, base, images, tmp_path):
     for name, content in adapter.items():
         (tmp_path / "adapter" / name).write_bytes(content)
         assert TOKEN.encode() not in content and str(tmp_path).encode() not in content
-    wanted = outputs(load_adapter(VGGT.from_pretrained(base, point_head=False), run / "adapter"), images)
-    assert equal(outputs(load_adapter(VGGT.from_pretrained(base, point_head=False), tmp_path / "adapter"), images), wanted)
+    wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
+    assert equal(outputs(load_adapter(copy.deepcopy(plain), tmp_path / "adapter"), images), wanted)
     card = adapter["README.md"].decode()
     assert "# houses" in card and "'somebody/houses'" in card and 'base_model: "facebook/VGGT-1B"' in card and "license: other" in card
     assert "0.1235" in card or "0.1234" in card
     from markdown_it import MarkdownIt
     page = MarkdownIt("commonmark").enable("table").render(card.split("---\n", 2)[2])
     assert page.count("<h") == 4 + page.count("<hr") and "href" not in page and "<b>" not in page and "&lt;b&gt;" in page
-
-
-def test_a_push_that_fails_says_why_and_commits_nothing(server, base, tmp_path):
-    run = made(base, tmp_path / "run")
-    call = {"run": str(run), "repo": "somebody/houses"}
-    cases = {"one": ("/create", 403, "may not write there"), "two": ("/commit/main", 412, "push again"), "three": ("/objects/batch", 403, "may not write there")}
-    server.fail = {(name, end): code for name, (end, code, _) in cases.items()}
-    calls = [call | {"repo": f"somebody/{name}"} for name in cases] + [call | {"token": "hf_AnotherOneThatIsWrong"}]
-    said = push(server, tmp_path, *calls).splitlines()
-    for line, (name, (_, _, word)) in zip(said, cases.items()):
-        assert line.startswith(f"refused: somebody/{name}: not pushed") and word in line
-    assert "hf auth login" in said[3] and "AnotherOne" not in said[3] and len(said) == 4
-    assert server.commits == []
 
 
 def test_a_card_without_records_invents_nothing(base, tmp_path):

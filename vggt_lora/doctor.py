@@ -8,9 +8,10 @@ __all__ = ['STATES', 'INSTALL', 'LOADED', 'PACKED', 'MOST', 'CHECKS', 'Finding',
            'planned_config', 'check_weights', 'counted', 'free_memory', 'check_memory', 'check_output', 'check_data',
            'look_at_scene', 'check_views', 'run_check', 'examine', 'parser', 'main']
 
-# %% ../nbs/doctor.ipynb #69faf293
+# %% ../nbs/doctor.ipynb #34280a7b
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -266,21 +267,26 @@ def _compare_header(file) -> None:
     if wrong:
         raise WeightsError(f"{file.path}: {len(wrong)} tensors are missing, unknown or of another kind, for instance {wrong[0]}")
 
-# %% ../nbs/doctor.ipynb #5a1dd5bb
+# %% ../nbs/doctor.ipynb #94e99514
 def counted(plan: Plan) -> tuple[int, int]:
     """(parameters of the network, parameters trained) of a plan, counted on the meta device; raises ConfigError or WeightsError."""
+    return _counted(plan.model, plan.strategy, plan.targets, plan.full, plan.rank)
+
+
+@functools.lru_cache(8)
+def _counted(name: str, strategy: str, targets: str, full: str, rank: int) -> tuple[int, int]:
     import torch
 
     from vggt_lora.adapters.targets import chosen_patterns, resolve_targets
     from vggt_lora.model.vggt import VGGT
 
-    config = planned_config(plan)
+    config = planned_config(Plan(model=name))
     if config is None:
-        raise ConfigError(f"{plan.model} is not on this machine, its size is unknown")
+        raise ConfigError(f"{name} is not on this machine, its size is unknown")
     with torch.device("meta"):
         model = VGGT(config)
-    targets = resolve_targets(model, chosen_patterns(plan.strategy, plan.targets, config.depth), plan.rank, plan.full)
-    return sum(p.numel() for p in model.parameters()), targets.trainable
+    chosen = resolve_targets(model, chosen_patterns(strategy, targets, config.depth), rank, full)
+    return sum(p.numel() for p in model.parameters()), chosen.trainable
 
 
 def free_memory() -> tuple[int, str]:
