@@ -338,7 +338,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(200, {"transfer": "basic", "objects": [{**o, "actions": {"upload": {"href": f"{url}/lfs/{o['oid']}"}}} for o in json.loads(body)["objects"]]})
         if "/commit/" in path:
             server.commits.append([json.loads(line) for line in body.splitlines()])
-            return self.answer(200, {"commitUrl": f"{url}/commit/1", "commitOid": "1" * 40, "success": True})
+            return self.answer(200, {"commitUrl": f"{url}/{path.removeprefix('/api/models/').partition('/commit/')[0]}/commit/1", "commitOid": "1" * 40, "success": True})
         return self.answer(404, {"error": path})
 
     def do_PUT(self):
@@ -410,14 +410,14 @@ def test_a_push_arrives_whole_and_loads_or_fails_with_a_reason(server, base, pla
     write_json(run / "config.json", {"config": settings, "scenes": [{"name": evil, "frames": 12, "metric": True}], "split": {"scenes": {evil: {"train": 10, "val": 2}}}})
     write_json(run / "results.json", {"protocol": {"truth": "laser"}, "table": [{"model": "adapted", "alignment": "none", "frames": 2, "absrel": 0.12345}]})
     call = {"run": str(run), "repo": "houses", "base": "facebook/VGGT-1B"}
-    cases = {"one": ("/create", 403, "may not write there"), "two": ("/commit/main", 412, "push again"), "three": ("/objects/batch", 403, "may not write there")}
+    cases = {"two": ("/commit/main", 412, "push again"), "three": ("/objects/batch", 403, "may not write there")}
     server.fail = {(name, end): code for name, (end, code, _) in cases.items()}
     said = push(server, tmp_path, call, {"run": str(run), "repo": "somebody/merged", "merged": True, "private": False},
                 *[call | {"repo": f"somebody/{name}"} for name in cases], call | {"token": "hf_AnotherOneThatIsWrong"}).splitlines()
-    assert [line.split()[0] for line in said] == ["pushed", "pushed", *["refused:"] * 4], said
+    assert [line.split()[0] for line in said] == ["pushed", "pushed", *["refused:"] * 3], said
     for line, (name, (_, _, word)) in zip(said[2:], cases.items()):
         assert line.startswith(f"refused: somebody/{name}: not pushed") and word in line
-    assert "hf auth login" in said[5] and "AnotherOne" not in said[5]
+    assert "hf auth login" in said[4] and "AnotherOne" not in said[4]
     assert [(c["name"], c.get("visibility", c.get("private"))) for c in server.created[:2]] == [("houses", "private"), ("merged", "public")]
     server.log = server.log[:-1]  # the last one had the wrong token
     assert len(server.commits) == 2 and all(TOKEN in (auth or "") for path, auth in server.log if path.startswith("/api"))
