@@ -15,10 +15,11 @@ from collections.abc import Callable
 import torch
 
 from ..core import ConfigError, VggtLoraError
-from ..scenes.samples import FrameCache, Sample, collate, load_sample
+from ..scenes.samples import FrameCache, Sample, collate
 from ..scenes.scene import Scene
 from ..scenes.windows import Window
 from .config import TrainConfig
+from .feed import Feed, feed_of
 from .losses import LossConfig, training_loss
 from .run import RunFolder, load_checkpoint, save_checkpoint
 
@@ -65,10 +66,12 @@ def window_loss(
     sample: Sample,
     losses: LossConfig,
     device,  # where the model is
+    state=None,  # AggregatorState of this window after the frozen layers; None: start from the images
 ):
     """Forward one window and compute its LossResult."""
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collate([sample]).items()}
-    return training_loss(model(batch["images"], heads=HEADS), batch, losses)
+    predictions = model(batch["images"], heads=HEADS) if state is None else model(state=state.to(device), heads=HEADS)
+    return training_loss(predictions, batch, losses)
 
 # %% ../../nbs/training/loop.ipynb #9315d425
 class TrainingError(VggtLoraError):
@@ -99,7 +102,7 @@ NEEDED = {"camera", "depth_conf", "depth_reg"}  # a window without these terms h
 def held_out_loss(
     model,
     items: list[Item],
-    cache: FrameCache,
+    feed: Feed | FrameCache,
     losses: LossConfig,
     device,
 ) -> dict:
@@ -107,13 +110,13 @@ def held_out_loss(
 
     Raises TrainingError if no window has truth: an average of nothing would read as a perfect 0.
     """
-    training, _ = model.training, model.eval()
+    feed, training, _ = feed_of(feed), model.training, model.eval()
     total: dict[str, float] = {}
     left_out: dict[str, str] = {}
     used = 0
     for scene, window in items:
-        sample = load_sample(scene, window, cache)
-        result = window_loss(model, sample, losses, device)
+        sample, state = feed.load(scene, window)
+        result = window_loss(model, sample, losses, device, state)
         left_out |= result.left_out
         value, usable = _finite(result, sample), not NEEDED & result.left_out.keys()
         used += usable
@@ -150,11 +153,11 @@ def fit(
     held_out: list[Item],
     config: TrainConfig,
     run: RunFolder,
-    cache: FrameCache,
+    feed: Feed | FrameCache,
     hooks: tuple[Hook, ...] = (),
 ) -> Progress:
     """Train the adapter for `config.epochs` epochs and return the progress; continues a run when config.resume."""
-    accelerator, model, optimizer = _prepare(model, config)
+    feed, (accelerator, model, optimizer) = feed_of(feed), _prepare(model, config)
     losses, device = loss_config(config), accelerator.device
     per_epoch = math.ceil(len(train) / config.accumulate)
     progress = Progress(total_steps=config.epochs * per_epoch)
@@ -164,19 +167,19 @@ def fit(
         run.log(f"resumed after epoch {progress.epoch}, step {progress.step} of {progress.total_steps}")
     else:
         torch.manual_seed(config.seed)
-        _validate(model, held_out, cache, losses, device, progress, run)
+        _validate(model, held_out, feed, losses, device, progress, run)
         _save(model, optimizer, progress, run)
     started, first = time.monotonic(), progress.epoch
     with _bar(progress) as bar:
         while progress.epoch < config.epochs and not progress.stop:
             model.train()
             for chunk in _chunks(train, config, progress.epoch):
-                _step(accelerator, model, optimizer, chunk, config, losses, cache, progress, run)
+                _step(accelerator, model, optimizer, chunk, config, losses, feed, progress, run)
                 bar.update(1)
                 bar.set_postfix(loss=f"{progress.loss:.4f}", refresh=False)
                 _tell(hooks, "step", progress)
             progress.epoch += 1
-            _validate(model, held_out, cache, losses, device, progress, run)
+            _validate(model, held_out, feed, losses, device, progress, run)
             _save(model, optimizer, progress, run)
             left = (time.monotonic() - started) / (progress.epoch - first) * (config.epochs - progress.epoch)
             _report_left_out(run, progress.epoch)
@@ -229,15 +232,15 @@ def _chunks(train: list[Item], config: TrainConfig, epoch: int):
         yield [(train[i], frames) for i, frames in order[start: start + config.accumulate]]
 
 
-def _step(accelerator, model, optimizer, chunk, config, losses, cache, progress, run) -> None:
+def _step(accelerator, model, optimizer, chunk, config, losses, feed, progress, run) -> None:
     rate = learning_rate(progress.step, progress.total_steps, config)
     for group in optimizer.param_groups:
         group["lr"] = rate
     numbers: dict = {}
     left_out: dict[str, str] = {}
     for (scene, window), order in chunk:
-        sample = load_sample(scene, window, cache, order)
-        result = window_loss(model, sample, losses, accelerator.device)
+        sample, state = feed.load(scene, window, order, progress.epoch)
+        result = window_loss(model, sample, losses, accelerator.device, state)
         value = _finite(result, sample)
         left_out |= result.left_out
         accelerator.backward(result.total / len(chunk))
@@ -254,8 +257,8 @@ def _step(accelerator, model, optimizer, chunk, config, losses, cache, progress,
     run.record(step=progress.step, epoch=progress.epoch + 1, split="train", lr=rate, grad_norm=norm, **numbers)
 
 
-def _validate(model, held_out, cache, losses, device, progress: Progress, run: RunFolder) -> None:
-    numbers = held_out_loss(model, held_out, cache, losses, device)
+def _validate(model, held_out, feed, losses, device, progress: Progress, run: RunFolder) -> None:
+    numbers = held_out_loss(model, held_out, feed, losses, device)
     progress.held_out = numbers["loss"]
     run.record(step=progress.step, epoch=progress.epoch, split="val", **numbers)
 
