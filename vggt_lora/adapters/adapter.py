@@ -61,16 +61,19 @@ def apply_lora(
     targets=(),  # patterns of a custom choice
     full=(),  # patterns of layers trained in full beside the adapters
     seed: int | None = None,  # of the adapters' initial values
+    rslora: bool = False,  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)
+    dora: bool = False,  # train the length of each weight row apart (Liu et al. 2024)
+    heads=("camera", "depth"),  # heads that are trained: a strategy leaves the others alone
 ):
     """Wrap `model` in a PEFT model; returns (peft_model, Targets). Raises ConfigError if the choice cannot be met."""
     from peft import LoraConfig, get_peft_model
 
     _without_adapters(model)
-    patterns = chosen_patterns(strategy, targets, model.config.depth)
+    patterns = chosen_patterns(strategy, targets, model.config.depth, heads)
     if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
         raise ConfigError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}")
-    resolved = resolve_targets(model, patterns, rank, full)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none",
+    resolved = resolve_targets(model, patterns, rank, full, dora)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_rslora=rslora, use_dora=dora,
                         target_modules=_exactly(resolved.named("adapted")),
                         modules_to_save=resolved.named("full") or None)
     mark = fingerprint(model)

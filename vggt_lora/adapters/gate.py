@@ -145,14 +145,16 @@ def _intended(adapted, targets: Targets) -> set[str]:
     """Names of the parameters that the targets say are trained, as PEFT calls them."""
     prefix = "base_model.model."
     adapted_names, full_names = set(targets.named("adapted")), set(targets.named("full"))
+    dora = any(config.use_dora for config in adapted.peft_config.values())
+    parts = ("lora_A", "lora_B", "lora_magnitude_vector") if dora else ("lora_A", "lora_B")
     names = set()
     for name, _ in adapted.named_parameters():
         plain = name.removeprefix(prefix)
-        if any(plain == f"{n}.{part}.default.weight" for part in ("lora_A", "lora_B") for n in [plain.split(".lora_")[0]] if n in adapted_names):
+        if any(plain == f"{n}.{part}.default.weight" for part in parts for n in [plain.split(".lora_")[0]] if n in adapted_names):
             names.add(name)
         elif ".modules_to_save.default." in plain and plain.split(".modules_to_save.")[0] in full_names:
             names.add(name)
-    expected = 2 * len(adapted_names)
+    expected = len(parts) * len(adapted_names)
     found = sum(".lora_" in n for n in names)
     if found != expected:
         raise GateError(f"{found} adapter tensors stand where the targets promise {expected}")

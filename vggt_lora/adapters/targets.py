@@ -51,6 +51,7 @@ def chosen_patterns(
     strategy: str,  # "a", "b", "c" or "custom"
     targets,  # patterns of a custom choice, or one text with commas between them
     depth: int,  # layers of the model's aggregator
+    heads=("camera", "depth"),  # heads that are trained: a strategy leaves the others alone
 ) -> list[str]:
     """The patterns a choice stands for; raises ConfigError for an unknown strategy and for targets that are missing or superfluous."""
     targets = split_patterns(targets)
@@ -61,7 +62,10 @@ def chosen_patterns(
     scopes = strategy_named(strategy).scopes(depth)
     if targets:
         raise ConfigError(f"targets are for strategy 'custom'; strategy {strategy!r} brings its own")
-    return scopes
+    left = [s for s in scopes if s.split(".")[0] not in {f"{head}_head" for head in {"camera", "depth"} - set(heads)}]
+    if not left:
+        raise ConfigError(f"strategy {strategy!r} adapts {', '.join(scopes)} alone, and heads={','.join(heads)!r} does not train that; choose another")
+    return left
 
 
 def split_patterns(
@@ -87,12 +91,13 @@ ADAPTABLE = ("Linear", "Conv2d")
 def lora_parameters(
     module,  # nn.Linear or nn.Conv2d
     rank: int,
+    dora: bool = False,  # with DoRA's length, one number per output channel
 ) -> int:
-    """Number of LoRA parameters of one layer (Hu et al. 2021; spec section 14 for convolutions)."""
+    """Number of LoRA parameters of one layer (Hu et al. 2021; spec section 14 for convolutions; Liu et al. 2024 for DoRA)."""
     if type(module).__name__ == "Linear":
-        return rank * (module.in_features + module.out_features)
+        return rank * (module.in_features + module.out_features) + dora * module.out_features
     height, width = module.kernel_size
-    return rank * (module.in_channels // module.groups * height * width + module.out_channels)
+    return rank * (module.in_channels // module.groups * height * width + module.out_channels) + dora * module.out_channels
 
 # %% ../../nbs/adapters/targets.ipynb #81ce0af0
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +167,7 @@ def resolve_targets(
     patterns,  # module names or globs whose leaves get adapters
     rank: int = 16,
     full=(),  # module names or globs trained in full beside the adapters
+    dora: bool = False,  # count DoRA's lengths too
 ) -> Targets:
     """Resolve patterns to leaf modules; raises ConfigError if a pattern matches nothing or nothing is left for an adapter."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -180,8 +186,10 @@ def resolve_targets(
         if name in childless and any(matches(p, name) for p in full):
             status = "full"
         elif any(matches(p, name) for p in patterns):
-            if kind in ADAPTABLE and name not in bypassed:
-                status, lora = "adapted", lora_parameters(module, rank)
+            if dora and getattr(module, "groups", 1) > 1:
+                status, reason = "skipped", "DoRA has no grouped convolutions"
+            elif kind in ADAPTABLE and name not in bypassed:
+                status, lora = "adapted", lora_parameters(module, rank, dora)
             else:
                 status, reason = "skipped", f"PEFT cannot adapt {'this layer of MultiheadAttention' if name in bypassed else kind}"
         rows.append(TargetRow(name, kind, own, lora, status, reason))

@@ -10,6 +10,7 @@ __all__ = ['LARGEST_RESIZE', 'uv_axes', 'sines', 'uv_embedding', 'add_uv', 'Resi
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .config import VGGTConfig
 
@@ -170,6 +171,7 @@ class DPTHead(nn.Module):
         super().__init__()
         width, channels = 2 * config.embed_dim, config.dpt_out_channels
         self.config, self.output_dim, self.activation, self.down_ratio = config, output_dim, activation, down_ratio
+        self.recompute = False  # keep no activations of a group of frames: make them again in the backward pass
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.projects = nn.ModuleList(nn.Conv2d(width, out, 1) for out in channels)
         self.resize_layers = nn.ModuleList([
@@ -188,7 +190,10 @@ class DPTHead(nn.Module):
         """Return values (B, S, H, W, c) and confidence (B, S, H, W); or feature maps (B, S, features, h, w)."""
         tokens = [outputs[layer][:, :, self.config.patch_start:] for layer in self.config.dpt_layers]
         groups = zip(*(level.split(self.config.frame_chunk, dim=1) for level in tokens))
-        results = [self._group(list(levels), image_size) for levels in groups]
+        if self.recompute and torch.is_grad_enabled():
+            results = [checkpoint(self._group, list(levels), image_size, use_reentrant=False) for levels in groups]
+        else:
+            results = [self._group(list(levels), image_size) for levels in groups]
         if self.output_dim is None:
             return torch.cat(results, dim=1)
         values, confidence = zip(*results)

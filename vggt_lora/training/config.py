@@ -28,6 +28,10 @@ class TrainConfig:
     groups: str = ""  # scenes that show one place and must not be held out apart, such as "castle,entry,fountain; north,south"
     output: str = ""  # run folder; empty: outputs/<strategy>-<date>-<time>
     resume: bool = False  # continue the run in `output`
+    save_every: int = 50  # optimiser steps between checkpoints, besides one after each epoch; 0: only those
+    keep_last: int = 3  # checkpoints kept besides the best
+    keep: str = "last"  # weights that become the adapter: last, or best (lowest held-out loss)
+    patience: int = 0  # epochs without a lower held-out loss after which training ends; 0: never
     epochs: int = 10  # passes over the training windows
     frames: int = 8  # photos in a window
     overlap: float = 0.5  # of neighbouring windows
@@ -39,14 +43,20 @@ class TrainConfig:
     truth: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
     targets: str = ""  # patterns of strategy custom, separated by commas
     full: str = ""  # patterns of layers trained in full beside the adapters
+    heads: str = "camera,depth"  # heads that are trained and run: camera, depth or both
     rank: int = 16  # of the adapters
     alpha: float = 32.0  # adapters are scaled by alpha / rank
     dropout: float = 0.1  # on the adapters' input
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
+    dora: bool = False  # train the length of each weight row apart from its direction (DoRA)
     lr: float = 0.0  # peak learning rate; 0: the strategy's own, larger for a network that is narrower than VGGT-1B
     min_lr: float = 1e-6  # at the end of the cosine
     warmup: float = 0.1  # share of all steps with linear warm-up
     weight_decay: float = 0.01  # AdamW
+    lora_plus: float = 0.0  # learning rate of B over that of A (LoRA+, often 16); 0: the same rate
     clip: float = 1.0  # largest norm of the gradient
+    explode: float = 100.0  # a step whose gradient is this many times the median of the last 50 is skipped; 0: none is
+    max_bad: int = 5  # skipped steps in a row that end the run
     accumulate: int = 1  # windows per optimiser step
     shuffle_frames: bool = True  # training windows in random order, so any frame may define the world
     camera_weight: float = 2.0  # loss weights
@@ -98,12 +108,15 @@ CHOICES = {
     "image_mode": ("aspect", "crop", "pad", "squash"),
     "precision": ("auto", "float32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
+    "keep": ("last", "best"),
+    "heads": ("camera,depth", "depth,camera", "camera", "depth"),
 }
 RANGES = {
     "epochs": (1, 100_000), "frames": (1, 1_000), "overlap": (0, 0.95), "train_share": (0.05, 0.99),
     "image_size": (0, 8_400), "rank": (1, 4_096), "alpha": (1e-6, 1e6), "dropout": (0, 0.95), "lr": (0, 1),
     "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
+    "save_every": (0, 10**9), "keep_last": (1, 1_000), "patience": (0, 100_000), "lora_plus": (0, 1e4), "explode": (0, 1e9), "max_bad": (1, 10**6),
     "depth_min": (0, 1e6), "depth_max": (0, 1e6), "seed": (0, 2**31 - 1),
 }
 
@@ -134,8 +147,11 @@ def _check_together(config) -> None:
         raise ConfigError(f"targets are for strategy 'custom'; strategy {config.strategy!r} brings its own")
     if config.resume and not config.output:
         raise ConfigError("resume needs output: the folder of the run to continue")
-    if not any((config.camera_weight, config.depth_conf_weight, config.depth_reg_weight, config.depth_grad_weight)):
-        raise ConfigError("all loss weights are 0: nothing would be learnt")
+    weights = {"camera": (config.camera_weight,), "depth": (config.depth_conf_weight, config.depth_reg_weight, config.depth_grad_weight)}
+    if not any(any(weights[head]) for head in config.names("heads")):
+        raise ConfigError("all loss weights are 0" + (f" for heads={config.heads!r}" if len(config.names("heads")) == 1 else "") + ": nothing would be learnt")
+    if 0 < config.explode <= 1:
+        raise ConfigError(f"explode must be above 1 (times the usual gradient), or 0 for no limit, got {config.explode}")
 
 # %% ../../nbs/training/config.ipynb #8dc40a95
 def read_config(
