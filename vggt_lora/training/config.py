@@ -40,6 +40,8 @@ class TrainConfig:
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
     supervision: str = "laser+sparse"  # depth source: sparse, laser, dense, colmap, completed, or several joined by "+", the most trusted first
     store: bool = True  # keep preprocessed frames on disk for the next run; changes no number
+    cache: str = "auto"  # keep what the frozen layers make of a window: off, float32 (changes no number), bf16 (half the size), or auto (as `precision`)
+    cache_limit_gb: float = 30.0  # of disk for that; where it would not do, an earlier layer is kept
     truth: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
     targets: str = ""  # patterns of strategy custom, separated by commas
     full: str = ""  # patterns of layers trained in full beside the adapters
@@ -59,6 +61,7 @@ class TrainConfig:
     max_bad: int = 5  # skipped steps in a row that end the run
     accumulate: int = 1  # windows per optimiser step
     shuffle_frames: bool = True  # training windows in random order, so any frame may define the world
+    variants: int = 4  # first frames of a window, drawn once, that come round epoch by epoch; 0: a new order in every epoch, which keeps the cache from being complete
     camera_weight: float = 2.0  # loss weights
     depth_conf_weight: float = 5.0
     depth_reg_weight: float = 5.0
@@ -108,6 +111,7 @@ CHOICES = {
     "image_mode": ("aspect", "crop", "pad", "squash"),
     "precision": ("auto", "float32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
+    "cache": ("auto", "off", "float32", "bf16"),
     "keep": ("last", "best"),
     "heads": ("camera,depth", "depth,camera", "camera", "depth"),
 }
@@ -117,6 +121,7 @@ RANGES = {
     "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
     "save_every": (0, 10**9), "keep_last": (1, 1_000), "patience": (0, 100_000), "lora_plus": (0, 1e4), "explode": (0, 1e9), "max_bad": (1, 10**6),
+    "cache_limit_gb": (0, 1e6), "variants": (0, 1_000),
     "depth_min": (0, 1e6), "depth_max": (0, 1e6), "seed": (0, 2**31 - 1),
 }
 
