@@ -22,6 +22,7 @@ from .training.config import TrainConfig, read_config
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.prefix import cached_feed
 from .training.run import RunFolder, environment, read_checkpoint, run_path
+from .training.speed import set_speed
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
                                       split_scenes, truth_source, with_rate)
 
@@ -68,6 +69,7 @@ def train(
             run.log(frames.about())
         rated = with_rate(config, model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
+        run.log(set_speed(adapted, config, resolve_precision(config.precision, device)))
         feed = cached_feed(adapted, cache, config, items_of(split.train, scenes), items_of(split.val, scenes), run.log,
                            reload=lambda: build_model(config).state_dict())
         fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, feed, hooks)
@@ -145,7 +147,7 @@ def truth_cache(config: TrainConfig, model, scenes, split):
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
     """A resumed run keeps its settings; raises ConfigError naming those that differ."""
-    free = {"resume", "output", "device", "store", "cache_limit_gb"}
+    free = {"resume", "output", "device", "store", "cache_limit_gb", "checkpointing", "frames_chunk", "compile"}
     changed = {f.name: (getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)
                if f.name not in free and getattr(old, f.name) != getattr(new, f.name)}
     if changed:

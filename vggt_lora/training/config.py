@@ -69,6 +69,10 @@ class TrainConfig:
     depth_min: float = 0.1  # m; nearer depth is left out where the scene is metric
     depth_max: float = 100.0  # m; likewise farther depth
     precision: str = "auto"  # auto (bf16 on a GPU, float32 else), float32 or bf16
+    checkpointing: bool = False  # recompute activations in the backward pass: a third more time, most of the memory
+    frames_chunk: int = 0  # frames that the depth head handles at once; 0: the model's own (8)
+    head_precision: str = "float32"  # of the depth head in training: float32, or bf16 up to its last convolutions
+    compile: bool = False  # compile what is trained: minutes at first, for each image size anew
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0  # of weights, order and dropout
 
@@ -112,6 +116,7 @@ CHOICES = {
     "precision": ("auto", "float32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
     "cache": ("auto", "off", "float32", "bf16"),
+    "head_precision": ("float32", "bf16"),
     "keep": ("last", "best"),
     "heads": ("camera,depth", "depth,camera", "camera", "depth"),
 }
@@ -121,7 +126,7 @@ RANGES = {
     "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
     "save_every": (0, 10**9), "keep_last": (1, 1_000), "patience": (0, 100_000), "lora_plus": (0, 1e4), "explode": (0, 1e9), "max_bad": (1, 10**6),
-    "cache_limit_gb": (0, 1e6), "variants": (0, 1_000),
+    "cache_limit_gb": (0, 1e6), "frames_chunk": (0, 1_000), "variants": (0, 1_000),
     "depth_min": (0, 1e6), "depth_max": (0, 1e6), "seed": (0, 2**31 - 1),
 }
 

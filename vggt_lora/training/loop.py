@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .feed import Feed, feed_of
 from .losses import LossConfig, training_loss
 from .run import RunFolder, load_checkpoint, save_checkpoint
+from .speed import adamw
 
 # %% ../../nbs/training/loop.ipynb #12403240
 def learning_rate(
@@ -236,7 +237,7 @@ def _prepare(model, config: TrainConfig):
     if accelerator.num_processes > 1:
         raise ConfigError("several processes are not supported yet; start one process without a launcher")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.peak_lr, weight_decay=config.weight_decay)
+    optimizer = adamw(trained, device, lr=config.peak_lr, weight_decay=config.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     return accelerator, model, optimizer
 
