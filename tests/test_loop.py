@@ -136,7 +136,7 @@ def test_the_weights_at_the_end(run, twin):
     weights = read_checkpoint(run.folder / "checkpoints" / "last.pt")["weights"]
     assert weights.keys() == twin.weights.keys()
     worst = max(float((weights[n] - p.detach()).abs().max()) for n, p in twin.weights.items())
-    assert worst < 2e-5, f"the weights differ by up to {worst}; the largest step is {max(s['lr'] for s in twin.steps)}"
+    assert worst < 5e-5, f"the weights differ by up to {worst}; the largest step is {max(s['lr'] for s in twin.steps)}"
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -165,10 +165,10 @@ def plan_cache(
             store = PrefixStore(model, layer, dtype, heads, precision, room, folder)
             room = room_for(store)
         if size <= room:
-            text = f"{boundary}. {too_much}{entries} {where(layer)} in {dtype}: {amount(size)} of at most {config.cache_limit_gb:g} GB"
+            text = f"{boundary}. {f'{too_much}; an earlier layer has to do. ' * bool(too_much)}{entries} {where(layer)} in {dtype}: {amount(size)} of at most {config.cache_limit_gb:g} GB"
             return CachePlan(layer, dtype, entries, size, text), store
-        too_much = too_much or f"Kept {where(layer)} would take {amount(size)}, there is room for {amount(room)}; so an earlier layer is taken. "
-    return CachePlan(None, dtype, 0, 0, f"{boundary}. {too_much}Not even patch tokens fit: nothing is kept; give a larger cache_limit_gb or fewer variants"), None
+        too_much = too_much or f"For {where(layer)} ({amount(size)}) there is no room ({amount(room)})"
+    return CachePlan(None, dtype, 0, 0, f"{boundary}. {too_much}, and none for anything before it: nothing is kept; give a larger cache_limit_gb or fewer variants"), None
 
 
 def room_for(
