@@ -29,6 +29,7 @@ from .settings import command
 from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
+from .training.glimpse import Glimpse, begin
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.run import RunFolder, environment, read_checkpoint, run_path
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
@@ -79,6 +80,7 @@ def train(
         rated = with_rate(config, model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
         meter.mark("preparation")
+        begin(hooks, run.folder, Glimpse(adapted, items_of(split.val, scenes), cache))
         fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, cache, hooks)
         meter.mark("training")
         return finish(run, adapted, items_of(split.val, scenes), truth, config, meter)

@@ -199,9 +199,17 @@ class LiveView(RunBoard):
         if someone_watches() if interactive is None else interactive:
             try:
                 self.widget = MonitorPage(self.stop)
-                self.widget.show("the training has not made its first step", 0, 0, None, False, False)
+                self.widget.show(self.words(), 0, 0, None, False, False)
             except ImportError as error:
                 print(f"the run is not shown while it goes, because {error} (pip install 'vggt_lora[views]')")
+
+    def words(self) -> str:
+        """The run in a line or two."""
+        return super().words() if self._began is not None else "the training will be shown here" + (f"\n{self.note}" if self.note else "")
+
+    def still(self):
+        """The run as a figure where no page has shown it, else None: for the end of the cell that trains."""
+        return self.figure() if self.widget is None and self._began is not None else None
 
     def begin(self, folder, look_at=None) -> None:
         """Called before the first step, with the run's folder and a function that looks at a held-out photo."""
