@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP', 'read_metrics', 'time_words', 'progress_words', 'draw_losses', 'draw_look', 'run_figure', 'RunBoard',
-           'MonitorPage', 'LiveView', 'RunWatch', 'watch_run']
+           'heard_while_busy', 'MonitorPage', 'LiveView', 'RunWatch', 'watch_run']
 
 # %% ../../nbs/views/widgets_run.ipynb #581e7bc8
 import base64
@@ -148,7 +148,7 @@ class RunBoard:
             png = as_png(self.figure())
         except Exception as error:  # a view never ends a run
             png, self.note = None, f"could not draw: {type(error).__name__}: {error}"
-        self.widget.show(self.words(), self.step, self.total, png, self.asked or self.ended, self.ended)
+        self.widget.show(self.words(), self.step, self.total, png, self.asked, self.ended)
 
     def stop(self) -> None:
         """Ask the run to end after the step: here, and by the file that the run looks for."""
@@ -162,7 +162,16 @@ class RunBoard:
         words = {"text/plain": self.words()}
         return words if self.folder is None else words | {"image/png": base64.b64encode(as_png(self.figure())).decode()}
 
-# %% ../../nbs/views/widgets_run.ipynb #9fdb7f0e
+# %% ../../nbs/views/widgets_run.ipynb #98c289ee
+def heard_while_busy(
+    widget,  # of ipywidgets
+) -> None:
+    """Let a widget's messages go where the front end sends them, a subshell, and not to the loop that runs the cell."""
+    comm = getattr(widget, "comm", None)
+    if hasattr(comm, "_reply_subshell_for"):
+        comm._reply_subshell_for = lambda data, default: default
+
+# %% ../../nbs/views/widgets_run.ipynb #142fc85d
 class MonitorPage:
     """Bar, button, picture and words in ipywidgets; raises ImportError without them."""
 
@@ -172,6 +181,7 @@ class MonitorPage:
         self.button = ipywidgets.Button(description="stop and save", icon="stop", tooltip="end after this step; what was learnt is saved")
         self.image, self.text = ipywidgets.Image(format="png"), ipywidgets.HTML()
         self.button.on_click(lambda _: stop())
+        heard_while_busy(self.button)
         self.image.layout.display = "none"  # until there is something to see
         self.page = ipywidgets.VBox([ipywidgets.HBox([self.bar, self.button]), self.text, self.image])
 
@@ -180,12 +190,12 @@ class MonitorPage:
         self.bar.max, self.bar.value = max(total, step, 1), step
         self.bar.bar_style = ("success" if step >= total else "warning") if ended else ""
         self.button.disabled = asked or ended
-        self.button.description = "stop and save" if not asked else "saved" if ended else "stopping ..."
+        self.button.description = ("saved" if asked else "done") if ended else "stopping ..." if asked else "stop and save"
         self.text.value = f"<pre style='margin: 2px; white-space: pre-wrap'>{html.escape(words)}</pre>"
         if png is not None:
             self.image.value, self.image.layout.display = png, ""
 
-# %% ../../nbs/views/widgets_run.ipynb #a191f20e
+# %% ../../nbs/views/widgets_run.ipynb #c659dfb0
 class LiveView(RunBoard):
     """A hook of `train` that shows the run; `stop()`, its button, or a file `stop` in the run's folder end it after the step."""
 
@@ -249,7 +259,7 @@ class LiveView(RunBoard):
             self.draw()
             self._drawn = time.monotonic()
 
-# %% ../../nbs/views/widgets_run.ipynb #0b78b017
+# %% ../../nbs/views/widgets_run.ipynb #5f1857c3
 class RunWatch(RunBoard):
     """A run seen from outside, from the files in its folder."""
 
