@@ -30,6 +30,7 @@ from .training.checkpoint import disk_errors, newest_checkpoint
 from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
+from .training.glimpse import Glimpse, begin
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.prefix import cached_feed
 from .training.processes import Team
@@ -92,7 +93,12 @@ def train(
             feed = cached_feed(adapted, cache, config, items_of(split.train, scenes), items_of(split.val, scenes), run.log,
                                reload=lambda: build_model(config).state_dict())
         meter.mark("preparation")
+<<<<<<< HEAD
         fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, feed, hooks)
+=======
+        begin(hooks, run.folder, Glimpse(adapted, items_of(split.val, scenes), cache))
+        fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, cache, hooks)
+>>>>>>> widgets
         meter.mark("training")
         with disk_errors(folder):
             return finish(run, adapted, items_of(split.val, scenes), truth, config, meter, team)
