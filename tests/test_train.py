@@ -1,11 +1,6 @@
-"""The main job as a user meets it: every strategy learns on held-out frames, a killed run goes on, the adapter is what was measured."""
+"""The main job as a user meets it: every strategy learns on held-out frames, the adapter is what was measured."""
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +12,8 @@ from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.scenes.windows import LeakError
 from vggt_lora.train import TrainConfig, train
-from vggt_lora.training.run import CheckpointError
+from vggt_lora.training.checkpoint import CheckpointError, checkpoint_files
 from vggt_lora.training.setup import build_model
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +39,10 @@ def test_every_strategy_learns_and_its_file_reproduces_the_numbers(scene, tmp_pa
     assert largest_difference(evaluate(run.folder).table(), run.results["table"]) == 0
     changed = [r for r in run.results["table"] if r["model"] == "adapted"], [r for r in run.results["table"] if r["model"] == "base"]
     assert any(a["absrel"] != b["absrel"] for a, b in zip(*changed)), "the adapter changes nothing"
+    assert all(row["protocol"] for name in ("table", "frames", "cameras", "regions", "claims", "confidence") for row in run.results[name])
+    assert {"drift", "warnings"} <= set(run.results)
+    with pytest.raises(LeakError, match="was trained on"):
+        evaluate(run, scene)  # all photos of the scene, and so those of the training
 
 
 @pytest.mark.parametrize("name", ["strecha_fountain_p11", "sceaux_castle", "eth3d_pipes"])
@@ -75,40 +72,7 @@ def evaluate_model(run):
     return load_adapter(build_model(run.config), run.adapter)
 
 
-# --- kill and resume ------------------------------------------------------------------------------------------------
-
-def command(config: TrainConfig) -> list[str]:
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return [sys.executable, "-c", f"from vggt_lora.train import TrainConfig, train; train(TrainConfig(**{fields!r}))"]
-
-
-def start(config: TrainConfig) -> subprocess.Popen:
-    return subprocess.Popen(command(config), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def validations(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"split": "val"') if path.exists() else 0
-
-
-def test_kill_9_and_resume_gives_the_same_files(scene, tmp_path):
-    """Killed for good during an epoch; the resumed run ends with the metrics and the adapter of an undisturbed one."""
-    whole = quick(scene, tmp_path / "whole", epochs=3)
-    done = start(whole)
-    assert done.wait() == 0, done.stderr.read()[-2000:]
-    cut = quick(scene, tmp_path / "cut", epochs=3)
-    process = start(cut)
-    deadline = time.monotonic() + 300
-    while validations(tmp_path / "cut") < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut" / "results.json").exists(), "the run ended before it could be killed"
-    again = start(dataclasses.replace(cut, resume=True))
-    assert again.wait() == 0, again.stderr.read()[-2000:]
-    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "results.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-
+# --- resume (kills: tests/test_engine.py) ---------------------------------------------------------------------------
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
     config = quick(scene, tmp_path / "run", epochs=1)
@@ -117,13 +81,15 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
         train(config)
     with pytest.raises(ConfigError, match="rank was 4, now 8"):
         train(dataclasses.replace(config, rank=8, resume=True))
-    last = tmp_path / "run" / "checkpoints" / "last.pt"
-    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    checkpoints = checkpoint_files(tmp_path / "run" / "checkpoints")
+    for path in checkpoints:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(CheckpointError, match="cannot be read"):
         train(dataclasses.replace(config, resume=True))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    last.unlink()
+    for path in (*checkpoints, tmp_path / "run" / "checkpoints" / "last.pt"):
+        path.unlink()
     with pytest.raises(ConfigError, match="holds no run to resume"):
         train(dataclasses.replace(config, resume=True))
 
