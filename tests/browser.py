@@ -36,6 +36,7 @@ class Address(str):
     """The address of a server, with the secret that opens it."""
 
     token = ""
+    log: Path | None = None  # what the server and its kernels write
 
 
 def _is_root() -> bool:
@@ -81,7 +82,7 @@ def jupyterlab(
     address.token = secrets.token_hex(16)  # a server without one would run code for every user of this machine
     own = {"JUPYTER_TOKEN": address.token, "JUPYTER_CONFIG_DIR": settings, "JUPYTERLAB_SETTINGS_DIR": settings / "settings", "JUPYTERLAB_WORKSPACES_DIR": settings / "workspaces",
            "IPYTHONDIR": settings / "ipython"}
-    log = settings / "server.log"
+    log = address.log = settings / "server.log"
     with open(log, "wb") as output:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder,
                                   env={**os.environ, **{name: str(path) for name, path in own.items()}})
@@ -242,6 +243,21 @@ def press_slider(
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
     found.click()
     found.send_keys(keys)
+
+
+def restarts(
+    url: Address,
+) -> list[str]:
+    """Return the lines of the server's log that speak of a kernel that died; JupyterLab shows no error then, and runs no further cell."""
+    return [line for line in url.log.read_text(errors="replace").splitlines() if "KernelRestarter: restarting kernel" in line]
+
+
+def save(
+    driver,
+) -> None:
+    """Save the open notebook and wait until it is saved."""
+    driver.execute_script("window.saved = false; jupyterapp.shell.currentWidget.context.save().finally(() => { saved = true; })")
+    wait_for(driver, lambda d: d.execute_script("return saved"), "the notebook to be saved")
 
 
 def code_cells(

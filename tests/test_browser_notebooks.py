@@ -89,6 +89,7 @@ def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
         subprocess.run([sys.executable, "-m", "vggt_lora.train", *small, "--output", str(RUN)], cwd=ROOT, check=True, capture_output=True)
     browser.open_notebook(driver, url, small_copy(name))
     browser.run_all(driver)
+    assert not browser.restarts(url), "the kernel died on the way"
     cells = browser.code_cells(driver)
     assert [cell["errors"] for cell in cells if cell["errors"]] == []
     assert [cell["source"] for cell in cells if cell["source"].strip() and cell["count"] is None] == [], "cells that were not run"
@@ -112,6 +113,7 @@ def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
         driver.save_screenshot(str(FOLDER / f"{name}_moved.png"))
     print(f"{name}: {len(cells)} cells, controls {found}, moved {moved}")
     assert browser.severe_log_lines(driver) == []
+    browser.save(driver)  # or the browser asks whether to leave the page
     driver.execute_script("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")  # its memory is free for the next
 
 
