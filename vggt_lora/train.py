@@ -93,12 +93,8 @@ def train(
             feed = cached_feed(adapted, cache, config, items_of(split.train, scenes), items_of(split.val, scenes), run.log,
                                reload=lambda: build_model(config).state_dict())
         meter.mark("preparation")
-<<<<<<< HEAD
+        begin(hooks, run.folder, Glimpse(adapted, items_of(split.val, scenes), feed))
         fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, feed, hooks)
-=======
-        begin(hooks, run.folder, Glimpse(adapted, items_of(split.val, scenes), cache))
-        fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, cache, hooks)
->>>>>>> widgets
         meter.mark("training")
         with disk_errors(folder):
             return finish(run, adapted, items_of(split.val, scenes), truth, config, meter, team)
