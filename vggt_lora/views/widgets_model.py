@@ -24,7 +24,7 @@ def part_of(
     numbered = re.match(r"(aggregator\.(?:.*?_?blocks))\.(\d+)\.", name + ".")
     if numbered:
         return numbered[1], int(numbered[2])
-    return ".".join(name.split(".")[:2]), None
+    return ".".join(name.split(".")[: 3 if name.startswith("aggregator.") else 2]), None  # patch_embed alone would name its blocks as well
 
 
 def model_parts(
