@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
-	@echo "make train   env, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
+	@echo "make train   env, vggt_lora_doctor, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
 	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest"
 	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
 	@echo "make wheel   env, then dist/: the source distribution and the wheel, with the weights of the tiny network inside"
@@ -44,6 +44,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 
 train: env
 	@mkdir -p outputs
+	$(BIN)/vggt_lora_doctor --papermill $(ARGS)
 	$(BIN)/papermill nbs/03_train.ipynb outputs/03_train.ipynb $(ARGS) </dev/null
 
 test: env

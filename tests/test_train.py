@@ -46,6 +46,10 @@ def test_every_strategy_learns_and_its_file_reproduces_the_numbers(scene, tmp_pa
     assert largest_difference(evaluate(run.folder).table(), run.results["table"]) == 0
     changed = [r for r in run.results["table"] if r["model"] == "adapted"], [r for r in run.results["table"] if r["model"] == "base"]
     assert any(a["absrel"] != b["absrel"] for a, b in zip(*changed)), "the adapter changes nothing"
+    assert all(row["protocol"] for name in ("table", "frames", "cameras", "regions", "claims", "confidence") for row in run.results[name])
+    assert {"drift", "warnings"} <= set(run.results)
+    with pytest.raises(LeakError, match="was trained on"):
+        evaluate(run, scene)  # all photos of the scene, and so those of the training
 
 
 @pytest.mark.parametrize("name", ["strecha_fountain_p11", "sceaux_castle", "eth3d_pipes"])

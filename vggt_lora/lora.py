@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['inspect_targets', 'STRATEGIES', 'Strategy', 'Targets', 'TargetRow', 'resolve_targets', 'apply_lora', 'save_adapter',
-           'load_adapter', 'merge', 'fingerprint', 'BaseGate', 'GateError', 'GateReport']
+           'load_adapter', 'merge', 'fingerprint', 'BaseGate', 'GateError', 'GateReport', 'MergedReport',
+           'export_adapter', 'export_merged', 'model_card', 'push_to_hub', 'adapter_names', 'scale_adapter',
+           'stack_adapters', 'without_adapter']
 
 # %% ../nbs/02_lora.ipynb #4a34860d
 from .adapters.adapter import apply_lora, fingerprint, load_adapter, merge, save_adapter
+from .adapters.export import MergedReport, export_adapter, export_merged
 from .adapters.gate import BaseGate, GateError, GateReport
+from .adapters.hub import model_card, push_to_hub
+from .adapters.stack import adapter_names, scale_adapter, stack_adapters, without_adapter
 from .adapters.targets import STRATEGIES, Strategy, Targets, TargetRow, chosen_patterns, resolve_targets
 from .core import given_parameters
 
 # %% ../nbs/02_lora.ipynb #4606a852
 _all_ = ["STRATEGIES", "Strategy", "Targets", "TargetRow", "resolve_targets", "apply_lora", "save_adapter", "load_adapter", "merge",
-         "fingerprint", "BaseGate", "GateError", "GateReport"]
+         "fingerprint", "BaseGate", "GateError", "GateReport", "MergedReport", "export_adapter", "export_merged", "model_card", "push_to_hub",
+         "adapter_names", "scale_adapter", "stack_adapters", "without_adapter"]
 
 # %% ../nbs/02_lora.ipynb #5c769c8c
 def inspect_targets(

@@ -210,7 +210,7 @@ def evaluate_samples(
 # %% ../../nbs/evaluation/runner.ipynb #507e59d3
 def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[int], answers: dict, unit: float) -> list[int]:
     """Keep what pictures and regions need of the fresh frames that have truth, and return their numbers."""
-    from vggt_lora.scenes.audit import region_labels
+    from vggt_lora.scenes.labels import region_labels
 
     measured = [i for i in fresh if trusted[i].any()]
     result.left_out += [f"{sample.scene}/{sample.names[i]}" for i in fresh if i not in measured]
