@@ -58,10 +58,11 @@ def checkpoints(base: Path, out: Path) -> None:
     from vggt_lora.training.checkpoint import checkpoint_files, load_checkpoint, newest_checkpoint, save_step
 
     torch.manual_seed(0)
+    out = out / "checkpoints"
     model = torch.nn.Linear(200, 200)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     step = load_checkpoint(newest_checkpoint(out, set_aside=True)[1], model, optimizer)["step"] if checkpoint_files(out) else 0
-    while step < 60:
+    while step < 25:
         optimizer.zero_grad()
         model(torch.rand(2, 200)).square().mean().backward()
         optimizer.step()
@@ -182,7 +183,7 @@ def content(out: Path, job: Job, whole_only: bool = False) -> dict[str, str]:
         if path.name == "metrics.jsonl":
             records = [json.loads(line) for line in path.read_text().splitlines()]
             data = json.dumps([{k: v for k, v in r.items() if k not in ("wall", "seconds")} for r in records]).encode()
-        elif path.match("checkpoints/*.pt"):
+        elif path.suffix == ".pt" and path.parent.name == "checkpoints":
             data = trained_content(path)
         elif matches(name, (*job.living, *job.clocks)):
             continue
@@ -197,4 +198,4 @@ def trained_content(path: Path) -> bytes:
     from vggt_lora.training.checkpoint import content_digest, read_checkpoint
 
     held = read_checkpoint(path)
-    return content_digest({n: held[n] for n in ("weights", "optimizer", "random") if n in held}).encode()
+    return content_digest([held["weights"], held.get("optimizer"), [r["torch"] for r in held.get("random", ())]]).encode()
