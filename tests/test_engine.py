@@ -1,0 +1,376 @@
+"""The engine under the things that happen to a training run: kills, bad steps, memory and disks that are full, several processes, signals."""
+import dataclasses
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vggt_lora.adapters.adapter import apply_lora
+from vggt_lora.core import ConfigError
+from vggt_lora.scenes.samples import FrameCache
+from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.training import loop as loop_module
+from vggt_lora.training.checkpoint import DiskError, checkpoint_files, newest_checkpoint, read_checkpoint
+from vggt_lora.training.config import TrainConfig
+from vggt_lora.training.feed import Feed
+from vggt_lora.training.guard import TrainingError, replay
+from vggt_lora.training.loop import Stopped, fit
+from vggt_lora.training.run import RunFolder, without_wall
+from vggt_lora.training.setup import build_model, items_of, open_scenes, split_scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    return toy_scene(tmp_path_factory.mktemp("data"), frames=12, size=(84, 112))
+
+
+def settings(scene, output, **changes) -> TrainConfig:
+    values = {"strategy": "a", "model": "random", "data": str(scene), "output": str(output), "epochs": 2, "frames": 3, "image_size": 56, "rank": 2, "lr": 1e-3,
+              "device": "cpu", "save_every": 2}
+    return TrainConfig(**{**values, **changes})
+
+
+class Spoiled(Feed):
+    """A feed that multiplies the photos of some training windows by a number, for instance NaN."""
+
+    def __init__(self, cache, spoil: dict):
+        super().__init__(cache)
+        self.spoil = spoil  # (epoch, frames of the window) -> factor
+
+    def load(self, scene, window, order=None, epoch=0):
+        sample, state = super().load(scene, window, order, epoch)
+        if order is not None and (key := (epoch, window.frames)) in self.spoil:
+            sample = dataclasses.replace(sample, images=sample.images * self.spoil[key])
+        return sample, state
+
+
+def run_fit(config, hooks=(), spoil=None):
+    """fit on its own, without the gate and the evaluation: (run, progress, model)."""
+    base, scenes = build_model(config), open_scenes(config)
+    split, _ = split_scenes(scenes, config)
+    adapted, _ = apply_lora(base, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, seed=config.seed, dora=config.dora,
+                            rslora=config.rslora, heads=config.names("heads"), targets=config.names("targets"))
+    folder = Path(config.output)
+    counters = newest_checkpoint(folder / "checkpoints")[1]["counters"] if config.resume else {"step": None, "records": None}
+    run = RunFolder(folder, counters["step"], counters["records"])
+    run.write("config.json", {"config": dataclasses.asdict(config)})
+    feed = Spoiled(FrameCache(config.image_size, supervision=config.supervision), spoil or {})
+    try:
+        progress = fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), config, run, feed, hooks)
+    finally:
+        run.close()
+    return run, progress, adapted
+
+
+def windows_of(config) -> list:
+    """(epoch, frames) of every training step, in order."""
+    scenes = open_scenes(config)
+    items = items_of(split_scenes(scenes, config)[0].train, scenes)
+    return [(epoch, items[i][1].frames) for epoch in range(config.epochs) for i, _ in loop_module.epoch_order(len(items), [3] * len(items), config, epoch)]
+
+
+@pytest.fixture(scope="module")
+def whole(scene, tmp_path_factory):
+    """The run that nothing happened to."""
+    return run_fit(settings(scene, tmp_path_factory.mktemp("whole") / "run"))
+
+
+def weights(run: RunFolder) -> dict:
+    return read_checkpoint(run.folder / "checkpoints" / "last.pt")["weights"]
+
+
+def same(run, whole) -> None:
+    """Records and weights are those of the run that nothing happened to."""
+    assert without_wall(run.metrics_path) == without_wall(whole.metrics_path)
+    ours, theirs = weights(run), weights(whole)
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs) and ours.keys() == theirs.keys()
+
+
+# --- interruption ---------------------------------------------------------------------------------------------------
+
+def test_killed_at_random_instants_the_metrics_go_on_as_if_nothing_had_happened(scene, tmp_path):
+    """Real SIGKILLs, many of them while a checkpoint is written."""
+    done = subprocess.run([sys.executable, ROOT / "tools" / "kill_resume.py", "--kills", "4", "--scene", scene, "--output", tmp_path, "--seed", "1"],
+                          capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    assert "4 kills" in done.stdout
+
+
+def curves(folder: Path) -> dict:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"] if "wall" not in tag}
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step):
+    def hook(event, progress):
+        if event == "step" and progress.step == step:
+            raise Killed
+    return hook
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "changed"])
+def test_resume_inside_an_epoch_and_from_the_checkpoint_before_a_damaged_one(scene, tmp_path, whole, damage):
+    config = settings(scene, tmp_path / "run")
+    with pytest.raises(Killed):
+        run_fit(config, (kill_at(5),))
+    newest, *others = checkpoint_files(tmp_path / "run" / "checkpoints")
+    content = newest.read_bytes()
+    if damage == "cut":
+        newest.write_bytes(content[: len(content) // 2])
+    if damage == "changed":
+        at = content.find(next(iter(read_checkpoint(newest)["weights"].values())).numpy().tobytes())
+        newest.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+    run, _, _ = run_fit(dataclasses.replace(config, resume=True))
+    same(run, whole[0])
+    assert curves(run.folder) == curves(whole[0].folder)
+    log = (run.folder / "train.log").read_text()
+    assert ("was set aside" in log) == (damage != "none") and (f"from {(newest if damage == 'none' else others[0]).name}" in log)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_and_says_how_to_go_on(scene, tmp_path, whole, number):
+    config, handlers = settings(scene, tmp_path / "run", save_every=0), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped, match=f"{number.name} after step 3 of .*resume=True"):
+        run_fit(config, (lambda event, p: os.kill(os.getpid(), number) if event == "step" and p.step == 3 else None,))
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["counters"]["step"] == 3
+    same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
+def test_a_hook_stops_after_the_step_measures_and_the_run_can_go_on(scene, tmp_path, whole):
+    config = settings(scene, tmp_path / "run", save_every=0)
+    run, progress, _ = run_fit(config, (lambda event, p: setattr(p, "stop", event == "step" and p.step == 3),))
+    assert progress.step == 3 and run.records[-1]["split"] == "val" and run.records[-1]["stopped"]
+    same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
+def test_only_the_last_checkpoints_stay(whole):
+    names = sorted(p.name for p in (whole[0].folder / "checkpoints").iterdir())
+    assert len([n for n in names if n.startswith("step-")]) == 3 and {"last.pt", "best.pt"} <= set(names)
+
+
+# --- bad steps ------------------------------------------------------------------------------------------------------
+
+def test_a_step_that_is_not_finite_is_skipped_kept_and_replayed(scene, tmp_path):
+    config = settings(scene, tmp_path / "run", epochs=1, dropout=0.3)
+    order = windows_of(config)
+    states = []
+
+    def watch(event, progress):
+        if event == "step" and progress.step == 3:  # the newest checkpoint is still that of step 2
+            states.append(read_checkpoint(checkpoint_files(tmp_path / "run" / "checkpoints")[0]))
+
+    run, _, model = run_fit(dataclasses.replace(config, save_every=1), (watch,), spoil={order[2]: math.nan})
+    train = [r for r in run.records if r["split"] == "train"]
+    assert [r["step"] for r in train if "skipped" in r] == [3] and "(depth head)" in train[2]["skipped"] and "(camera head)" in train[2]["skipped"]
+    assert [r["lr"] for r in train] == [loop_module.learning_rate(s, len(train), config) for s in range(len(train))]  # the schedule went on
+    file = run.folder / "bad" / "step-000003.pt"
+    again = replay(run.folder, file)
+    assert len(again) == 1 and all(f in train[2]["skipped"] for f in again[0]["faults"]) and again[0]["faults"]
+    kept = torch.load(file, weights_only=True)
+    assert all(torch.equal(kept["weights"][n], w) for n, w in states[0]["weights"].items())  # step 2's weights: nothing was taken
+    optimizer = read_checkpoint(run.folder / "checkpoints" / "last.pt")["optimizer"]
+    assert {float(s["step"]) for s in optimizer["state"].values()} == {len(train) - 1}
+
+
+def test_replay_gives_the_number_of_the_step(scene, tmp_path):
+    """A step skipped for its gradient has a finite loss: the file must give it again, with dropout where it fell."""
+    config = settings(scene, tmp_path / "run", epochs=4, dropout=0.3, explode=1.0001, max_bad=1000)
+    losses = {}
+
+    def skip(loop, chunk, said, *rest):
+        losses[loop.progress.step] = said[0]["values"]["loss"]
+        return original(loop, chunk, said, *rest)
+
+    original, loop_module._skip = loop_module._skip, skip
+    try:
+        run, _, _ = run_fit(config)
+    finally:
+        loop_module._skip = original
+    assert losses, "no step was skipped: the test shows nothing"
+    step, loss = next(iter(losses.items()))
+    assert replay(run.folder, run.folder / "bad" / f"step-{step:06d}.pt")[0]["loss"] == loss
+    assert "times its median, most of it in depth_head" in next(r["skipped"] for r in run.records if "skipped" in r)
+
+
+def test_bad_steps_in_a_row_end_the_run_and_name_head_and_term(scene, tmp_path):
+    config = settings(scene, tmp_path / "run", epochs=2, max_bad=2)
+    with pytest.raises(TrainingError, match=r"2 steps in a row .*step 4.*depth_nonfinite_pixels \(depth head\).*replay"):
+        run_fit(config, spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
+
+
+# --- memory and disk ------------------------------------------------------------------------------------------------
+
+def test_out_of_memory_is_answered_by_smaller_pieces_and_the_run_goes_on(scene, tmp_path, monkeypatch):
+    config, left = settings(scene, tmp_path / "run", dropout=0.0, epochs=1), [0, 0, 1, 1, 0]
+    plain, _, _ = run_fit(dataclasses.replace(config, output=str(tmp_path / "plain")))
+    backward = loop_module.window_loss
+
+    def fails(model, sample, *rest):
+        result = backward(model, sample, *rest)
+        if torch.is_grad_enabled() and left and left.pop(0):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return result
+
+    monkeypatch.setattr(loop_module, "window_loss", fails)
+    run, progress, model = run_fit(config)
+    log = (run.folder / "train.log").read_text()
+    assert log.count("out of memory: dense heads now take 1 frame at once") == 1 and log.count("all blocks now recompute") == 1
+    assert model.get_base_model().depth_head.recompute and model.get_base_model().depth_head.config.frame_chunk == 1
+    ours, theirs = (without_wall(r.records) for r in (run, plain))
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
+    assert [r["grad_norm"] for r in ours if "lr" in r] == pytest.approx([r["grad_norm"] for r in theirs if "lr" in r], rel=1e-3)
+    assert newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["retreat"] == {"chunk": 1, "head": True, "blocks": True}
+
+
+@pytest.mark.parametrize("real", [True, False], ids=["tmpfs", "simulated"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(scene, tmp_path, whole, monkeypatch, real):
+    place = tmp_path / "disk"
+    place.mkdir()
+    size = sum(p.stat().st_size for p in checkpoint_files(whole[0].folder / "checkpoints")[:1])
+    if real and (os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size + 200_000}", "none", str(place)], capture_output=True).returncode):
+        pytest.skip("a small tmpfs cannot be mounted here")
+    try:
+        config = settings(scene, place / "run", save_every=1, keep_last=50, epochs=2)
+        if not real:
+            def full(self, content):
+                if len(checkpoint_files(place / "run" / "checkpoints")) >= 4:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(self))
+                return original(self, content)
+
+            original = Path.write_bytes
+            monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DiskError, match="is whole; free some space and continue with resume=True"):
+            run_fit(config)
+        monkeypatch.undo()
+        path, content, faults = newest_checkpoint(place / "run" / "checkpoints")
+        assert not faults and content["counters"]["step"] > 0 and not list(path.parent.glob(".*"))
+        if real:  # space is freed, the run goes on
+            subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+        run, _, _ = run_fit(dataclasses.replace(config, resume=True))
+        same(run, whole[0])
+    finally:
+        if real:
+            subprocess.run(["umount", str(place)], capture_output=True)
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+TWO = """
+import json, sys, torch
+from vggt_lora.training import loop, optimizer
+from vggt_lora.train import TrainConfig, train
+taken = []
+def watch(model):
+    if not taken:
+        taken.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    return optimizer.gradient_norms(model)
+loop.gradient_norms = watch
+run = train(TrainConfig(**json.loads(sys.argv[1])))
+torch.save(taken[0], sys.argv[2])
+assert run.results["table"]
+"""
+
+
+def test_two_processes_step_as_one_that_accumulates_twice_as_much(scene, tmp_path):
+    """Two gloo processes on the CPU, without DDP's help: first gradients, metrics and the number of files."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**dataclasses.asdict(settings(scene, "", dropout=0.0)), "epochs": 1}
+    jobs = []
+    for name, world, accumulate in (("one", 1, 2), ("two", 2, 1)):
+        for rank in range(world):
+            config = common | {"output": str(tmp_path / name), "accumulate": accumulate}
+            env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | ({} if world == 1 else {
+                "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+            jobs.append(subprocess.Popen([sys.executable, "-c", TWO, json.dumps(config), tmp_path / f"{name}-{rank}.pt"], env=env, cwd=ROOT, text=True,
+                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    for job in jobs:
+        assert job.wait(timeout=600) == 0, job.stderr.read()[-2000:]
+    one, two, other = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one-0", "two-0", "two-1"))
+    assert one.keys() == two.keys() == other.keys()
+    for name, gradient in one.items():
+        assert torch.equal(two[name], other[name])
+        torch.testing.assert_close(two[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-12)
+    ours, theirs = (without_wall(tmp_path / n / "metrics.jsonl") for n in ("two", "one"))
+    assert [r.keys() for r in ours] == [r.keys() for r in theirs] and len(ours) > 3
+    for a, b in zip(ours, theirs):
+        assert {k: v for k, v in a.items() if isinstance(v, (int, str))} == {k: v for k, v in b.items() if isinstance(v, (int, str))}
+        assert {k: v for k, v in a.items() if isinstance(v, float)} == pytest.approx({k: v for k, v in b.items() if isinstance(v, float)}, rel=1e-3, abs=1e-9)
+    assert ours[0] == theirs[0] and ours[1]["loss"] == pytest.approx(theirs[1]["loss"], rel=1e-6)
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+def test_patience_and_keep_best(scene, tmp_path):
+    config = settings(scene, tmp_path / "run", epochs=8, lr=0.05, min_lr=0.04, warmup=0.0, clip=1e6, explode=0.0, patience=2, keep="best", save_every=0)
+    run, progress, model = run_fit(config)
+    losses = [r["loss"] for r in run.records if r["split"] == "val"]
+    assert progress.epoch < 8 and progress.stale == 2 and min(losses) == losses[-3] == progress.best
+    best = read_checkpoint(run.folder / "checkpoints" / "best.pt")
+    assert all(torch.equal(p.detach(), best["weights"][n]) for n, p in model.named_parameters() if p.requires_grad)
+    again, progress, _ = run_fit(dataclasses.replace(config, resume=True))
+    assert without_wall(again.records) == without_wall(run.records)  # nothing is left to do
+
+
+@pytest.mark.parametrize("heads, terms", [("camera", {"loss_camera"}), ("depth", {"loss_depth_conf", "loss_depth_reg", "loss_depth_grad"})])
+def test_one_head_alone(scene, tmp_path, heads, terms):
+    config = settings(scene, tmp_path / "run", strategy="c", heads=heads, epochs=1)
+    calls = []
+    run, _, model = run_fit(config)
+    for name in ("camera_head", "depth_head"):
+        getattr(model.get_base_model(), name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    scenes = open_scenes(config)
+    items = items_of(split_scenes(scenes, config)[0].val, scenes)
+    loop_module.held_out_loss(model, items[:1], FrameCache(56, supervision=config.supervision), loop_module.loss_config(config), "cpu")
+    assert set(calls) == {f"{heads}_head"}
+    train = [r for r in run.records if r["split"] == "train"]
+    found = {n for n in train[0] if n.startswith("loss_") and not n.startswith("loss_camera_")}
+    assert found == terms and f"grad_norm_{heads}_head" in train[0]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if f"{'depth' if heads == 'camera' else 'camera'}_head" in n)
+
+
+@pytest.mark.parametrize("changes", [{"rslora": True}, {"dora": True}, {"lora_plus": 16.0}], ids=lambda c: next(iter(c)))
+def test_every_variant_trains_and_its_adapter_measures_the_same(scene, tmp_path, changes):
+    from vggt_lora.evaluate import evaluate, largest_difference
+    from vggt_lora.train import train
+
+    run = train(settings(scene, tmp_path / "run", epochs=1, **changes))
+    saved = json.loads((run.adapter / "adapter_config.json").read_text())
+    assert (saved["use_rslora"], saved["use_dora"]) == ("rslora" in changes, "dora" in changes)
+    assert run.results["held_out_loss"]["after"] < run.results["held_out_loss"]["before"]
+    assert largest_difference(evaluate(run.folder).table(), run.results["table"]) == 0
+
+
+def test_what_every_step_says(whole):
+    steps = [r for r in whole[0].records if r["split"] == "train"]
+    for r in steps:
+        assert {"lr", "grad_norm", "grad_norm_depth_head", "coverage", "wall"} <= r.keys() and 0 < r["coverage"] <= 1
+        assert r["grad_norm"] == pytest.approx(r["grad_norm_depth_head"], rel=1e-5)  # strategy a trains nothing else
+        assert {"seconds", "windows_per_s", "resident_gb"} == r["wall"].keys()
+    tags = curves(whole[0].folder)
+    assert [step for step, _ in tags["train/grad_norm_depth_head"]] == [r["step"] for r in steps]
+
+
+def test_settings_that_contradict_each_other(scene, tmp_path):
+    with pytest.raises(ConfigError, match="does not train that"):
+        run_fit(settings(scene, tmp_path / "run", strategy="a", heads="camera"))
