@@ -99,10 +99,10 @@ def same(run, whole) -> None:
 
 def test_killed_at_random_instants_the_metrics_go_on_as_if_nothing_had_happened(scene, tmp_path):
     """Real SIGKILLs, many of them while a checkpoint is written."""
-    done = subprocess.run([sys.executable, ROOT / "tools" / "kill_resume.py", "--kills", "4", "--scene", scene, "--output", tmp_path, "--seed", "1"],
+    done = subprocess.run([sys.executable, ROOT / "tools" / "kill_resume.py", "--kills", "3", "--scene", scene, "--output", tmp_path, "--seed", "1"],
                           capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    assert "4 kills" in done.stdout
+    assert "3 kills" in done.stdout
 
 
 def curves(folder: Path) -> dict:
@@ -322,7 +322,7 @@ def test_two_processes_step_as_one_that_accumulates_twice_as_much(scene, tmp_pat
 # --- settings -------------------------------------------------------------------------------------------------------
 
 def test_patience_and_keep_best(scene, tmp_path):
-    config = settings(scene, tmp_path / "run", epochs=8, lr=0.05, min_lr=0.04, warmup=0.0, clip=1e6, explode=0.0, patience=2, keep="best", save_every=0)
+    config = settings(scene, tmp_path / "run", epochs=8, lr=0.02, min_lr=0.01, warmup=0.0, clip=1e6, explode=0.0, patience=2, keep="best", save_every=0)
     run, progress, model = run_fit(config)
     losses = [r["loss"] for r in run.records if r["split"] == "val"]
     assert progress.epoch < 8 and progress.stale == 2 and min(losses) == losses[-3] == progress.best
@@ -349,7 +349,7 @@ def test_one_head_alone(scene, tmp_path, heads, terms):
     assert not any(p.requires_grad for n, p in model.named_parameters() if f"{'depth' if heads == 'camera' else 'camera'}_head" in n)
 
 
-@pytest.mark.parametrize("changes", [{"rslora": True}, {"dora": True}, {"lora_plus": 16.0}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("changes", [{"rslora": True, "lora_plus": 16.0}, {"dora": True}], ids=lambda c: next(iter(c)))
 def test_every_variant_trains_and_its_adapter_measures_the_same(scene, tmp_path, changes):
     from vggt_lora.evaluate import evaluate, largest_difference
     from vggt_lora.train import train

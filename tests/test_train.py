@@ -1,11 +1,6 @@
-"""The main job as a user meets it: every strategy learns on held-out frames, a killed run goes on, the adapter is what was measured."""
+"""The main job as a user meets it: every strategy learns on held-out frames, the adapter is what was measured."""
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,10 +13,7 @@ from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.scenes.windows import LeakError
 from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.checkpoint import CheckpointError, checkpoint_files
-from vggt_lora.training.run import without_wall
 from vggt_lora.training.setup import build_model
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -80,41 +72,7 @@ def evaluate_model(run):
     return load_adapter(build_model(run.config), run.adapter)
 
 
-# --- kill and resume ------------------------------------------------------------------------------------------------
-
-def command(config: TrainConfig) -> list[str]:
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return [sys.executable, "-c", f"from vggt_lora.train import TrainConfig, train; train(TrainConfig(**{fields!r}))"]
-
-
-def start(config: TrainConfig) -> subprocess.Popen:
-    return subprocess.Popen(command(config), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def validations(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"split": "val"') if path.exists() else 0
-
-
-def test_kill_9_and_resume_gives_the_same_files(scene, tmp_path):
-    """Killed for good during an epoch; the resumed run ends with the metrics and the adapter of an undisturbed one."""
-    whole = quick(scene, tmp_path / "whole", epochs=3)
-    done = start(whole)
-    assert done.wait() == 0, done.stderr.read()[-2000:]
-    cut = quick(scene, tmp_path / "cut", epochs=3)
-    process = start(cut)
-    deadline = time.monotonic() + 300
-    while validations(tmp_path / "cut") < 2 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "cut" / "results.json").exists(), "the run ended before it could be killed"
-    again = start(dataclasses.replace(cut, resume=True))
-    assert again.wait() == 0, again.stderr.read()[-2000:]
-    for name in ("adapter/adapter_model.safetensors", "results.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert without_wall(tmp_path / "cut" / "metrics.jsonl") == without_wall(tmp_path / "whole" / "metrics.jsonl")
-
+# --- resume (kills: tests/test_engine.py) ---------------------------------------------------------------------------
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
     config = quick(scene, tmp_path / "run", epochs=1)

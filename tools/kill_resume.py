@@ -65,35 +65,44 @@ def main() -> int:
     assert os.waitpid(start(settings(scene, whole), log), 0)[1] == 0, f"the undisturbed run failed, see {log}"
     seconds = time.monotonic() - started
 
-    kills, inside = 0, 0
+    kills, inside, done, wrong = 0, 0, 0, []
     while kills < given.kills:
-        before, process = progress(cut), start(settings(scene, cut), log)
-        # an attempt gets the longer the less the last one achieved: instants spread over set-up, steps and checkpoints
-        time.sleep(draw.uniform(0.3, 1.0) * seconds)
-        finished, status = os.waitpid(process, os.WNOHANG)
-        if finished:
-            assert status == 0, f"an attempt failed, see {log}"
-            (cut).rename(work / f"cut-{kills}")  # done before it was killed: compared, and a new run begins
-            differ(work / f"cut-{kills}", whole)
+        before, process = records(cut), start(settings(scene, cut), log)
+        steps = draw.choice((0, 1, 1, 2, 3))  # new records to wait for; 0: any instant, set-up included
+        while steps and records(cut) < before + steps and not ended(process, log):
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, seconds if not steps else seconds / 20))
+        if ended(process, log):  # too late for a kill: compared, and a new run begins
+            wrong += differ(cut, whole)
+            cut.rename(work / f"done-{done}")
+            done += 1
             continue
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         kills += 1
-        inside += progress(cut) > before
+        inside += records(cut) > before
     assert os.waitpid(start(settings(scene, cut), log), 0)[1] == 0, f"the last attempt failed, see {log}"
-    wrong = differ(cut, whole)
-    print(f"{kills} kills, {inside} of them after new steps; {'all files are those of the undisturbed run' if not wrong else f'different: {wrong}'}")
+    wrong += differ(cut, whole)
+    print(f"{kills} kills, {inside} of them after new steps, {done + 1} runs completed; "
+          + (f"different: {wrong}" if wrong else "all files are those of the undisturbed run"))
     return len(wrong)
 
 
-def progress(folder: Path) -> int:
-    """Checkpointed steps of a run."""
-    files = checkpoint_files(folder / "checkpoints")
-    return int(files[0].stem.split("-")[1]) if files and "-" in files[0].stem else 0
+def ended(process: int, log: Path) -> bool:
+    """Whether a process has ended; raises AssertionError if it failed."""
+    info = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    assert info is None or info.si_status == 0, f"an attempt failed, see {log}"
+    return info is not None
+
+
+def records(folder: Path) -> int:
+    """Lines of a run's metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def differ(run: Path, whole: Path) -> list[str]:
-    """Names of the files of a run that differ from the undisturbed one's; stops the program where the run was done already."""
+    """Names of the files of a run that differ from the undisturbed one's."""
     wrong = [n for n in ("adapter/adapter_model.safetensors", "results.json") if (run / n).read_bytes() != (whole / n).read_bytes()]
     return wrong + ["metrics.jsonl"] * (without_wall(run / "metrics.jsonl") != without_wall(whole / "metrics.jsonl"))
 

@@ -31,8 +31,10 @@ from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
+from .training.prefix import cached_feed
 from .training.processes import Team
 from .training.run import RunFolder, environment, run_path
+from .training.speed import set_speed
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
                                       split_scenes, truth_source, with_rate)
 
@@ -85,8 +87,12 @@ def train(
             run.log(frames.about())
         rated = with_rate(config, model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
+        run.log(set_speed(adapted, config, resolve_precision(config.precision, device)))
+        with team.accelerator.main_process_first():
+            feed = cached_feed(adapted, cache, config, items_of(split.train, scenes), items_of(split.val, scenes), run.log,
+                               reload=lambda: build_model(config).state_dict())
         meter.mark("preparation")
-        fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, cache, hooks)
+        fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, feed, hooks)
         meter.mark("training")
         with disk_errors(folder):
             return finish(run, adapted, items_of(split.val, scenes), truth, config, meter, team)
@@ -164,7 +170,7 @@ def truth_cache(config: TrainConfig, model, scenes, split):
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
     """A resumed run keeps its settings; raises ConfigError naming those that differ."""
-    free = {"resume", "output", "device", "store", "save_every", "keep_last"}
+    free = {"resume", "output", "device", "store", "save_every", "keep_last", "cache_limit_gb", "checkpointing", "frames_chunk", "compile"}
     changed = {f.name: (getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)
                if f.name not in free and getattr(old, f.name) != getattr(new, f.name)}
     if changed:

@@ -117,6 +117,7 @@ class Aggregator(nn.Module):
         width = config.embed_dim
         self.config = config
         self.recompute_from = config.depth  # layers from this one on are checkpointed
+        self.absent_to: int | None = None  # last layer whose weights are elsewhere (-1: patch embedding only); None: all are here
         self.camera_token = nn.Parameter(torch.zeros(1, 2, 1, width))
         self.register_token = nn.Parameter(torch.zeros(1, 2, config.num_register_tokens, width))
         self.patch_embed = VisionTransformer(config)
@@ -140,11 +141,25 @@ class Aggregator(nn.Module):
         images: torch.Tensor,  # (B, S, 3, H, W) in [0, 1], checked
     ) -> AggregatorState:
         """Return the state before the first layer."""
-        batch, frames = images.shape[:2]
+        return self.with_special(self.patches(images), tuple(images.shape[-2:]))
+
+    def patches(
+        self,
+        images: torch.Tensor,  # (B, S, 3, H, W) in [0, 1], checked
+    ) -> torch.Tensor:
+        """Return the patch tokens (B, S, P, C); each photo is looked at alone."""
+        self._check_present(None)
         normalised = (images - self._resnet_mean) / self._resnet_std
-        patches = self.patch_embed(normalised.flatten(0, 1)).unflatten(0, (batch, frames))
-        special = [_first_and_others(token, batch, frames) for token in (self.camera_token, self.register_token)]
-        return AggregatorState(torch.cat([*special, patches], dim=2), -1, {}, tuple(images.shape[-2:]))
+        return self.patch_embed(normalised.flatten(0, 1)).unflatten(0, tuple(images.shape[:2]))
+
+    def with_special(
+        self,
+        patches: torch.Tensor,  # (B, S, P, C)
+        image_size: tuple[int, int],  # (height, width) in pixels
+    ) -> AggregatorState:
+        """Put camera and register tokens in front of patch tokens: the state before the first layer."""
+        special = [_first_and_others(token, *patches.shape[:2]) for token in (self.camera_token, self.register_token)]
+        return AggregatorState(torch.cat([*special, patches], dim=2), -1, {}, tuple(image_size))
 
     def forward(
         self,
@@ -195,6 +210,13 @@ class Aggregator(nn.Module):
         tables = (positions, positions.repeat(state.frames, 1))
         return tuple(rope_table(table, config.embed_dim // config.num_heads, config.rope_base) for table in tables)
 
+    def _check_present(self, last_layer: int | None) -> None:
+        """Refuse to start (None: from images, else after a layer) before weights that have left."""
+        if self.absent_to is not None and (last_layer is None or last_layer < self.absent_to):
+            gone = "the patch embedding" + (f" and layers 0 to {self.absent_to}" if self.absent_to >= 0 else "")
+            raise ConfigError(f"{gone} of this model have left the device: it goes on from a state after layer {self.absent_to} or a later one, not "
+                              f"{'from images' if last_layer is None else f'after layer {last_layer}'}; bring the weights back (FreedPrefix.back) or build the base anew")
+
     def _check_last(self, last: int) -> None:
         """Refuse a layer that is not there."""
         if not -1 <= last < self.config.depth:
@@ -203,6 +225,7 @@ class Aggregator(nn.Module):
     def _check_start(self, state: AggregatorState, keep: tuple[int, ...], last: int) -> None:
         """Refuse a state that went too far, lacks outputs, or belongs to another network."""
         self._check_last(last)
+        self._check_present(state.last_layer)
         if state.last_layer > last:
             raise ConfigError(f"the state is after layer {state.last_layer} already, beyond layer {last}")
         missing = sorted(layer for layer in keep if layer <= state.last_layer and layer not in state.outputs)

@@ -55,11 +55,16 @@ def uv_embedding(
 
 
 def add_uv(
-    maps: torch.Tensor,  # (F, channels, height, width)
+    maps: torch.Tensor,  # (F, channels, height, width); overwritten, so that the largest map of a head exists once
     aspect: float,  # width over height of the image
 ) -> torch.Tensor:
-    """Add a tenth of the uv embedding to every map."""
-    return maps + 0.1 * uv_embedding(maps.shape[1], tuple(maps.shape[-2:]), aspect, maps.device)
+    """Add a tenth of the uv embedding to every map, in place."""
+    size, count = tuple(maps.shape[-2:]), maps.shape[1] // 2
+    y, x = uv_axes(size, aspect, maps.device)
+    across, down = (0.1 * sines(axis, count) for axis in (x, y))
+    # channels lie side by side in memory, as convolutions of token pictures leave them
+    tenth = torch.cat([across[None].expand(size[0], -1, -1), down[:, None].expand(-1, size[1], -1)], dim=-1)
+    return maps.add_(tenth.permute(2, 0, 1))
 
 # %% ../../nbs/model/dpt_head.ipynb #f64965d6
 class ResidualConvUnit(nn.Module):
@@ -116,7 +121,8 @@ class FusionBlock(nn.Module):
         """Return the fused map at the wanted size."""
         fused = coarse if finer is None else coarse + self.resConfUnit1(finer)
         size = size or (2 * coarse.shape[-2], 2 * coarse.shape[-1])
-        return self.out_conv(resize_maps(self.resConfUnit2(fused), size))
+        # a 1x1 convolution and a resize whose weights sum to 1 commute: first the one on the small map, and the large input of the other need not be kept
+        return resize_maps(self.out_conv(self.resConfUnit2(fused)), size)
 
 # %% ../../nbs/model/dpt_head.ipynb #359f6dd2
 def activate_map(
@@ -171,6 +177,8 @@ class DPTHead(nn.Module):
         super().__init__()
         width, channels = 2 * config.embed_dim, config.dpt_out_channels
         self.config, self.output_dim, self.activation, self.down_ratio = config, output_dim, activation, down_ratio
+        self.frames_chunk: int | None = None  # frames handled at once; None: config.frame_chunk
+        self.body_dtype: torch.dtype | None = None  # bfloat16: everything up to the last resize in autocast; None: in the dtype of the weights
         self.recompute = False  # keep no activations of a group of frames: make them again in the backward pass
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.projects = nn.ModuleList(nn.Conv2d(width, out, 1) for out in channels)
@@ -189,7 +197,7 @@ class DPTHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
         """Return values (B, S, H, W, c) and confidence (B, S, H, W); or feature maps (B, S, features, h, w)."""
         tokens = [outputs[layer][:, :, self.config.patch_start:] for layer in self.config.dpt_layers]
-        groups = zip(*(level.split(self.config.frame_chunk, dim=1) for level in tokens))
+        groups = zip(*(level.split(self.frames_chunk or self.config.frame_chunk, dim=1) for level in tokens))
         if self.recompute and torch.is_grad_enabled():
             results = [checkpoint(self._group, list(levels), image_size, use_reentrant=False) for levels in groups]
         else:
@@ -202,7 +210,11 @@ class DPTHead(nn.Module):
     def _group(self, tokens: list[torch.Tensor], image_size: tuple[int, int]):
         """Run a few frames; `tokens` holds (B, s, P, 2C) of the four levels."""
         batch, frames = tokens[0].shape[:2]
-        fused = self.scratch(self._levels(tokens, image_size))
+        if self.body_dtype is None:
+            fused = self.scratch(self._levels(tokens, image_size))
+        else:
+            with torch.autocast(tokens[0].device.type, self.body_dtype):
+                fused = self.scratch(self._levels(tokens, image_size)).to(tokens[0].dtype)
         fused = resize_maps(fused, tuple(side // self.down_ratio for side in image_size))
         if self.output_dim is None:
             return fused.unflatten(0, (batch, frames))

@@ -254,8 +254,8 @@ def generator(
     index: int,  # of the window, any number
     purpose: int,  # keeps streams apart
 ) -> np.random.Generator:
-    """The random stream of a window in an epoch; with augment_variants it comes again after so many epochs."""
-    return np.random.default_rng([config.seed, purpose, epoch % config.augment_variants if config.augment_variants else epoch, index])
+    """The random stream of a window in an epoch; with variants it comes again after so many epochs."""
+    return np.random.default_rng([config.seed, purpose, epoch % config.variants if config.variants else epoch, index])
 
 
 def augment(

@@ -40,6 +40,8 @@ class TrainConfig:
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
     supervision: str = "laser+sparse"  # depth source: sparse, laser, dense, colmap, completed, or several joined by "+", the most trusted first
     store: bool = True  # keep preprocessed frames on disk for the next run; changes no number
+    cache: str = "auto"  # keep what the frozen layers make of a window: off, float32 (changes no number), bf16 (half the size), or auto (as `precision`)
+    cache_limit_gb: float = 30.0  # of disk for that; where it would not do, an earlier layer is kept
     truth: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
     targets: str = ""  # patterns of strategy custom, separated by commas
     full: str = ""  # patterns of layers trained in full beside the adapters
@@ -62,12 +64,12 @@ class TrainConfig:
     windows: str = "order"  # windows by capture order, or of photos that share many points (covisible)
     image_sizes: str = ""  # long sides that training windows are drawn at, such as "420,518,630", or factors of the image size, such as "0.8,1,1.2"; empty: one size
     augment: str = ""  # changes to training windows, separated by commas: crop, colour, flip, turn, tilt, mixup, cutmix
-    augment_variants: int = 0  # number of different draws for each window, repeated in turn; 0: a new one in every epoch
     crop_share: float = 0.8  # smallest share of each side that crop leaves
     colour_strength: float = 0.5  # largest change of brightness, contrast and saturation by colour; of hue a fifth of it, in turns
     colour_per_frame: float = 0.3  # probability that colour draws for each frame and not once for the window
     tilt_degrees: float = 5.0  # largest roll by tilt
     mix_share: float = 0.3  # share of training windows that mixup or cutmix change
+    variants: int = 4  # different first frames, and draws of augment and image_sizes, of a window; they come round epoch by epoch; 0: new ones in every epoch, and no complete cache
     camera_weight: float = 2.0  # loss weights
     depth_conf_weight: float = 5.0
     depth_reg_weight: float = 5.0
@@ -80,6 +82,10 @@ class TrainConfig:
     depth_min: float = 0.1  # m; nearer depth is left out where the scene is metric
     depth_max: float = 100.0  # m; likewise farther depth
     precision: str = "auto"  # auto (bf16 on a GPU, float32 else), float32 or bf16
+    checkpointing: bool = False  # recompute activations in the backward pass: a third more time, most of the memory
+    frames_chunk: int = 0  # frames that the depth head handles at once; 0: the model's own (8)
+    head_precision: str = "float32"  # of the depth head in training: float32, or bf16 up to its last convolutions
+    compile: bool = False  # compile what is trained: minutes at first, for each image size anew
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0  # of weights, order and dropout
 
@@ -125,6 +131,8 @@ CHOICES = {
     "normalise": ("points", "base"),
     "precision": ("auto", "float32", "bf16"),
     "device": ("auto", "cpu", "cuda"),
+    "cache": ("auto", "off", "float32", "bf16"),
+    "head_precision": ("float32", "bf16"),
     "keep": ("last", "best"),
     "heads": ("camera,depth", "depth,camera", "camera", "depth"),
 }
@@ -133,9 +141,10 @@ RANGES = {
     "image_size": (0, 8_400), "rank": (1, 4_096), "alpha": (1e-6, 1e6), "dropout": (0, 0.95), "lr": (0, 1),
     "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
-    "depth_normal_weight": (0, 1e4), "window_weight": (0, 1e4), "keep_base": (0, 1e4), "augment_variants": (0, 1_000),
+    "depth_normal_weight": (0, 1e4), "window_weight": (0, 1e4), "keep_base": (0, 1e4),
     "crop_share": (0.1, 1), "colour_strength": (0, 1), "colour_per_frame": (0, 1), "tilt_degrees": (0, 45), "mix_share": (0, 1),
     "save_every": (0, 10**9), "keep_last": (1, 1_000), "patience": (0, 100_000), "lora_plus": (0, 1e4), "explode": (0, 1e9), "max_bad": (1, 10**6),
+    "cache_limit_gb": (0, 1e6), "frames_chunk": (0, 1_000), "variants": (0, 1_000),
     "depth_min": (0, 1e6), "depth_max": (0, 1e6), "seed": (0, 2**31 - 1),
 }
 

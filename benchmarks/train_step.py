@@ -1,0 +1,225 @@
+"""Time and memory of an epoch per strategy: with the cache of frozen layers, without it, and as a plain loop would run it.
+
+    python benchmarks/train_step.py                      # tiny network, CPU, seconds per step
+    python benchmarks/train_step.py --size 1b-small      # VGGT-1B shape, random weights, 2 frames of 140 x 182; needs 12 GB of free memory
+    python benchmarks/train_step.py --size 1b            # VGGT-1B shape, 8 frames of 518 x 518 and of 518 x 350, on a GPU
+    python benchmarks/train_step.py --profile b          # where the time of a cached step goes
+
+plain    whole forward from the photos, every aggregator block checkpointed, heads in float32, no cache
+off      this project without the cache: nothing recomputed, frozen layers record nothing
+cache    the state after the frozen layers read from disk (float32, or bf16 on a GPU)
+small    the same with checkpointing and one frame at a time in the depth head (memory before time)
+
+A step is forward, loss, backward, AdamW on one window. The kinds are run one after the other in every round and the median of the rounds is
+taken, so that a busy machine slows all of them alike. CPU time is this process's own. Peak memory: on a GPU what the allocator held; on the
+CPU each kind runs once in a process of its own, and the largest resident size while its steps run is given.
+"""
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from vggt_lora.adapters.adapter import apply_lora
+from vggt_lora.model.vggt import VGGT, VGGTConfig
+from vggt_lora.scenes.samples import Sample
+from vggt_lora.training.boundary import find_boundary, free_prefix
+from vggt_lora.training.config import TrainConfig
+from vggt_lora.training.loop import loss_config, window_loss
+from vggt_lora.training.optimizer import make_optimizer
+from vggt_lora.training.prefix_store import PrefixStore
+from vggt_lora.training.speed import halve_frozen, set_checkpointing
+
+SIZES = {"tiny": (VGGTConfig.tiny(), [(4, (154, 224))]), "1b-small": (VGGTConfig.vggt_1b(track_head=False), [(2, (140, 182))]),
+         "1b": (VGGTConfig.vggt_1b(track_head=False), [(8, (518, 518)), (8, (350, 518))])}
+KINDS = ("plain", "off", "cache", "small")
+
+
+def random_sample(frames: int, size: tuple[int, int]) -> Sample:
+    """A window of noise with depth everywhere."""
+    torch.manual_seed(1)
+    K = torch.tensor([[size[1], 0, size[1] / 2], [0, size[1], size[0] / 2], [0, 0, 1.0]]).repeat(frames, 1, 1)
+    pose = torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1)
+    pose[:, 0, 3] = torch.arange(frames, dtype=torch.float64)
+    depth = 2 + torch.rand(frames, *size)
+    return Sample(torch.rand(frames, 3, *size), K, pose, depth, depth > 0, torch.ones_like(depth), torch.zeros(depth.shape, dtype=torch.uint8),
+                  tuple(map(str, range(frames))), "noise", True)
+
+
+class Stepper:
+    """One way to run a training step."""
+
+    def __init__(self, base, strategy: str, kind: str, sample: Sample, device: str, folder: Path, free: bool):
+        self.model = apply_lora(base, strategy, seed=0)[0].train()
+        self.kind, self.sample, self.device, self.store = kind, sample, device, None
+        self.precision = "bf16" if device == "cuda" else "float32"
+        bare = self.model.get_base_model()
+        if kind == "plain":
+            bare.set_gradient_checkpointing(True)
+        else:
+            set_checkpointing(self.model, kind == "small")
+            bare.depth_head.frames_chunk = 1 if kind == "small" else None
+            if self.precision == "bf16":
+                halve_frozen(self.model)
+        self.losses = loss_config(TrainConfig(strategy=strategy))
+        self.optimizer = make_optimizer(self.model, TrainConfig(strategy=strategy))
+        if kind in ("cache", "small"):
+            layer = find_boundary(self.model).layer
+            self.store = PrefixStore(self.model, layer, self.precision, precision=self.precision, folder=folder)
+            self.digests = tuple(map(str, range(len(sample.names))))
+            self.store.state(sample.images, self.digests)
+            if free:
+                self.store.freed = free_prefix(self.model, layer)
+
+    def step(self) -> float:
+        """One step; returns the loss."""
+        state = self.store.state(self.sample.images, self.digests) if self.store else None
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            loss = window_loss(self.model, self.sample, self.losses, self.device, state).total
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return float(loss.detach())
+
+
+def new_base(config: VGGTConfig, device: str) -> VGGT:
+    """A random network; LayerScales and the rest as torch draws them."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = VGGT(config)
+    model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02, generator=generator)
+    model.aggregator.reset_constants()
+    if model.point_head is not None:
+        model.point_head = None
+    return model.requires_grad_(False).to(device).eval()
+
+
+class Resident:
+    """The largest resident memory of this process while something runs."""
+
+    def __enter__(self):
+        self.peak, self.going = 0, True
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.going:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.peak = max(self.peak, pages * 4096)
+            time.sleep(0.005)
+
+    def __exit__(self, *_) -> None:
+        self.going = False
+        self.thread.join()
+
+
+def memory_of(size: str, shape, strategy: str, kind: str, device: str) -> float:
+    """Peak GB of two steps, in a process of its own on the CPU."""
+    command = [sys.executable, __file__, "--memory", json.dumps([size, shape, strategy, kind, device])]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure_memory(size: str, shape, strategy: str, kind: str, device: str) -> None:
+    """Print the peak of two steps in GB."""
+    import ctypes
+
+    with tempfile.TemporaryDirectory() as folder:
+        stepper = Stepper(new_base(SIZES[size][0], device), strategy, kind, random_sample(shape[0], tuple(shape[1])), device, Path(folder), True)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            stepper.step(), stepper.step()
+            print(torch.cuda.max_memory_allocated() / 1e9)
+            return
+        if stepper.store is not None and stepper.store.freed is not None:
+            stepper.store.freed.held = {}  # as where they can be read again
+        ctypes.CDLL(None).malloc_trim(0) if sys.platform == "linux" else None
+        with Resident() as resident:
+            stepper.step(), stepper.step()
+        print(resident.peak / 1e9)
+
+
+def compare(size: str, shape, strategy: str, device: str, rounds: int, kinds) -> dict:
+    """Seconds and CPU seconds of a step for each kind, interleaved; kinds share the frozen weights."""
+    base, sample = new_base(SIZES[size][0], device), random_sample(*shape)
+    wall, work = {k: [] for k in kinds}, {k: [] for k in kinds}
+    with tempfile.TemporaryDirectory() as folder:
+        steppers = {kind: Stepper(twin(base), strategy, kind, sample, device, Path(folder), False) for kind in kinds}
+        for number in range(rounds + 1):
+            for kind, stepper in steppers.items():
+                began, worked = time.perf_counter(), time.process_time()
+                stepper.step()
+                if number:  # the first round warms up
+                    wall[kind].append(time.perf_counter() - began)
+                    work[kind].append(time.process_time() - worked)
+    return {kind: (statistics.median(wall[kind]), statistics.median(work[kind])) for kind in kinds}
+
+
+def twin(base: VGGT) -> VGGT:
+    """A copy that shares the weights."""
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+
+def profile(size: str, shape, strategy: str, device: str) -> None:
+    """Print the operations that take the time of a cached step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with tempfile.TemporaryDirectory() as folder:
+        stepper = Stepper(new_base(SIZES[size][0], device), strategy, "cache", random_sample(*shape), device, Path(folder), False)
+        stepper.step()
+        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+        with record(activities=kinds) as found:
+            stepper.step()
+        key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+        print(found.key_averages().table(sort_by=key, row_limit=14, max_name_column_width=45))
+
+
+def main() -> int:
+    """Compare and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--strategies", default="a,b,c")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument("--profile", metavar="STRATEGY")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory:
+        measure_memory(*json.loads(args.memory))
+        return 0
+    if args.profile:
+        profile(args.size, SIZES[args.size][1][0], args.profile, args.device)
+        return 0
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{args.size} network on {name}, torch {torch.__version__}")
+    print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  plain/this (CPU)  peak GB")
+    for shape in SIZES[args.size][1]:
+        for strategy in args.strategies.split(","):
+            kinds = args.kinds.split(",")
+            found = compare(args.size, shape, strategy, args.device, args.rounds, kinds)
+            for kind in kinds:
+                peak = "" if args.no_memory else f"{memory_of(args.size, shape, strategy, kind, args.device):7.2f}"
+                wall, work = found[kind]
+                base = found.get("plain", (float("nan"),) * 2)
+                print(f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<5} {kind:6} {wall:7.3f}  {work:10.3f}  {base[0] / wall:17.2f}  {base[1] / work:16.2f}  {peak}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
