@@ -33,7 +33,7 @@ from .training.coverage import supervision_coverage
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.prefix import cached_feed
 from .training.processes import Team
-from .training.run import RunFolder, environment, run_path
+from .training.run import RunFolder, environment, reproducible, run_path
 from .training.speed import set_speed
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
                                       split_scenes, truth_source, with_rate)
@@ -153,7 +153,7 @@ def describe(run: RunFolder, config, scenes, split, audit, photos, targets, gate
     run.write("gate.txt", gate.text + "\n")
     run.write("model.txt", "".join(f"{r.status:8} {r.kind:20} {r.parameters:>12,} {r.lora_parameters:>9,}  {r.name}  {r.reason}\n"
                                    for r in targets.rows))
-    run.write("config.json", {"config": dataclasses.asdict(config), "environment": environment(), "split": audit,
+    run.write("config.json", {"config": dataclasses.asdict(config), "environment": environment(), "reproducible": reproducible(resolve_device(config.device)), "split": audit,
                               "scenes": [{"name": s.name, "frames": len(s), "metric": s.metric, "notes": list(s.notes)} for s in scenes]})
     for scene in scenes:
         for note in scene.notes:
