@@ -25,10 +25,10 @@ def load() -> None:
     import matplotlib
     import torch
 
-
+    import vggt_lora.adapters.export  # noqa: F401
     import vggt_lora.compare  # noqa: F401
     import vggt_lora.train  # noqa: F401
-
+    import vggt_lora.training.prefix  # noqa: F401
 
     matplotlib.use("agg")
     torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as room:
         os.environ["VGGT_LORA_CACHE"] = f"{room}/cache"  # nothing of the user's own is read or written
         load()
-        base = make_base(Path(room) / "base")
+        base = make_base(Path(room) / "base", network="export" in names)
         for name in names:
             for death in torture(JOBS[name], base, Path(room) / "room", given.kills or (2 if given.short else KILLS[name]), given.seed):
                 found.append(death)

@@ -89,11 +89,29 @@ def train(base: Path, out: Path, **changes) -> None:
     run(training_config(base, out, resume=bool(checkpoint_files(out / "checkpoints")), **changes))
 
 
-def export(base: Path, out: Path) -> None:
-    """An adapter melted into its base's checkpoint."""
-    from vggt_lora.adapters.export import export_merged
+def prefix(base: Path, out: Path) -> None:
+    """States after the frozen layers, kept for every window."""
+    import torch
 
-    export_merged(base / "adapter", out / "merged", base=base / "model")
+    from vggt_lora.model.vggt import VGGT, VGGTConfig
+    from vggt_lora.training.prefix_store import PrefixStore
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VGGT(VGGTConfig.golden()).eval()
+        photos = torch.rand(24, 2, 3, 56, 56)
+    kept = PrefixStore(model, 1, folder=out)
+    for number, images in enumerate(photos):
+        kept.state(images, (f"photo {number}", "another"))
+
+
+def export(base: Path, out: Path) -> None:
+    """An adapter melted into its base's checkpoint; who has an export already keeps it."""
+    from vggt_lora.adapters.export import UNFINISHED, export_merged
+
+    merged = out / "merged"
+    if not (merged / "config.json").is_file() or (merged / UNFINISHED).exists():
+        export_merged(base / "adapter", merged, base=base / "model")
 
 
 def grid(base: Path, out: Path) -> None:
@@ -108,15 +126,19 @@ def grid(base: Path, out: Path) -> None:
 RUN = {"living": ("metrics.jsonl", "train.log", "tensorboard/*", "events.*", "executed.ipynb", "failed-*"),
        "clocks": ("cost.json", "report.html", "config.json", "state.json", "comparison.html", "metrics.jsonl", "step-*.pt", "last.pt")}
 JOBS = {job.name: job for job in (
-    Job("demo", demo), Job("store", store), Job("dense depth", dense), Job("checkpoints", checkpoints),
+    Job("demo", demo), Job("store", store), Job("dense depth", dense), Job("checkpoints", checkpoints), Job("prefix", prefix), Job("export", export),
     Job("training", train, **RUN), Job("comparison", grid, **RUN, children=True),
 )}
 QUICK = ("demo", "store", "checkpoints", "training")
 
 
-def make_base(base: Path) -> Path:
-    """What all jobs read."""
+def make_base(base: Path, network: bool = False) -> Path:
+    """What all jobs read: a scene, and with `network` a small model and an adapter for it."""
     scene_of(base)
+    if network and not (base / "adapter").exists():
+        from tests.adversary.network_attacks import make_base as make_network
+
+        make_network(base)
     return base
 
 

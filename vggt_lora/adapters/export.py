@@ -277,7 +277,8 @@ def _write_both(folder: Path, tensors: dict, stored: StoredTensors, changed: fro
     with contextlib.ExitStack() as stack:
         temporary = [stack.enter_context(atomic_path(folder / name)) for name in FILE_NAMES]
         save_file(tensors, temporary[0], metadata=stored.metadata)
-        torch.save(tensors, temporary[1])
+        with open(temporary[1], "wb") as file:  # by its name torch would write the temporary one into the file
+            torch.save(tensors, file)
         return [_compare(path, tensors, stored, changed) for path in temporary][0]
 
 # %% ../../nbs/adapters/export.ipynb #591cdc94
