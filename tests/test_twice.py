@@ -16,6 +16,9 @@ import json, sys
 asked = []
 def watch(event, arguments):
     if event in ("socket.connect", "socket.bind", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"):
+        caller = sys._getframe(1).f_code
+        if caller.co_name == "_has_ipv6" and "urllib3" in caller.co_filename:
+            return  # at import urllib3 binds a port of its own machine and lets it go, to see whether there is IPv6
         asked.append([event, repr(arguments[1:] if event.startswith("socket.c") or event.startswith("socket.b") else arguments)])
 sys.addaudithook(watch)
 import dataclasses
