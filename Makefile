@@ -17,12 +17,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help env system train test notebooks wheel torture test-matrix coverage clean
+.PHONY: help env system train test browser-test guide notebooks wheel torture test-matrix coverage clean
 
 help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
 	@echo "make train   env, vggt_lora_doctor, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
 	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest"
+	@echo "make browser-test   env, then the numbered notebooks in a real JupyterLab and Chromium; screenshots in outputs/browser/"
+	@echo "make guide   env, then nbs/guide and the numbered notebooks as static pages in _docs/"
 	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
 	@echo "make wheel   env, then dist/: the source distribution and the wheel, with the weights of the tiny network inside"
 	@echo "make torture      env, then every command killed at 100 random instants in all; the result goes to docs/torture.md"
@@ -52,6 +54,14 @@ train: env
 
 test: env
 	$(BIN)/python tests/run_all.py
+
+# Part of `make test` where Chromium is installed; here its absence is a fault, and says how to get it.
+browser-test: env
+	@$(BIN)/python -c "import sys; sys.path.insert(0, 'tests'); import browser; sys.exit(browser.what_is_missing())"
+	$(BIN)/python -m pytest -q -rs tests/test_browser_notebooks.py tests/test_browser_cloud.py
+
+guide: env
+	$(BIN)/python tools/render_guide.py
 
 notebooks: env
 	$(BIN)/python tools/execute_notebooks.py

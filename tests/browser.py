@@ -11,6 +11,7 @@ Use:
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -24,10 +25,18 @@ PAGE_CONFIG = {  # open3d brings dash, whose extension makes JupyterLab ask for 
     "buildAvailable": False,
     "disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True},
 }
+NOTEBOOK_SETTINGS = {"windowingMode": "none"}  # every cell is in the page, also what lies below the window's edge
 CHROMIUM_OPTIONS = (
     "--headless=new", "--disable-dev-shm-usage", "--window-size=1400,1000", "--enable-unsafe-swiftshader",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic",
 )
+
+
+class Address(str):
+    """The address of a server, with the secret that opens it."""
+
+    token = ""
+    log: Path | None = None  # what the server and its kernels write
 
 
 def _is_root() -> bool:
@@ -55,20 +64,25 @@ def jupyterlab(
     folder: Path,  # served as root; JupyterLab saves what it runs, so give it copies
     timeout: float = 60.0,  # seconds until the server must answer
 ):
-    """Run JupyterLab on a free port of this machine and yield its address; its settings and log lie beside `folder`."""
+    """Run JupyterLab on a free port of this machine and yield its `Address`; its settings and log lie beside `folder`."""
     folder = Path(folder).resolve()
     settings = folder.parent / f"{folder.name}_jupyter"
     (settings / "labconfig").mkdir(parents=True, exist_ok=True)
     (settings / "labconfig" / "page_config.json").write_text(json.dumps(PAGE_CONFIG))
+    of_notebooks = settings / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    of_notebooks.parent.mkdir(parents=True, exist_ok=True)
+    of_notebooks.write_text(json.dumps(NOTEBOOK_SETTINGS))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", "--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
+               "--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
     command += ["--allow-root"] if _is_root() else []
-    own = {"JUPYTER_CONFIG_DIR": settings, "JUPYTERLAB_SETTINGS_DIR": settings / "settings", "JUPYTERLAB_WORKSPACES_DIR": settings / "workspaces",
+    address = Address(f"http://127.0.0.1:{port}")
+    address.token = secrets.token_hex(16)  # a server without one would run code for every user of this machine
+    own = {"JUPYTER_TOKEN": address.token, "JUPYTER_CONFIG_DIR": settings, "JUPYTERLAB_SETTINGS_DIR": settings / "settings", "JUPYTERLAB_WORKSPACES_DIR": settings / "workspaces",
            "IPYTHONDIR": settings / "ipython"}
-    log = settings / "server.log"
+    log = address.log = settings / "server.log"
     with open(log, "wb") as output:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder,
                                   env={**os.environ, **{name: str(path) for name, path in own.items()}})
@@ -76,13 +90,13 @@ def jupyterlab(
         end = time.monotonic() + timeout
         while True:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status", timeout=2):
+                with urllib.request.urlopen(urllib.request.Request(f"{address}/api/status", headers={"Authorization": f"token {address.token}"}), timeout=2):
                     break
             except OSError:
                 if server.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"JupyterLab did not answer; its log ends with:\n{log.read_text(errors='replace')[-2000:]}") from None
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield address
     finally:
         server.terminate()
         try:
@@ -127,32 +141,36 @@ def wait_for(
 
 def open_notebook(
     driver,
-    url: str,  # of the server
+    url: Address,  # of the server
     name: str,  # path of the notebook below the served folder
 ) -> None:
     """Open a notebook and wait until the application holds it."""
-    driver.get(f"{url}/lab/tree/{name}?reset")
+    driver.get(f"{url}/lab/tree/{name}?reset&token={url.token}")
     wait_for(driver, lambda d: d.execute_script(
         "return !!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.context)"), f"{name} to open")
 
 
 def run_all(
     driver,
+    timeout: float = 1200.0,  # seconds; generous, since it only ends what hangs
 ) -> None:
     """Run all cells through the application, after the kernel is ready, and wait for the last; RuntimeError says what went wrong.
 
-    Not through the menu: that races with the start of the kernel. The promise resolves when all cells are done.
+    Not through the menu: that races with the start of the kernel. The promise resolves when all cells are done; the page is asked for it again and
+    again, since one long call would run into the limits of the driver and of selenium's connection.
     """
-    fault = driver.execute_async_script("""
-        const done = arguments[arguments.length - 1];
+    driver.execute_script("""
+        window.allCells = {done: false, fault: null};
         (async () => {
             const context = jupyterapp.shell.currentWidget.context;
             await context.ready;
             await context.sessionContext.ready;
             await context.sessionContext.session.kernel.info;
             await jupyterapp.commands.execute('notebook:run-all-cells');
-        })().then(() => done(null), error => done(String(error)));
+        })().then(() => { allCells.done = true; }, error => { allCells = {done: true, fault: String(error)}; });
     """)
+    wait_for(driver, lambda d: d.execute_script("return allCells.done"), "all cells to run", timeout)
+    fault = driver.execute_script("return allCells.fault")
     if fault:
         raise RuntimeError(f"running all cells failed: {fault}")
 
@@ -225,3 +243,147 @@ def press_slider(
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
     found.click()
     found.send_keys(keys)
+
+
+def restarts(
+    url: Address,
+) -> list[str]:
+    """Return the lines of the server's log that speak of a kernel that died; JupyterLab shows no error then, and runs no further cell."""
+    return [line for line in url.log.read_text(errors="replace").splitlines() if "KernelRestarter: restarting kernel" in line]
+
+
+def save(
+    driver,
+) -> None:
+    """Save the open notebook and wait until it is saved."""
+    driver.execute_script("window.saved = false; jupyterapp.shell.currentWidget.context.save().finally(() => { saved = true; })")
+    wait_for(driver, lambda d: d.execute_script("return saved"), "the notebook to be saved")
+
+
+def code_cells(
+    driver,
+) -> list[dict]:
+    """Return the code cells of the open notebook as the application holds them: {"source", "count" (None: never run), "errors" [texts]}."""
+    return driver.execute_script("""
+        const text = value => Array.isArray(value) ? value.join('') : String(value);
+        return jupyterapp.shell.currentWidget.content.model.sharedModel.cells.filter(cell => cell.cell_type === 'code').map(cell => cell.toJSON()).map(cell => ({
+            source: text(cell.source), count: cell.execution_count,
+            errors: cell.outputs.filter(output => output.output_type === 'error').map(output => output.ename + ': ' + output.evalue)}));
+    """)
+
+
+CONTROLS = {  # what a person can move, and where its own read-out stands
+    "slider": ".widget-slider",
+    "choice": ".widget-dropdown",
+    "radio": ".widget-radio",
+    "toggle": ".widget-toggle-buttons, .widget-toggle-button",
+    "tick": ".widget-checkbox",
+    "button": ".widget-button",
+}
+
+
+def controls(
+    driver,
+) -> list[tuple[int, str, str]]:
+    """Return (number of its output on the page, kind, description) of every control that is shown."""
+    return [tuple(found) for found in driver.execute_script("""
+        const found = [];
+        document.querySelectorAll('.jp-Cell-outputArea').forEach((area, number) => {
+            for (const [kind, selector] of Object.entries(arguments[0]))
+                for (const element of area.querySelectorAll(selector)) {
+                    const label = element.querySelector('.widget-label');
+                    if (element.offsetParent && !(kind === 'button' && element.closest('.widget-toggle-buttons')))
+                        found.push([number, kind, (label && label.offsetParent ? label.innerText : element.innerText).trim()]);
+                }
+        });
+        return found;
+    """, CONTROLS)]
+
+
+def shown_in(
+    driver,
+    area: int,  # number of the output on the page
+) -> dict:
+    """Return what an output shows: {"text": all of it, less what the controls themselves say, "images": checksums of the decoded pictures}."""
+    return driver.execute_script("""
+        const area = document.querySelectorAll('.jp-Cell-outputArea')[arguments[0]];
+        const own = [...area.querySelectorAll(arguments[1])];
+        const texts = [...area.querySelectorAll('.widget-label, .widget-html, .widget-htmlmath, .jp-OutputArea-output pre, .jp-RenderedHTMLCommon')]
+            .filter(element => !own.some(control => control.contains(element))).map(element => element.innerText);
+        const sum = drawn => {
+            const width = drawn.naturalWidth || drawn.width, height = drawn.naturalHeight || drawn.height;
+            if (!width || !height || drawn.complete === false) return [0, 0, 0];
+            const canvas = document.createElement('canvas');
+            canvas.width = width; canvas.height = height;
+            const context = canvas.getContext('2d');
+            context.drawImage(drawn, 0, 0);
+            let total = 0;
+            for (const pixel of new Uint32Array(context.getImageData(0, 0, width, height).data.buffer)) total = (Math.imul(total, 31) + pixel) | 0;
+            return [width, height, total];
+        };
+        return {text: texts.join('\\n'), images: [...area.querySelectorAll('img, canvas')].map(sum)};
+    """, area, ", ".join(CONTROLS.values()))
+
+
+def control_in(
+    driver,
+    area: int,  # number of the output on the page
+    kind: str,  # of CONTROLS
+    label: str,  # its description
+):
+    """Return a control's element, scrolled to the middle of the window."""
+    from selenium.webdriver.common.by import By
+    place = driver.find_elements(By.CSS_SELECTOR, ".jp-Cell-outputArea")[area]
+    for element in place.find_elements(By.CSS_SELECTOR, CONTROLS[kind]):
+        names = element.find_elements(By.CSS_SELECTOR, ".widget-label")
+        if (names[0].text if names and names[0].is_displayed() else element.text).strip() == label:
+            driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+            return element
+    raise LookupError(f"no {kind} {label!r} in output {area}")
+
+
+def move(
+    driver,
+    area: int,
+    kind: str,
+    label: str,
+) -> None:
+    """Move a control by one step, as a person would: keys on a slider's handle, a click on what can be clicked."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
+    element = control_in(driver, area, kind, label)
+    if kind == "slider":
+        handle = element.find_element(By.CSS_SELECTOR, ".noUi-handle")
+        at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
+        handle.click()
+        handle.send_keys(Keys.ARROW_LEFT if at_end else Keys.ARROW_RIGHT)
+    elif kind == "choice":
+        chosen = Select(element.find_element(By.TAG_NAME, "select"))
+        now = chosen.options.index(chosen.first_selected_option)
+        chosen.select_by_index((now + 1) % len(chosen.options))
+    elif kind in ("radio", "toggle"):
+        others = [button for button in element.find_elements(By.CSS_SELECTOR, "input[type=radio], button")
+                  if not button.is_selected() and "mod-active" not in button.get_attribute("class")]
+        (others[0] if others else element).click()
+    elif kind == "tick":
+        element.find_element(By.CSS_SELECTOR, "input").click()
+    else:
+        element.click()
+
+
+def tall_screenshot(
+    driver,
+    path: Path,
+    most: int = 12_000,  # pixels in height
+) -> None:
+    """Photograph the open notebook from top to bottom."""
+    size = driver.get_window_size()
+    height = driver.execute_script("""
+        const cells = document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-cell');
+        return cells.length ? cells[cells.length - 1].getBoundingClientRect().bottom - cells[0].getBoundingClientRect().top : 0;
+    """)
+    driver.set_window_size(size["width"], min(most, max(size["height"], int(height) + 250)))
+    driver.execute_script("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
+    driver.save_screenshot(str(path))
+    driver.set_window_size(size["width"], size["height"])

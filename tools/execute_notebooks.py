@@ -2,8 +2,8 @@
 
     python tools/execute_notebooks.py [NOTEBOOK ...]
 
-04 shows the newest run under outputs/, so run `make train` first. A notebook may not grow past 200 kB: pictures become palette
-images, smaller until they fit.
+04 shows the newest run under outputs/, so run `make train` first. A notebook may not grow past 200 kB: drawings become palette images and photos JPEG,
+whichever is smaller, smaller until they fit.
 """
 import base64
 import io
@@ -20,25 +20,34 @@ KEPT = ["00_data", "01_depth", "02_lora", "04_evaluate"]
 LIMIT = 200_000  # bytes of a notebook
 
 
-def smaller(png: str, width: int, colours: int) -> str:
-    """A base64 PNG as a palette image of at most `width` pixels."""
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+STEPS = ((1000, 128, 75), (900, 64, 65), (800, 48, 55), (700, 32, 50), (600, 32, 45), (500, 24, 40), (420, 16, 35))  # width, colours of a PNG, quality of a JPEG
+
+
+def smaller(png: str, width: int, colours: int, quality: int) -> tuple[str, str]:
+    """A base64 PNG of at most `width` pixels as (mime type, base64), palette PNG or JPEG: noise in photos swells the first, fine lines the second."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
-    out = io.BytesIO()
-    image.quantize(colours, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
-    return base64.b64encode(out.getvalue()).decode() + "\n"
+    as_png, as_jpeg = io.BytesIO(), io.BytesIO()
+    image.quantize(colours, dither=Image.Dither.NONE).save(as_png, "PNG", optimize=True)
+    image.save(as_jpeg, "JPEG", quality=quality, optimize=True)
+    kind, found = min((("image/png", as_png), ("image/jpeg", as_jpeg)), key=lambda pair: pair[1].tell())
+    return kind, base64.b64encode(found.getvalue()).decode() + "\n"
 
 
 def shrink(notebook, path: Path) -> None:
     """Shrink all pictures of a notebook until it fits; raises SystemExit if it cannot."""
     pictures = [(o, o.data["image/png"]) for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
-    for width, colours in [(1000, 128), (900, 64), (800, 48), (700, 32), (600, 32), (500, 24)]:
+    for step in STEPS:
         for output, png in pictures:
-            output.data["image/png"] = smaller(png, width, colours)
+            for kind in ("image/png", "image/jpeg"):
+                output.data.pop(kind, None)
+            kind, output.data[kind] = smaller(png, *step)
         if len(nbformat.writes(notebook)) <= LIMIT:
             return
-    raise SystemExit(f"{path}: {len(nbformat.writes(notebook))} bytes, over {LIMIT} with the smallest pictures")
+    text = len(nbformat.writes(notebook)) - sum(len(next(iter(v for k, v in o.data.items() if k.startswith("image/")))) for o, _ in pictures)
+    raise SystemExit(f"{path}: {len(nbformat.writes(notebook))} bytes, over {LIMIT} with the smallest pictures ({len(pictures)} pictures, {text} bytes of text)")
 
 
 def main(names: list[str]) -> None:

@@ -30,6 +30,7 @@ from .training.checkpoint import disk_errors, newest_checkpoint
 from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
+from .training.glimpse import Glimpse, begin
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.prefix import cached_feed
 from .training.processes import Team
@@ -92,6 +93,7 @@ def train(
             feed = cached_feed(adapted, cache, config, items_of(split.train, scenes), items_of(split.val, scenes), run.log,
                                reload=lambda: build_model(config).state_dict())
         meter.mark("preparation")
+        begin(hooks, run.folder, Glimpse(adapted, items_of(split.val, scenes), feed))
         fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, feed, hooks)
         meter.mark("training")
         with disk_errors(folder):

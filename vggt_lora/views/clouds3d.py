@@ -143,9 +143,6 @@ def someone_watches() -> bool:
     return in_kernel and any(name in os.environ for name in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD"))
 
 
-_OPEN_VIEWS = []
-
-
 class CloudView:
     """Clouds that can be turned: `picture()` renders, `widget` is the page with sliders or None, `close()` frees the renderer."""
 
@@ -163,17 +160,12 @@ class CloudView:
     def close(self):
         """Free the renderer; the next picture takes a new one."""
         stage, self._stage, self._shown = self._stage, None, None
-        if self in _OPEN_VIEWS:
-            _OPEN_VIEWS.remove(self)
         if stage is not None:
             stage.close()
 
     def _open3d_picture(self, name, points, colours, segments, K, pose):
-        if self._stage is None:
-            for view in _OPEN_VIEWS[:-1]:  # this one makes two
-                view.close()
-            self._stage = CloudStage(self.size)
-            _OPEN_VIEWS.append(self)
+        if self._stage is None or not self._stage.open:  # another view took the renderer
+            self._stage, self._shown = CloudStage(self.size), None
         if self._shown != name:
             show_cloud(self._stage, points, colours, self.point_size, segments)
             self._shown = name

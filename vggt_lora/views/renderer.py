@@ -136,11 +136,14 @@ def stage_frame(
     return centre, 100.0 / radius if radius > 0 else 1.0
 
 
-LIVE = []  # stages that hold a renderer, oldest first
+LIVE = []  # the stage that holds a renderer; never two
 
 
 class CloudStage:
-    """An Open3D scene that is kept while the camera moves; a context manager, to be closed after use."""
+    """An Open3D scene that is kept while the camera moves; a context manager, to be closed after use.
+
+    There is one at a time: opening another closes this, and whoever comes back to it gets RuntimeError, see `open`.
+    """
 
     def __init__(
         self,
@@ -152,8 +155,21 @@ class CloudStage:
         self.process = os.getpid()
         self._call = render_thread(self.process).call
         self._frame = (np.zeros(3), 1.0)
+        for stage in list(LIVE):  # the engine is one for all and dies with the first renderer, and the process if another still holds something
+            stage.close()
         self._renderer = self._call(self._open)
         LIVE.append(self)
+
+    @property
+    def open(self) -> bool:
+        """Say whether it can still draw."""
+        return self in LIVE
+
+    def renderer(self):
+        """Return the renderer; raises RuntimeError where the stage is closed."""
+        if not self.open:
+            raise RuntimeError("this stage is closed: there is one at a time, and another was opened; make a new one")
+        return self._renderer
 
     def _open(self):
         with quiet():
@@ -203,7 +219,7 @@ def show_cloud(
 
     def put():
         o3d = stage._o3d
-        scene = stage._renderer.scene
+        scene = stage.renderer().scene
         scene.clear_geometry()
         if len(points):
             cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector((points - centre) * factor))
@@ -240,10 +256,11 @@ def see_cloud(
     def look():
         height, width = stage.size
         camera = stage._o3d.camera.PinholeCameraIntrinsic(width, height, K[0, 0], K[1, 1], K[0, 2], K[1, 2])
-        stage._renderer.setup_camera(camera, pose)
+        renderer = stage.renderer()
+        renderer.setup_camera(camera, pose)
         if depth:
-            return np.asarray(stage._renderer.render_to_depth_image(z_in_view_space=True)).copy()
-        return np.asarray(stage._renderer.render_to_image()).copy()  # a copy: Open3D's buffer does not last
+            return np.asarray(renderer.render_to_depth_image(z_in_view_space=True)).copy()
+        return np.asarray(renderer.render_to_image()).copy()  # a copy: Open3D's buffer does not last
 
     seen = stage._call(look)
     return np.where(np.isfinite(seen), seen / np.float32(factor), np.float32(0)) if depth else seen

@@ -1,0 +1,126 @@
+"""The numbered notebooks as a newcomer meets them: a real JupyterLab, a real browser, every cell, and a control moved in each that has one.
+
+One server and one browser for all of them. Copies are run, made small by injected parameters. Screenshots, at rest and after the interaction, stay in
+outputs/browser/ to be looked at.
+"""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import browser  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "outputs" / "browser"  # ignored by git
+RUN = FOLDER / "run"
+SMALL = {"epochs": 1, "frames": 4, "overlap": 0.0, "image_size": 112, "scenes": "demo_a,demo_held", "hold_out": "demo_held"}
+PARAMETERS = {
+    "00_data": {},
+    "01_depth": {"image_size": 252, "audit_photos": 6},
+    "02_lora": {},
+    "03_train": {**SMALL, "output": str(RUN)},
+    "04_evaluate": {"run": str(RUN), "pictures": 2},
+    "05_compare": {"output": str(FOLDER / "compare"), "grid": "strategy=a", "jobs": 1, "pictures": 1,
+                   "settings": "; ".join(f'{name}="{value}"' if "," in str(value) else f"{name}={value}" for name, value in SMALL.items())},
+}
+# (kind, description of the control, words that stand in its output afterwards), for what is known by name; any other control is moved as well,
+# and something beside its own read-out has to change
+EXPECTED = {
+    "01_depth": [("slider", "photo", None)],
+    "04_evaluate": [("slider", "azimuth", "azimuth 35°"), ("slider", "azimuth", "azimuth 35°")],
+}
+MOST_MOVES = 6  # for each notebook
+
+
+@pytest.fixture(scope="module")
+def page():
+    """JupyterLab and Chromium for all notebooks: (address, driver)."""
+    missing = browser.what_is_missing()
+    if missing:
+        pytest.skip(missing)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    shutil.rmtree(FOLDER.parent / "browser_profile", ignore_errors=True)
+    served = FOLDER / "served"
+    served.mkdir(parents=True)
+    with browser.jupyterlab(served) as url, browser.chromium(FOLDER / "profile") as driver:
+        yield url, driver
+    shutil.rmtree(FOLDER / "profile", ignore_errors=True)
+
+
+def small_copy(name: str) -> str:
+    """Write a copy of a notebook with this test's parameters into the served folder; returns its file name."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+    notebook = parameterize_notebook(load_notebook_node(str(ROOT / "nbs" / f"{name}.ipynb")), PARAMETERS[name])
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(notebook, FOLDER / "served" / f"{name}.ipynb")
+    return f"{name}.ipynb"
+
+
+def something_changes(driver, area: int, kind: str, label: str, words: str | None) -> None:
+    """Move a control and wait until its output shows something else, beside the control's own read-out."""
+    before = browser.shown_in(driver, area)
+    browser.move(driver, area, kind, label)
+
+    def changed(d):
+        now = browser.shown_in(d, area)
+        return now != before and all(width for width, _, _ in now["images"]) and (words is None or words in now["text"])
+
+    browser.wait_for(driver, changed, f"the page to answer to the {kind} {label!r}" + (f" with {words!r}" if words else ""))
+    after = browser.shown_in(driver, area)
+    assert "could not draw" not in after["text"] and "Error" not in after["text"], after["text"]
+    if before["images"] and words:
+        assert after["images"] != before["images"], f"{kind} {label!r} changed the words and not the picture"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(PARAMETERS))
+def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
+    url, driver = page
+    if name == "04_evaluate" and not (RUN / "results.json").is_file():  # 03 was not asked for, or failed
+        small = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        subprocess.run([sys.executable, "-m", "vggt_lora.train", *small, "--output", str(RUN)], cwd=ROOT, check=True, capture_output=True)
+    browser.open_notebook(driver, url, small_copy(name))
+    browser.run_all(driver)
+    assert not browser.restarts(url), "the kernel died on the way"
+    cells = browser.code_cells(driver)
+    assert [cell["errors"] for cell in cells if cell["errors"]] == []
+    assert [cell["source"] for cell in cells if cell["source"].strip() and cell["count"] is None] == [], "cells that were not run"
+    assert browser.cell_errors(driver) == []
+    browser.wait_for(driver, lambda d: d.execute_script("return [...document.querySelectorAll('.jp-OutputArea img')].every(i => i.complete && i.naturalWidth)"), "pictures")
+    browser.tall_screenshot(driver, FOLDER / f"{name}.png")
+
+    found, moved = browser.controls(driver), []
+    for kind, label, words in EXPECTED.get(name, []):
+        target = next((c for c in found if c[1:] == (kind, label) and c not in moved), None)
+        assert target, f"{name} has no {kind} {label!r} (any more); it has {found}"
+        something_changes(driver, *target, words)
+        moved.append(target)
+    areas = {area for area, _, _ in moved}
+    for target in found:  # one more in every output that has not been touched
+        if target[0] not in areas and target[1] != "button" and len(moved) < MOST_MOVES:
+            something_changes(driver, *target, None)
+            moved.append(target)
+            areas.add(target[0])
+    if moved:
+        driver.save_screenshot(str(FOLDER / f"{name}_moved.png"))
+    print(f"{name}: {len(cells)} cells, controls {found}, moved {moved}")
+    assert browser.severe_log_lines(driver) == []
+    browser.save(driver)  # or the browser asks whether to leave the page
+    driver.execute_script("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")  # its memory is free for the next
+
+
+def test_the_small_copies_are_the_notebooks():
+    """Every numbered notebook is in the list, and each parameter that is set here exists."""
+    assert sorted(PARAMETERS) == sorted(path.stem for path in (ROOT / "nbs").glob("0*.ipynb"))
+    for name, given in PARAMETERS.items():
+        cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        text = "".join("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+        assert all(f"\n{key}: " in f"\n{text}" for key in given), name

@@ -1,0 +1,192 @@
+"""What a newcomer reads: the READMEs in two languages, the guide and its commands, and every link between them."""
+import html
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+sys.path.insert(0, str(ROOT / "tools"))
+import execute_notebooks  # noqa: E402
+import render_guide  # noqa: E402
+
+ELSEWHERE = ("facebook/", "path/to", "my_photos", "my_house", "vggt_lora_download", "jupyter lab", "tensorboard --logdir", "make ")  # weights, data, network, or a server
+
+
+def markdown_of(path: Path) -> str:
+    """The text of a README or of a notebook's markdown cells."""
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown")
+
+
+def texts() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md")),
+            *(p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+def links(text: str) -> list[str]:
+    """Targets of links and pictures in markdown that point to files."""
+    found = re.findall(r"\]\(([^)\s]+)\)", without_code(text))
+    return [target for target in found if not re.match(r"[a-z]+:|#", target)]
+
+
+def test_every_relative_link_has_a_target():
+    found = {path: links(markdown_of(path)) for path in texts()}
+    assert sum(map(len, found.values())) > 15, "the rule would hold for nothing"
+    assert [f"{path.relative_to(ROOT)}: {target}" for path, targets in found.items() for target in targets
+            if not (path.parent / target.split("#")[0]).exists()] == []
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```\w*\n.*?^```", text, re.M | re.S)
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The numbers and the code of every row of every table."""
+    rows = [[re.findall(r"`[^`]+`|[-+−]?\d[\d.,e-]*\d|\d", cell) for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return rows
+
+
+def test_the_two_readmes_say_the_same():
+    """Same commands, numbers in tables, headings, pictures and names of files; each links the other."""
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    assert blocks(english) == blocks(chinese) and len(blocks(english)) > 5
+    assert tables(english) == tables(chinese) and len(tables(english)) > 20
+    headings = [[len(mark) for mark in re.findall(r"^(#+) ", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)] for text in (english, chinese)]
+    assert headings[0] == headings[1]
+    names = [sorted(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))) for text in (english, chinese)]
+    assert names[0] == names[1]
+    assert "](README.zh.md)" in english and "](README.md)" in chinese and "](docs/overview.png)" in english
+
+
+def guide_commands() -> list[str]:
+    """Every line of the guide's sh blocks, once."""
+    found = [line.strip() for name in render_guide.GUIDE for block in re.findall(r"^```sh\n(.*?)^```", markdown_of(ROOT / "nbs" / "guide" / f"{name}.ipynb"), re.M | re.S)
+             for line in block.splitlines() if line.strip() and not line.startswith("#")]
+    return list(dict.fromkeys(found))
+
+
+def runnable() -> list[str]:
+    return [command for command in guide_commands() if not any(word in command for word in ELSEWHERE)]
+
+
+SMALL = {  # what makes a command cheap, by its notebook
+    "00_data": [],
+    "01_depth": ["-p", "image_size", "126", "-p", "audit_photos", "2"],
+    "02_lora": [],
+    "03_train": ["-p", "epochs", "1", "-p", "frames", "2", "-p", "overlap", "0.0", "-p", "image_size", "56", "-p", "scenes", "demo_a,demo_held", "-p", "hold_out", "demo_held"],
+    "04_evaluate": ["-p", "pictures", "1"],
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """One small finished run for every command that wants one."""
+    folder = tmp_path_factory.mktemp("guide") / "run"
+    words = [f"--{word.replace('_', '-')}" if i % 3 == 1 else word for i, word in enumerate(SMALL["03_train"]) if i % 3]
+    done = subprocess.run([sys.executable, "-m", "vggt_lora.train", *words, "--output", str(folder)], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_the_guide_has_commands_of_every_step():
+    commands = " ".join(guide_commands())
+    assert len(runnable()) >= 6
+    for step in ("00_data", "01_depth", "02_lora", "03_train", "04_evaluate", "05_compare"):
+        assert f"nbs/{step}.ipynb" in commands, step
+    unknown = [c for c in runnable() if not c.startswith(("papermill nbs/", "ls ", "vggt_lora_doctor", "python -m "))]
+    assert unknown == [], "the test below does not know how to run these"
+
+
+def test_names_of_parameters_in_the_guide_exist():
+    """Also in the commands that cannot be run here: -p NAME has to be a parameter of that notebook."""
+    seen = 0
+    for command in [c for c in guide_commands() if c.startswith("papermill nbs/")]:
+        words = shlex.split(command)
+        cells = json.loads((ROOT / words[1]).read_text(encoding="utf-8"))["cells"]
+        known = re.findall(r"^(\w+): ", "".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), re.M)
+        given = [words[i + 1] for i, word in enumerate(words) if word == "-p"]
+        seen += len(given)
+        assert set(given) <= set(known), command
+    assert seen > 8
+
+
+# The comparison trains six runs as it stands, so test_compare and the browser test run it small instead; of several trainings the last is run.
+TO_RUN = [c for c in runnable() if "05_compare" not in c and ("03_train" not in c or "keep_base" in c)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TO_RUN)
+def test_the_guides_commands_run(command, run_folder, tmp_path):
+    """As written, from the repository root, made small; results go to a folder of the test's own."""
+    words = shlex.split(command)
+    if words[0] == "papermill":
+        step = Path(words[1]).stem
+        words[2] = str(tmp_path / "out.ipynb")
+        given = {words[i + 1] for i, word in enumerate(words) if word == "-p"}
+        for i in range(0, len(SMALL[step]), 3):
+            if SMALL[step][i + 1] not in given:
+                words += SMALL[step][i:i + 3]
+        words += {"03_train": ["-p", "output", str(tmp_path / "run")], "04_evaluate": ["-p", "run", str(run_folder)]}.get(step, [])
+    if words[0] == "ls":
+        words = ["ls", "-d", words[1]]
+    words[0] = sys.executable if words[0] == "python" else str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
+    if not Path(words[0]).exists() and words[0] == "vggt_lora_doctor":
+        pytest.skip("vggt_lora_doctor is not installed in this environment")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "MPLBACKEND": "agg"})
+    assert done.returncode == 0, (command, done.stdout[-1500:], done.stderr[-2500:])
+
+
+def test_the_guide_renders_with_working_links(tmp_path):
+    pages = render_guide.render(tmp_path)
+    assert len(pages) == 1 + len(render_guide.GUIDE) + len(list((ROOT / "nbs").glob("0*.ipynb")))
+    seen = 0
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        targets = [html.unescape(t) for t in re.findall(r'<a [^>]*href="([^"#]+)[^"]*"', text)]
+        for target in [t for t in targets if not re.match(r"[a-z]+:", t)]:
+            seen += 1
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
+        assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://[^"]+"', text), f"{page.name} asks another machine for something"
+    assert seen > 15
+
+
+def test_pictures_of_a_notebook_shrink_below_the_limit():
+    """Photos and drawings, which together are far over the limit; a photo becomes JPEG, a drawing stays PNG."""
+    import base64
+    import io
+
+    import nbformat
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 255, (24, 36, 3), dtype=np.uint8)).resize((900, 600), Image.BICUBIC)
+    photo = np.clip(np.asarray(smooth, float) + rng.normal(0, 12, (600, 900, 3)), 0, 255).astype(np.uint8)
+    drawing = np.full((600, 900, 3), 255, np.uint8)
+    drawing[100:500:40] = drawing[:, 100:800:50] = (0, 114, 178)
+    outputs = []
+    for _ in range(3):
+        for picture in (photo, drawing):
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, "PNG")
+            outputs.append(nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()}))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=outputs)])
+    assert len(nbformat.writes(notebook)) > 10 * execute_notebooks.LIMIT
+    execute_notebooks.shrink(notebook, Path("x.ipynb"))
+    assert len(nbformat.writes(notebook)) <= execute_notebooks.LIMIT
+    kinds = [next(iter(output["data"])) for output in notebook.cells[0].outputs]
+    assert kinds[:2] == ["image/jpeg", "image/png"]
+    for output in notebook.cells[0].outputs:
+        picture = Image.open(io.BytesIO(base64.b64decode(next(iter(output["data"].values())))))
+        assert picture.width >= 400
