@@ -332,14 +332,18 @@ def control_in(
     label: str,  # its description
 ):
     """Return a control's element, scrolled to the middle of the window."""
-    from selenium.webdriver.common.by import By
-    place = driver.find_elements(By.CSS_SELECTOR, ".jp-Cell-outputArea")[area]
-    for element in place.find_elements(By.CSS_SELECTOR, CONTROLS[kind]):
-        names = element.find_elements(By.CSS_SELECTOR, ".widget-label")
-        if (names[0].text if names and names[0].is_displayed() else element.text).strip() == label:
-            driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-            return element
-    raise LookupError(f"no {kind} {label!r} in output {area}")
+    element = driver.execute_script("""
+        const name = element => {
+            const label = element.querySelector('.widget-label');
+            return (label && label.offsetParent ? label.innerText : element.innerText).trim();
+        };
+        const found = [...document.querySelectorAll('.jp-Cell-outputArea')[arguments[0]].querySelectorAll(arguments[1])].find(element => name(element) === arguments[2]);
+        if (found) found.scrollIntoView({block: 'center'});
+        return found;
+    """, area, CONTROLS[kind], label)
+    if element is None:
+        raise LookupError(f"no {kind} {label!r} in output {area}")
+    return element
 
 
 def move(
