@@ -353,6 +353,7 @@ def move(
     label: str,
 ) -> None:
     """Move a control by one step, as a person would: keys on a slider's handle, a click on what can be clicked."""
+    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select
@@ -360,8 +361,8 @@ def move(
     if kind == "slider":
         handle = element.find_element(By.CSS_SELECTOR, ".noUi-handle")
         at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
-        handle.click()
-        handle.send_keys(Keys.ARROW_LEFT if at_end else Keys.ARROW_RIGHT)
+        driver.execute_script("arguments[0].focus()", handle)  # as the tab key would; a click may meet a page that still moves
+        ActionChains(driver).send_keys(Keys.ARROW_LEFT if at_end else Keys.ARROW_RIGHT).perform()
     elif kind == "choice":
         chosen = Select(element.find_element(By.TAG_NAME, "select"))
         now = chosen.options.index(chosen.first_selected_option)
