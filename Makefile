@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help env system train test browser-test guide notebooks wheel clean
+.PHONY: help env system train test browser-test guide notebooks wheel torture test-matrix coverage clean
 
 help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
@@ -27,6 +27,9 @@ help:
 	@echo "make guide   env, then nbs/guide and the numbered notebooks as static pages in _docs/"
 	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
 	@echo "make wheel   env, then dist/: the source distribution and the wheel, with the weights of the tiny network inside"
+	@echo "make torture      env, then every command killed at 100 random instants in all; the result goes to docs/torture.md"
+	@echo "make test-matrix  the quick tests with Python 3.11 and 3.12, pinned and lowest versions, each in an environment of its own"
+	@echo "make coverage     env, then pytest with the lines of the package that it runs; fails below 90 %"
 	@echo "make system  only the system packages that Open3D and the browser check need"
 	@echo "make clean   remove $(VENV) and build leftovers; outputs/ stays"
 
@@ -66,6 +69,19 @@ notebooks: env
 # The wheel is made from the source distribution, so what is missing in one cannot hide in the other.
 wheel: env
 	$(BIN)/python -m build --no-isolation --outdir dist .
+
+torture: env
+	$(BIN)/python -m tests.torture --write docs/torture.md
+
+test-matrix:
+	$(PYTHON) tools/test_matrix.py
+
+# Processes that tests start are counted too. The lines that stay out are listed in the report.
+coverage: env
+	$(BIN)/python -m coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q tests
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --show-missing --skip-covered --fail-under=90
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -322,7 +322,7 @@ def test_two_processes_step_as_one_that_accumulates_twice_as_much(scene, tmp_pat
 # --- settings -------------------------------------------------------------------------------------------------------
 
 def test_patience_and_keep_best(scene, tmp_path):
-    config = settings(scene, tmp_path / "run", epochs=8, lr=0.02, min_lr=0.01, warmup=0.0, clip=1e6, explode=0.0, patience=2, keep="best", save_every=0)
+    config = settings(scene, tmp_path / "run", epochs=8, lr=0.008, min_lr=0.006, warmup=0.0, clip=1e6, explode=0.0, patience=2, keep="best", save_every=0)
     run, progress, model = run_fit(config)
     losses = [r["loss"] for r in run.records if r["split"] == "val"]
     assert progress.epoch < 8 and progress.stale == 2 and min(losses) == losses[-3] == progress.best

@@ -176,7 +176,7 @@ def test_the_seed_decides_the_adapter(scene, tmp_path):
 # --- order ----------------------------------------------------------------------------------------------------------
 
 def test_windows_and_frames_are_shuffled_anew_in_every_epoch(scene, tmp_path):
-    config = settings(scene, tmp_path)
+    config = settings(scene, tmp_path, variants=0)
     epochs = [epoch_order(20, [6] * 20, config, epoch) for epoch in range(3)]
     for order in epochs:
         assert sorted(i for i, _ in order) == list(range(20)) != [i for i, _ in order]
@@ -187,6 +187,16 @@ def test_windows_and_frames_are_shuffled_anew_in_every_epoch(scene, tmp_path):
     assert epochs[1] != epoch_order(20, [6] * 20, dataclasses.replace(config, seed=6), 1)
     kept = epoch_order(20, [6] * 20, dataclasses.replace(config, shuffle_frames=False), 0)
     assert all(frames == list(range(6)) for _, frames in kept) and [i for i, _ in kept] != list(range(20))
+
+
+def test_first_frames_come_round_and_the_others_stay_in_order(scene, tmp_path):
+    config = settings(scene, tmp_path, variants=3)
+    epochs = [dict(epoch_order(20, [6] * 20, config, epoch)) for epoch in range(6)]
+    assert epochs[:3] == epochs[3:] and len({tuple(frames) for frames in epochs[0].values()}) > 3
+    for window in range(20):
+        firsts = [epoch[window][0] for epoch in epochs[:3]]
+        assert len(set(firsts)) == 3
+        assert all(epoch[window][1:] == [i for i in range(6) if i != epoch[window][0]] for epoch in epochs)
 
 
 @pytest.mark.parametrize("warmup, total", [(0.0, 7), (0.1, 40), (0.5, 4), (0.9, 20)])

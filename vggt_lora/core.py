@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VggtLoraError', 'SceneError', 'WeightsError', 'ConfigError', 'unknown', 'given_parameters', 'project_root',
-           'user_path', 'atomic_path', 'write_text', 'read_json', 'write_json']
+           'user_path', 'system_errors', 'atomic_path', 'write_text', 'read_json', 'write_json']
 
 # %% ../nbs/core.ipynb #c1519743
 import contextlib
@@ -84,6 +84,20 @@ def user_path(
     return (project_root() / path).resolve()
 
 # %% ../nbs/core.ipynb #7b58839e
+@contextlib.contextmanager
+def system_errors(
+    path: Path | str,  # that is written
+):
+    """Turn another library's word for an error of the system into OSError: safetensors has an exception of its own for a full disk."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
 _UMASK = threading.Lock()  # a process has one mask, and it can only be read by setting it
 
 
@@ -98,7 +112,8 @@ def atomic_path(
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with system_errors(path):
+            yield temporary
         with open(temporary, "rb") as written:  # the bytes reach the disk before the name does
             os.fsync(written.fileno())
         with _UMASK:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .adapters.adapter import apply_lora, load_adapter, save_adapter
 from .adapters.gate import BaseGate
-from .core import ConfigError, given_parameters
+from .core import ConfigError, atomic_path, given_parameters
 from .evaluation.protocols import DEFAULT
 from .evaluation.pictures import save_pictures
 from .evaluation.runner import base_of, comparison_rows, evaluate_windows
@@ -30,10 +30,11 @@ from .training.checkpoint import disk_errors, newest_checkpoint
 from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
+from .training.glimpse import Glimpse, begin
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.prefix import cached_feed
 from .training.processes import Team
-from .training.run import RunFolder, environment, run_path
+from .training.run import RunFolder, environment, reproducible, run_path
 from .training.speed import set_speed
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
                                       split_scenes, truth_source, with_rate)
@@ -92,6 +93,7 @@ def train(
             feed = cached_feed(adapted, cache, config, items_of(split.train, scenes), items_of(split.val, scenes), run.log,
                                reload=lambda: build_model(config).state_dict())
         meter.mark("preparation")
+        begin(hooks, run.folder, Glimpse(adapted, items_of(split.val, scenes), feed))
         fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, feed, hooks)
         meter.mark("training")
         with disk_errors(folder):
@@ -153,7 +155,7 @@ def describe(run: RunFolder, config, scenes, split, audit, photos, targets, gate
     run.write("gate.txt", gate.text + "\n")
     run.write("model.txt", "".join(f"{r.status:8} {r.kind:20} {r.parameters:>12,} {r.lora_parameters:>9,}  {r.name}  {r.reason}\n"
                                    for r in targets.rows))
-    run.write("config.json", {"config": dataclasses.asdict(config), "environment": environment(), "split": audit,
+    run.write("config.json", {"config": dataclasses.asdict(config), "environment": environment(), "reproducible": reproducible(resolve_device(config.device)), "split": audit,
                               "scenes": [{"name": s.name, "frames": len(s), "metric": s.metric, "notes": list(s.notes)} for s in scenes]})
     for scene in scenes:
         for note in scene.notes:
@@ -186,7 +188,7 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
     if not team.main:  # the first process measures; the others take its word
         team.wait()
         return Run(run.folder, config, json.loads((run.folder / "results.json").read_text(encoding="utf-8")), run.records, [])
-    folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(config)})
+    folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(dataclasses.replace(config, resume=False))})
     results, maps = measure(folder, held_out, cache, config)
     losses = [r["loss"] for r in run.records if r["split"] == "val"]
     results["held_out_loss"] = {"before": losses[0], "after": min(losses) if config.keep == "best" else losses[-1], "best": min(losses)}
@@ -274,7 +276,8 @@ def save_figures(run: RunFolder, maps: list[dict], most: int = 4) -> None:
                                                             "m" if maps[0]["metric"] else "scene units")}.items():
         try:
             figure = draw()
-            getattr(figure, "figure", figure).savefig(run.folder / "figures" / f"{name}.png", dpi=100, bbox_inches="tight")
+            with atomic_path(run.folder / "figures" / f"{name}.png") as temporary:
+                getattr(figure, "figure", figure).savefig(temporary, dpi=100, bbox_inches="tight")
         except Exception as error:
             run.log(f"figure {name} could not be drawn: {type(error).__name__}: {error}")
 

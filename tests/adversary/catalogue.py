@@ -10,7 +10,7 @@ BINARY = scene_attacks.colmap_binary_attacks()
 NETWORK = [*network_attacks.weights_attacks(), *network_attacks.adapter_attacks()]
 ATTACKS: dict[str, list[Attack]] = {
     "scene": [*SCENES, *run_attacks.split_attacks(), *run_attacks.generated_attacks()], "binary scene": BINARY, "network": NETWORK,
-    "store": run_attacks.store_attacks(), "nothing": run_attacks.parameter_attacks(),
+    "store": run_attacks.store_attacks(), "nothing": run_attacks.parameter_attacks(), **run_attacks.kept_attacks(),
 }  # name of the base -> attacks on a copy of it
 
 
@@ -24,7 +24,7 @@ def bases(room: Path) -> dict[str, Path]:
     nothing = room / "nothing"
     nothing.mkdir()
     return {"scene": scene, "binary scene": binary, "network": network_attacks.make_base(room / "network"),
-            "store": run_attacks.make_store(scene, room / "store"), "nothing": nothing}
+            "store": run_attacks.make_store(scene, room / "store"), "nothing": nothing, "checkpoint": run_attacks.make_checkpoint(room / "checkpoint"), "prefix": run_attacks.make_prefix(room / "prefix")}
 
 
 def chosen(words=()) -> list[tuple[str, Attack]]:

@@ -176,3 +176,68 @@ def generated_attacks() -> list[Attack]:
         found += [Attack("generated scene", f"{path} {name}", text_changed(path, change, *also), use_generated) for name, change in (("cut", lambda b: b[:-3]), ("flipped", flip(0.5)), ("empty", lambda b: b""))]
         found.append(Attack("generated scene", f"{path} gone", removed(path), use_generated))
     return found
+
+
+# --- checkpoints and the cache of frozen layers -------------------------------------------------------------------------
+
+def use_checkpoint(folder: Path) -> tuple:
+    """Read a checkpoint; what it holds has to be what was written."""
+    from vggt_lora.training.checkpoint import content_digest, read_checkpoint
+
+    return content_digest(read_checkpoint(folder / "step-00000001.pt")), []
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """Write the checkpoint of a small layer."""
+    import torch
+
+    from vggt_lora.training.checkpoint import save_checkpoint
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(8, 8)
+    save_checkpoint(folder / "step-00000001.pt", layer, torch.optim.AdamW(layer.parameters()), [{"torch": torch.zeros(3), "python": [1, [2], None]}], step=1)
+    return folder
+
+
+def use_prefix(folder: Path) -> tuple:
+    """Ask for a state that lies in the cache; a damaged entry has to be told and made anew."""
+    import torch
+
+    from vggt_lora.model.vggt import VGGT, VGGTConfig
+    from vggt_lora.training.prefix_store import PrefixStore
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, photos = VGGT(VGGTConfig.golden()).eval(), torch.rand(2, 3, 28, 28)
+    store = PrefixStore(model, 0, folder=folder / "prefix")
+    state = store.state(photos, ("one", "two"))
+    return digest(state.tokens.numpy(), *(tensor.numpy() for tensor in state.outputs.values())), [text.replace(str(folder), "") for text in store.report.damaged]
+
+
+def make_prefix(folder: Path) -> Path:
+    """Fill the cache with one entry."""
+    use_prefix(folder)
+    return folder
+
+
+def kept_attacks() -> dict[str, list[Attack]]:
+    """What a run and a cache keep between two starts: cut, flipped, forged."""
+    import pickle
+
+    from tests.adversary.network_attacks import SAFETENSORS, Trap
+    from tests.adversary.scene_attacks import text_changed
+
+    changes = {"empty": lambda b: b"", "text": lambda b: b"checkpoint", "a pickle with code": lambda b: pickle.dumps(Trap()), "zero bytes": lambda b: bytes(len(b)), "bytes behind the end": lambda b: b + b"more"}
+    changes |= {f"cut after {share:.0%}": lambda b, s=share: b[: int(s * len(b))] for share in (0.01, 0.3, 0.6, 0.99)}
+    changes |= {f"a bit flipped at {place:.0%}": flip(place) for place in (0, 0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1)}
+
+    def entry(change):
+        def damage(folder: Path) -> str:
+            path = next((folder / "prefix").rglob("*.safetensors"))
+            return write(path, change(path.read_bytes()))
+        return damage
+
+    entries = SAFETENSORS | {n: c for n, c in changes.items() if n.startswith(("cut", "a bit"))}
+    return {"checkpoint": [Attack("checkpoint", name, text_changed("step-00000001.pt", change), use_checkpoint) for name, change in changes.items()],
+            "prefix": [Attack("frozen layers", name, entry(change), use_prefix) for name, change in entries.items()]}

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .targets import Targets, chosen_patterns, resolve_targets
-from ..core import ConfigError, VggtLoraError, WeightsError, read_json, write_json
+from ..core import ConfigError, VggtLoraError, WeightsError, read_json, system_errors, write_json
 
 # %% ../../nbs/adapters/adapter.ipynb #50a194fb
 def fingerprint(
@@ -114,7 +114,8 @@ def save_adapter(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        adapted.save_pretrained(temporary, save_embedding_layers=False)
+        with system_errors(folder):
+            adapted.save_pretrained(temporary, save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's template card, mostly blanks
         # PEFT writes sets in arbitrary order; the same adapter should be the same bytes
         config = json.loads((temporary / "adapter_config.json").read_text(encoding="utf-8"))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VERSION', 'LIBRARIES', 'INPUTS', 'FIELDS', 'TYPES', 'store_folder', 'library_version', 'maker', 'code_of',
            'digest_of', 'file_digest', 'mask_inputs', 'sparse_inputs', 'laser_inputs', 'scene_inputs', 'entry_key',
-           'EntryError', 'checksum', 'write_entry', 'read_entry', 'StoreReport', 'folder_bytes', 'remove_leftovers',
-           'FrameStore']
+           'EntryError', 'checksum', 'write_entry', 'read_entry', 'StoreReport', 'entry_files', 'folder_bytes',
+           'remove_leftovers', 'FrameStore']
 
 # %% ../../nbs/scenes/store.ipynb #21904d18
 import contextlib
@@ -221,10 +221,15 @@ class StoreReport:
         return f"{self.reused} frames reused, {self.made} made{again}, {self.used / 1e6:.1f} MB, {self.seconds:.1f} s"
 
 
+def entry_files(folder: Path) -> list[Path]:
+    """Return the files of all entries below a folder; what another process is writing has a name with a dot in front, and is none yet."""
+    return [path for path in Path(folder).rglob("*.safetensors") if not path.name.startswith(".")]
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the disk space of all entries below a folder."""
     total = 0
-    for path in Path(folder).rglob("*.safetensors"):
+    for path in entry_files(folder):
         try:
             total += path.stat().st_size
         except FileNotFoundError:  # another process has renamed or removed it since
@@ -370,12 +375,12 @@ class FrameStore(FrameCache):
         """Return entries and bytes below the store's root: of this version, of others, and of those in use by this object."""
         report = {}
         used = {self.folder / f"{key}.safetensors" for key in self._keys.values()}
-        for path in self.root.rglob("*.safetensors"):
+        for path in entry_files(self.root):
             with contextlib.suppress(FileNotFoundError):
                 size = path.stat().st_size
                 for what in ("this version" if path.parent == self.folder else "other versions", *(["in use"] if path in used else [])):
-                    entries, total = report.get(what, (0, 0))
-                    report[what] = (entries + 1, total + size)
+                    count, total = report.get(what, (0, 0))
+                    report[what] = (count + 1, total + size)
         return report
 
     def prune(
@@ -389,7 +394,7 @@ class FrameStore(FrameCache):
         if not limit >= 0:
             raise ConfigError(f"frame store: the limit is {limit} bytes; expected 0 or more")
         used, held = {self.folder / f"{key}.safetensors" for key in self._keys.values()}, []
-        for path in self.root.rglob("*.safetensors"):
+        for path in entry_files(self.root):
             with contextlib.suppress(FileNotFoundError):
                 state = path.stat()
                 held.append((state.st_mtime_ns, path, state.st_size))

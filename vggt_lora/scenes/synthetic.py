@@ -110,7 +110,13 @@ def _locked(folder: Path):
 
 def _make(folder, name: str, settings: dict, write, tick, replace: bool) -> Path:
     """Let `write` fill a scene's folder, whole or not at all; a whole one of these settings is kept."""
-    folder = Path(folder)
+    try:
+        return _make_whole(Path(folder), name, settings, write, tick, replace)
+    except OSError as error:
+        raise SceneError(f"{Path(folder) / name}: the scene cannot be written ({error}); free some space, or name another folder") from error
+
+
+def _make_whole(folder: Path, name: str, settings: dict, write, tick, replace: bool) -> Path:
     target = folder / name
     with _locked(folder):
         fault = scene_fault(target, settings) if target.exists() else None
@@ -220,7 +226,9 @@ def demo_scenes(
             with tqdm(total=frames * len(missing), desc=f"making {', '.join(missing)}", unit="photo", disable=not progress) as bar:
                 for name in missing:
                     demo_scene(folder, name, frames, size, progress=bar.update, replace=True, **DEMO[name])
-        except OSError as error:
-            raise SceneError(f"the demo scenes cannot be written to {folder} ({error}); "
+        except SceneError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            raise SceneError(f"the demo scenes cannot be written to {folder} ({error.__cause__}); "
                              "name a folder with 200 MB of room in the environment variable VGGT_LORA_CACHE") from error
     return [folder / name for name in DEMO]

@@ -16,6 +16,7 @@ import numpy as np
 def _picture_class():
     """Make the figure class on first use, so that importing this module does not import matplotlib."""
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     class Picture(Figure):
         """A matplotlib figure outside pyplot that notebooks display as a PNG."""
@@ -24,6 +25,14 @@ def _picture_class():
             buffer = io.BytesIO()
             self.savefig(buffer, format="png")
             return buffer.getvalue()
+
+        def draw(self, renderer):
+            """Draw; names of scenes and photos appear as they are, a dollar sign in them begins no formula (which might not even parse)."""
+            axes = [axis for ax in self.axes for axis in (ax.xaxis, ax.yaxis) if axis.get_scale() != "linear"]
+            powers = {id(label) for axis in axes for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()] for label in tick.findobj(Text)}
+            for text in self.findobj(Text):
+                text.set_parse_math(id(text) in powers)
+            super().draw(renderer)
 
         def __repr__(self):
             width, height = self.get_size_inches() * self.dpi

@@ -1,0 +1,163 @@
+"""Kill -9: a job in a process of its own, ended at a random instant, started again, and held against one that ran undisturbed."""
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.torture.jobs import Job, content, half_written
+
+LIMIT = 600  # s; a job that takes longer hangs
+
+
+@dataclasses.dataclass(frozen=True)
+class Death:
+    """One kill and what came of it."""
+
+    job: str
+    instant: float  # share of the undisturbed time at which the signal was sent
+    state: str  # "killed", or "done" if the job was faster
+    left: int  # hidden files that nobody uses, left by the kill and still there at the end
+    faults: tuple[str, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing was lost."""
+        return not self.faults
+
+
+def begin(job: Job, base: Path, out: Path, log: Path) -> int:
+    """Start a job in a copy of this process, whose libraries are loaded already; returns its number."""
+    sys.stdout.flush()
+    number = os.fork()
+    if number:
+        return number
+    status = 1
+    try:
+        os.setsid()
+        with open(log, "w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            try:
+                job.work(base, out)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def family(number: int) -> list:
+    """A process and all that it has started."""
+    import psutil
+
+    try:
+        process = psutil.Process(number)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end_family(number: int) -> None:
+    """SIGKILL to a process and to all that it has started, as a power cut would; those it starts meanwhile too."""
+    import psutil
+
+    known = {}
+    while True:
+        found = {p.pid: p for p in [*family(number), *(c for k in list(known.values()) for c in family(k.pid))]}
+        new = [p for pid, p in found.items() if pid not in known]
+        if not new:
+            return
+        for process in new:
+            known[process.pid] = process
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                pass
+
+
+def wait(number: int, seconds: float) -> int | None:
+    """Exit status of a child, negative for a signal; None if it still runs after so many seconds."""
+    until = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(number, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(min(0.002, max(0, until - time.monotonic())))
+
+
+def finish(job: Job, base: Path, out: Path, log: Path) -> str:
+    """Run a job to its end; returns why it failed, or nothing."""
+    number = begin(job, base, out, log)
+    status = wait(number, LIMIT)
+    if status is None:
+        end_family(number)
+        os.waitpid(number, 0)
+        return f"no end after {LIMIT} s"
+    return "" if status == 0 else f"status {status}: {' '.join(log.read_text().strip().splitlines()[-1:])[-300:]}"
+
+
+def hidden(out: Path) -> int:
+    """Number of files that begin with a dot, or lie in such a folder; a lock is no remainder."""
+    return sum(path.is_file() and not path.name.endswith(".lock") and any(p.startswith(".") for p in path.relative_to(out).parts) for path in out.rglob("*"))
+
+
+def differences(expected: dict, found: dict) -> list[str]:
+    """What two folders do not have in common."""
+    names = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+    return [f"{n} {'differs' if n in expected and n in found else 'is missing' if n in expected else 'is too much'}" for n in names]
+
+
+def torture(
+    job: Job,
+    base: Path,  # shared input
+    room: Path,
+    kills: int,
+    seed: int = 0,
+) -> Iterator[Death]:
+    """Kill a job so many times, each in a new folder; undisturbed runs before show that it ends with the same bytes twice."""
+    stream, times, expected = random.Random(f"{seed} {job.name}"), [], []
+    for name in ("first", "second"):
+        out = room / f"{job.name} {name}"
+        out.mkdir(parents=True)
+        started = time.monotonic()
+        fault = finish(job, base, out, room / "log.txt")
+        times.append(time.monotonic() - started)
+        expected.append(content(out, job))
+        shutil.rmtree(out)
+        if fault or not expected[-1]:
+            yield Death(job.name, 1.0, "done", 0, (fault or "it wrote nothing",))
+            return
+    if expected[0] != expected[1]:
+        yield Death(job.name, 1.0, "done", 0, tuple(differences(*expected)))
+        return
+    for _ in range(kills):
+        instant = stream.random()
+        yield kill_once(job, base, room, instant, instant * times[1], expected[0])
+
+
+def kill_once(job: Job, base: Path, room: Path, instant: float, seconds: float, expected: dict) -> Death:
+    """Start, kill after so many seconds, look, start again, compare."""
+    out, log = room / f"{job.name} killed", room / "log.txt"
+    out.mkdir(parents=True)
+    number = begin(job, base, out, log)
+    status = wait(number, seconds)
+    if status is None:
+        end_family(number)
+        os.waitpid(number, 0)
+    faults = [f"half-written: {f}" for f in half_written(out, job, expected)]
+    fault = finish(job, base, out, log)
+    faults += [f"the second run: {fault}"] if fault else differences(expected, content(out, job))
+    left = hidden(out)
+    shutil.rmtree(out)
+    return Death(job.name, instant, "killed" if status is None else "done", left, tuple(faults))
