@@ -332,14 +332,18 @@ def control_in(
     label: str,  # its description
 ):
     """Return a control's element, scrolled to the middle of the window."""
-    from selenium.webdriver.common.by import By
-    place = driver.find_elements(By.CSS_SELECTOR, ".jp-Cell-outputArea")[area]
-    for element in place.find_elements(By.CSS_SELECTOR, CONTROLS[kind]):
-        names = element.find_elements(By.CSS_SELECTOR, ".widget-label")
-        if (names[0].text if names and names[0].is_displayed() else element.text).strip() == label:
-            driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-            return element
-    raise LookupError(f"no {kind} {label!r} in output {area}")
+    element = driver.execute_script("""
+        const name = element => {
+            const label = element.querySelector('.widget-label');
+            return (label && label.offsetParent ? label.innerText : element.innerText).trim();
+        };
+        const found = [...document.querySelectorAll('.jp-Cell-outputArea')[arguments[0]].querySelectorAll(arguments[1])].find(element => name(element) === arguments[2]);
+        if (found) found.scrollIntoView({block: 'center'});
+        return found;
+    """, area, CONTROLS[kind], label)
+    if element is None:
+        raise LookupError(f"no {kind} {label!r} in output {area}")
+    return element
 
 
 def move(
@@ -349,6 +353,7 @@ def move(
     label: str,
 ) -> None:
     """Move a control by one step, as a person would: keys on a slider's handle, a click on what can be clicked."""
+    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select
@@ -356,8 +361,8 @@ def move(
     if kind == "slider":
         handle = element.find_element(By.CSS_SELECTOR, ".noUi-handle")
         at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
-        handle.click()
-        handle.send_keys(Keys.ARROW_LEFT if at_end else Keys.ARROW_RIGHT)
+        driver.execute_script("arguments[0].focus()", handle)  # as the tab key would; a click may meet a page that still moves
+        ActionChains(driver).send_keys(Keys.ARROW_LEFT if at_end else Keys.ARROW_RIGHT).perform()
     elif kind == "choice":
         chosen = Select(element.find_element(By.TAG_NAME, "select"))
         now = chosen.options.index(chosen.first_selected_option)

@@ -24,7 +24,7 @@ PARAMETERS = {
     "01_depth": {"image_size": 252, "audit_photos": 6},
     "02_lora": {},
     "03_train": {**SMALL, "output": str(RUN)},
-    "04_evaluate": {"run": str(RUN), "pictures": 2},
+    "04_evaluate": {"run": str(RUN), "pictures": 1, "protocol": "median"},
     "05_compare": {"output": str(FOLDER / "compare"), "grid": "strategy=a", "jobs": 1, "pictures": 1,
                    "settings": "; ".join(f'{name}="{value}"' if "," in str(value) else f"{name}={value}" for name, value in SMALL.items())},
 }

@@ -240,7 +240,7 @@ def cloud_page(
 
     for control in controls.values():
         control.observe(redraw, names="value")
-    return ipywidgets.VBox([ipywidgets.HBox([image, ipywidgets.VBox(list(controls.values()))]), caption])
+    return ipywidgets.VBox([ipywidgets.HBox([image, ipywidgets.VBox(list(controls.values()))], layout=ipywidgets.Layout(flex_flow="row wrap")), caption])  # below a wide picture, not out of sight
 
 
 def cloud_widget(
