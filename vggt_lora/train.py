@@ -26,6 +26,7 @@ from .evaluation.statistics import effects, in_words
 from .scenes.samples import load_sample
 from .scenes.windows import Window
 from .settings import command
+from .training.budget import budgeted, preflight, refused
 from .training.checkpoint import disk_errors, newest_checkpoint
 from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
@@ -89,15 +90,18 @@ def train(
         rated = with_rate(config, model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
         run.log(set_speed(adapted, config, resolve_precision(config.precision, device)))
-        with team.accelerator.main_process_first():
-            feed = cached_feed(adapted, cache, config, items_of(split.train, scenes), items_of(split.val, scenes), run.log,
-                               reload=lambda: build_model(config).state_dict())
-        meter.mark("preparation")
-        begin(hooks, run.folder, Glimpse(adapted, items_of(split.val, scenes), feed))
-        fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), rated, run, feed, hooks)
+        train_on, held_out, budget = items_of(split.train, scenes), items_of(split.val, scenes), None
+        if config.preflight != "off":
+            budget = refused(preflight(adapted, train_on, held_out, cache, config), config.preflight, run.log)
+        with budgeted(budget, run):
+            with team.accelerator.main_process_first():
+                feed = cached_feed(adapted, cache, config, train_on, held_out, run.log, reload=lambda: build_model(config).state_dict())
+            meter.mark("preparation")
+            begin(hooks, run.folder, Glimpse(adapted, held_out, feed))
+            fit(adapted, train_on, held_out, rated, run, feed, hooks)
         meter.mark("training")
         with disk_errors(folder):
-            return finish(run, adapted, items_of(split.val, scenes), truth, config, meter, team)
+            return finish(run, adapted, held_out, truth, config, meter, team)
     finally:
         run.close()
 
@@ -172,7 +176,7 @@ def truth_cache(config: TrainConfig, model, scenes, split):
 
 def check_same(old: TrainConfig, new: TrainConfig) -> None:
     """A resumed run keeps its settings; raises ConfigError naming those that differ."""
-    free = {"resume", "output", "device", "store", "save_every", "keep_last", "cache_limit_gb", "checkpointing", "frames_chunk", "compile"}
+    free = {"resume", "output", "device", "store", "save_every", "keep_last", "cache_limit_gb", "checkpointing", "frames_chunk", "compile", "preflight"}
     changed = {f.name: (getattr(old, f.name), getattr(new, f.name)) for f in dataclasses.fields(old)
                if f.name not in free and getattr(old, f.name) != getattr(new, f.name)}
     if changed:

@@ -86,6 +86,7 @@ class TrainConfig:
     frames_chunk: int = 0  # frames that the depth head handles at once; 0: the model's own (8)
     head_precision: str = "float32"  # of the depth head in training: float32, or bf16 up to its last convolutions
     compile: bool = False  # compile what is trained: minutes at first, for each image size anew
+    preflight: str = "refuse"  # before the run, predict memory, disk and time: refuse what does not fit, only warn, or off
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0  # of weights, order and dropout
 
@@ -130,6 +131,7 @@ CHOICES = {
     "confidence_error": ("absolute", "relative"),
     "normalise": ("points", "base"),
     "precision": ("auto", "float32", "bf16"),
+    "preflight": ("refuse", "warn", "off"),
     "device": ("auto", "cpu", "cuda"),
     "cache": ("auto", "off", "float32", "bf16"),
     "head_precision": ("float32", "bf16"),
