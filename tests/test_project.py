@@ -149,6 +149,14 @@ def test_papermill_without_an_output_path_prints_the_notebook(tmp_path):
     assert held_out[-1] < held_out[0]
 
 
+def test_no_parameter_hides_a_name_of_the_module():
+    """In a notebook the parameters are global names, like everything that its cells import and define."""
+    import vggt_lora.train as module
+
+    fields = {f.name for f in dataclasses.fields(module.TrainConfig)}
+    assert not fields & set(vars(module)), "a parameter of this name would replace it in the running notebook"
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 def command(*arguments: str):

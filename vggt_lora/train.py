@@ -26,7 +26,8 @@ from .evaluation.statistics import effects, in_words
 from .scenes.samples import load_sample
 from .scenes.windows import Window
 from .settings import command
-from .training.budget import budgeted, preflight, refused
+from .training.budget import budgeted, refused
+from .training.budget import preflight as predicted
 from .training.checkpoint import disk_errors, newest_checkpoint
 from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
@@ -92,7 +93,7 @@ def train(
         run.log(set_speed(adapted, config, resolve_precision(config.precision, device)))
         train_on, held_out, budget = items_of(split.train, scenes), items_of(split.val, scenes), None
         if config.preflight != "off":
-            budget = refused(preflight(adapted, train_on, held_out, cache, config), config.preflight, run.log)
+            budget = refused(predicted(adapted, train_on, held_out, cache, config), config.preflight, run.log)
         with budgeted(budget, run):
             with team.accelerator.main_process_first():
                 feed = cached_feed(adapted, cache, config, train_on, held_out, run.log, reload=lambda: build_model(config).state_dict())
