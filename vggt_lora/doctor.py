@@ -290,20 +290,10 @@ def _counted(name: str, strategy: str, targets: str, full: str, rank: int) -> tu
 
 
 def free_memory() -> tuple[int, str]:
-    """(bytes that are free, where): of the GPU if there is one, else of this machine, or of this container."""
-    import torch
+    """(bytes that are free, where), as the preflight of a run asks."""
+    from vggt_lora.training.budget import free_memory as found
 
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], "GPU"
-    import psutil
-
-    free = psutil.virtual_memory().available
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    try:
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        pass
-    return free, "CPU"
+    return found()
 
 
 def check_memory(plan: Plan) -> list[Finding]:

@@ -124,7 +124,7 @@ def grid(base: Path, out: Path) -> None:
 
 
 RUN = {"living": ("metrics.jsonl", "train.log", "tensorboard/*", "events.*", "executed.ipynb", "failed-*"),
-       "clocks": ("cost.json", "report.html", "config.json", "state.json", "comparison.html", "metrics.jsonl", "step-*.pt", "last.pt")}
+       "clocks": ("budget.json", "cost.json", "report.html", "config.json", "state.json", "comparison.html", "metrics.jsonl", "step-*.pt", "last.pt")}
 JOBS = {job.name: job for job in (
     Job("demo", demo), Job("store", store), Job("dense depth", dense), Job("checkpoints", checkpoints), Job("prefix", prefix), Job("export", export),
     Job("training", train, **RUN), Job("comparison", grid, **RUN, children=True),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'MARGIN', 'SLOW', 'standing_bytes', 'saved_bytes', 'held_now', 'settle', 'Watch', 'Point', 'untouched',
-           'measure_window', 'extrapolate', 'Budget', 'first_of', 'preflight', 'refused', 'budgeted']
+           'measure_window', 'extrapolate', 'Budget', 'first_of', 'free_memory', 'preflight', 'refused', 'budgeted']
 
 # %% ../../nbs/training/budget.ipynb #a25e88b6
 import contextlib
@@ -392,9 +392,22 @@ def _unread(train, held_out, frames: FrameCache) -> int:
     return 13 * sum(new[-max(0, frames.capacity - len(frames._frames)):]) if len(frames._frames) < frames.capacity else 0  # colour 3, depth 4, valid 1, weight 4, label 1
 
 
-def _room(device: str, now: int, free: int | None) -> int:
-    from vggt_lora.doctor import free_memory
+def free_memory() -> tuple[int, str]:
+    """(bytes that are free, where): of the GPU if there is one, else of this machine, or of this container."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0], "GPU"
+    import psutil
 
+    free = psutil.virtual_memory().available
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    try:
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        pass
+    return free, "CPU"
+
+
+def _room(device: str, now: int, free: int | None) -> int:
     if free is None:
         free = free_memory()[0] + (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if device == "cuda" else 0)
     return now + free
