@@ -73,25 +73,25 @@ def train(
     folder, device = team.from_main(run_path(config) if team.main else None), team.device
     scenes = open_scenes(config)
     split, audit = split_scenes(scenes, config)
-    photos = photos_of(split, scenes)
+    photos, train_on, held_out = photos_of(split, scenes), items_of(split.train, scenes), items_of(split.val, scenes)
     if config.resume:
         check_same(read_config(folder), config)
         check_photos(json.loads((folder / "split.json").read_text(encoding="utf-8")), photos)
     model = build_model(config).to(device)
     with team.accelerator.main_process_first():  # what one process prepares on disk, the others find there
-        cache = frame_cache(config, model, items=items_of([*split.train, *split.val], scenes))
+        cache = frame_cache(config, model, items=[*train_on, *held_out])
         truth = truth_cache(config, model, scenes, split)
-    adapted, targets, gate = gated_adapter(model, items_of(split.train, scenes), cache, config)
+    adapted, targets, gate = gated_adapter(model, train_on, cache, config)
     run = open_run(folder, config, team)
     try:
         describe(run, config, scenes, split, audit, photos, targets, gate)
-        run.write("coverage.json", supervision_coverage(items_of(split.train, scenes), cache))
+        run.write("coverage.json", supervision_coverage(train_on, cache))
         for frames in (cache, *(() if truth.supervision == cache.supervision else (truth,))):
             run.log(frames.about())
         rated = with_rate(config, model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
         run.log(set_speed(adapted, config, resolve_precision(config.precision, device)))
-        train_on, held_out, budget = items_of(split.train, scenes), items_of(split.val, scenes), None
+        budget = None
         if config.preflight != "off":
             budget = refused(predicted(adapted, train_on, held_out, cache, config), config.preflight, run.log)
         with budgeted(budget, run):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREFIX', 'TOLERANCE', 'UNFINISHED', 'OFFICIAL_CLASS', 'PATHS', 'Trained', 'trained', 'named_base', 'StoredTensors',
            'Touched', 'touched', 'MergedReport', 'export_merged', 'load_base', 'portable', 'public_name',
-           'whole_folder', 'export_adapter']
+           'export_adapter']
 
 # %% ../../nbs/adapters/export.ipynb #b857ec20
 import contextlib
@@ -13,13 +13,12 @@ import dataclasses
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 import torch
 
-from .adapter import BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge
+from .adapter import BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge, whole_folder
 from ..core import ConfigError, VggtLoraError, WeightsError, atomic_path, user_path, write_json, write_text
 from ..model.config import VGGTConfig
 from ..model.embedded import SHIPPED, to_float32
@@ -302,26 +301,6 @@ def public_name(
 ) -> str | None:
     """A base's name where others can load it by that name; None for a path."""
     return base if base in SHIPPED or (REPOSITORY.fullmatch(base) and not user_path(base).exists()) else None
-
-
-@contextlib.contextmanager
-def whole_folder(
-    folder: Path,  # appears complete, in place of an older one, or not at all
-):
-    """Yield an empty folder beside `folder`; it gets that name on success and vanishes on any error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../../nbs/adapters/export.ipynb #a144b9f2
 def export_adapter(

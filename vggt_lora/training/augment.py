@@ -333,4 +333,4 @@ def variation_of(
     items,  # (scene, window) pairs of the training side
 ) -> Variation | None:
     """The variation that a configuration asks for, or None where windows stay as they are."""
-    return Variation(cache, config, items) if config.augment.strip() or config.image_sizes.strip() else None
+    return Variation(cache, config, items) if config.varies else None

@@ -424,8 +424,7 @@ def preflight(
 ) -> Budget:
     """Predict memory, disk and time of a run by a few short steps that change nothing. Raises nothing where it does not fit: see refused()."""
     device = resolve_device(config.device)
-    augmented = bool(config.augment.strip() or config.image_sizes.strip())
-    plan, store = plan_cache(model, train, held_out, frames, config, augmented, folder)
+    plan, store = plan_cache(model, train, held_out, frames, config, config.varies, folder)
     began = time.perf_counter()
     sample = _largest(train, held_out, frames, config)
     loading = (time.perf_counter() - began) * (len(train) + len(held_out))

@@ -119,6 +119,11 @@ class TrainConfig:
         """The learning rate after warm-up for a network of VGGT-1B's width: `lr`, or the strategy's own."""
         return self.lr or (STRATEGIES[self.strategy].lr if self.strategy in STRATEGIES else STRATEGIES["b"].lr)
 
+    @property
+    def varies(self) -> bool:
+        """Whether training windows are changed on their way to the network."""
+        return bool(self.augment.strip() or self.image_sizes.strip())
+
     def names(self, field: str) -> tuple[str, ...]:
         """A comma-separated field as a tuple."""
         return tuple(part.strip() for part in getattr(self, field).split(",") if part.strip())

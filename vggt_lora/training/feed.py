@@ -46,6 +46,6 @@ def feed_of(
     """A feed as it is; a frame cache as the plain feed, with the variation that the configuration asks for; ConfigError for a feed that does not vary although it should."""
     if not isinstance(source, Feed):
         return Feed(source, variation_of(source, config, train) if config else None)
-    if config and (config.augment.strip() or config.image_sizes.strip()) and getattr(source, "variation", None) is None:
+    if config and config.varies and getattr(source, "variation", None) is None:
         raise ConfigError("augment and image_sizes change training windows, but this feed hands them over as they are; give it a Variation, or leave both empty")
     return source

@@ -8,7 +8,7 @@ __all__ = ['COLOURINGS', 'UNKNOWN', 'colour_points', 'frustum_lines', 'Compariso
 # %% ../../nbs/views/cloud_views.ipynb #58535cda
 import numpy as np
 
-from .clouds3d import CloudView, camera_segments, cloud_page, someone_watches
+from .clouds3d import CloudView, camera_segments, seen_from
 from .figures import new_figure
 
 # %% ../../nbs/views/cloud_views.ipynb #ccb6c84f
@@ -155,10 +155,4 @@ def comparison_widget(
     if not clouds:
         raise ValueError("no clouds to show: pass a dict of name -> cloud")
     view = ComparisonView(clouds, by, cameras, limit, size, up, forward, point_size, judged_only)
-    view.state.update(azimuth=float(azimuth), elevation=float(elevation), zoom=float(zoom))
-    if someone_watches() if interactive is None else interactive:
-        try:
-            view.widget = cloud_page(view)
-        except ImportError as error:
-            print(f"no sliders, because {error} (pip install 'vggt_lora[views]')")
-    return view
+    return seen_from(view, azimuth, elevation, zoom, interactive)

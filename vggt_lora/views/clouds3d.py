@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['depth_to_cloud', 'tell_once', 'render_cloud', 'orbit_camera', 'camera_segments', 'someone_watches', 'CloudView',
-           'cloud_page', 'cloud_widget']
+           'cloud_page', 'seen_from', 'cloud_widget']
 
 # %% ../../nbs/views/clouds3d.ipynb #44b104cd
 import base64
@@ -243,6 +243,23 @@ def cloud_page(
     return ipywidgets.VBox([ipywidgets.HBox([image, ipywidgets.VBox(list(controls.values()))], layout=ipywidgets.Layout(flex_flow="row wrap")), caption])  # below a wide picture, not out of sight
 
 
+def seen_from(
+    view,  # CloudView, or another with `state` and `widget` that cloud_page can show
+    azimuth: float,  # degrees
+    elevation: float,  # degrees
+    zoom: float,
+    interactive: bool | None,  # None: sliders where someone watches
+):
+    """Turn a view to its first side, give it sliders where they are wanted and ipywidgets is here, and return it."""
+    view.state.update(azimuth=float(azimuth), elevation=float(elevation), zoom=float(zoom))
+    if someone_watches() if interactive is None else interactive:
+        try:
+            view.widget = cloud_page(view)
+        except ImportError as error:
+            print(f"no sliders, because {error} (pip install 'vggt_lora[views]')")
+    return view
+
+
 def cloud_widget(
     clouds: dict,  # name -> (points (N,3) world, colours (N,3) or None)
     size: tuple[int, int] = (420, 560),  # (height, width) of the picture, pixels
@@ -257,10 +274,4 @@ def cloud_widget(
 ) -> CloudView:
     """Show clouds with sliders for the side they are seen from, or as a picture where nobody watches or ipywidgets is missing."""
     view = CloudView(clouds, size, up, forward, point_size, segments)
-    view.state.update(azimuth=float(azimuth), elevation=float(elevation), zoom=float(zoom))
-    if someone_watches() if interactive is None else interactive:
-        try:
-            view.widget = cloud_page(view)
-        except ImportError as error:
-            print(f"no sliders, because {error} (pip install 'vggt_lora[views]')")
-    return view
+    return seen_from(view, azimuth, elevation, zoom, interactive)
