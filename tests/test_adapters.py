@@ -103,7 +103,7 @@ def test_tensors_that_do_not_fit_are_refused(base, images, folder):
     from safetensors.torch import load_file, save_file
 
     path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
+    tensors = {key: value.clone() for key, value in load_file(path).items()}  # older safetensors leave them mapped to the file that is written below
     name = sorted(tensors)[0]
     for changed, word in [({k: v for k, v in tensors.items() if k != name}, "1 keys missing"),
                           (tensors | {"extra": torch.zeros(2)}, "1 unexpected"),

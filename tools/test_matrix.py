@@ -44,7 +44,7 @@ def environment(python: str, versions: str, folder: Path) -> str:
     """Make an environment with the package in it; returns what went wrong, or nothing."""
     pins = ROOT / "constraints.txt"
     if versions == "lowest":
-        pins = folder.with_suffix(".txt")
+        pins = folder.parent / f"{folder.name}.txt"
         pins.parent.mkdir(parents=True, exist_ok=True)
         pins.write_text("".join(f"{line}\n" for line in lowest()), encoding="utf-8")
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", str(pins)]
