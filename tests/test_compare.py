@@ -15,6 +15,8 @@ from vggt_lora.compare import CompareConfig, compare_runs, comparison_page, read
 from vggt_lora.comparison.launch import executor_for, run_point
 from vggt_lora.core import ConfigError, write_json
 from vggt_lora.evaluation.pictures import save_pictures
+from vggt_lora.settings import settings_of
+from vggt_lora.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_papermill_parameters_are_the_fields_of_the_config():
     given = {node.target.id: (ast.unparse(node.annotation), ast.literal_eval(node.value)) for node in ast.parse(parameters_cell("05_compare.ipynb")).body}
     assert given == {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(CompareConfig)}
+
+
+@pytest.mark.parametrize("name, config", [("03_train.ipynb", TrainConfig), ("05_compare.ipynb", CompareConfig)])
+def test_parameters_say_what_the_fields_say(name, config):
+    """The comment behind a parameter, which papermill shows, is the one behind the field, from which tables and command lines are made."""
+    lines = dict(line.split("  # ", 1) for line in parameters_cell(name).splitlines() if "  # " in line)
+    said = {line.split(":")[0]: about for line, about in lines.items()}
+    fields = settings_of(config)
+    assert len(fields) > 10 and {f.name: f.about for f in fields if f.about} == said
+    for field in fields:
+        wrong = {str: 7, int: "7", float: "7", bool: "true"}[field.type]
+        with pytest.raises(ConfigError, match=f"{field.name} must be {field.type.__name__}, got"):
+            config(**{field.name: wrong})
 
 
 SBATCH = """#!/bin/sh

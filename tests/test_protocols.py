@@ -237,6 +237,29 @@ def test_planes_of_a_building_and_what_a_shift_does_to_them(window):
     assert on[0] > 0.7 > 0.2 > on[1], "vertical planes are on the building, the horizontal one on the ground"
 
 
+def test_up_is_found_in_a_world_of_any_orientation(window):
+    """Turned by any rotation, a scene has the same walls; with z taken for up, as some worlds have it, it would not."""
+    frames = [{**frame, "labels": frame["labels"] * 0, "base": frame["truth"]} for frame in rows_of(window, exact(window[3]), "none").maps]
+    planes = [regions.true_planes(frame["truth"], frame["valid"], frame["K"]) for frame in frames]
+    up = regions.world_up(frames, planes)["demo"]
+    assert up @ [0, 0, 1] > np.cos(np.radians(2))
+    turn = Rotation.from_euler("xyz", [70, 20, -110], degrees=True).as_matrix()
+    turned = [{**frame, "world_to_cam": np.block([[frame["world_to_cam"][:3, :3] @ turn.T, frame["world_to_cam"][:3, 3:]], [np.zeros((1, 3)), np.ones((1, 1))]])} for frame in frames]
+    assert np.allclose(regions.world_up(turned, planes)["demo"], turn @ up)
+    walls = [[row["pixels"] for row in regions.region_rows(f, "none", ("base",), **o) if row["region"] == "wall"] for f, o in ((frames, {}), (turned, {}), (turned, {"up": (0, 0, 1)}))]
+    assert walls[0] == walls[1] and min(walls[0]) > 1000 and sum(walls[2]) < 0.8 * sum(walls[0])
+
+
+def test_planes_are_the_same_in_every_call():
+    """A rough wall that fills most of the photo: tries that end once it is likely to be found end differently, whenever threads race."""
+    random = np.random.default_rng(0)
+    truth = 8 + random.normal(0, 0.02, (30, 50))
+    truth[random.random(truth.shape) < 0.1] *= 1.3
+    K = np.array([[50.0, 0, 25], [0, 50, 15], [0, 0, 1]])
+    once, *others = [[plane.mask.tobytes() for plane in regions.true_planes(truth, truth > 0, K, most=1)] for _ in range(80)]
+    assert len(once) == 1 and all(other == once for other in others)
+
+
 def test_an_improvement_on_windows_alone_is_found_there_alone(window):
     maps = []
     for k in range(8):

@@ -14,7 +14,9 @@ from .comparison.grid import grid_points, parse_grid
 from .comparison.launch import CLUSTERS, run_grid
 from .comparison.page import comparison_page, write_page
 from .comparison.summary import Comparison, RunRecord, compare_runs, read_record
-from .core import ConfigError, given_parameters, project_root, unknown, user_path
+from .core import ConfigError, given_parameters, project_root, user_path
+from .evaluation.statistics import UNITS
+from .settings import check_values
 
 # %% ../nbs/05_compare.ipynb #a4c9bf7f
 _all_ = ["grid_points", "parse_grid", "run_grid", "Comparison", "RunRecord", "compare_runs", "read_record", "comparison_page"]
@@ -24,32 +26,22 @@ _all_ = ["grid_points", "parse_grid", "run_grid", "Comparison", "RunRecord", "co
 class CompareConfig:
     """Settings of a comparison; a bad value raises ConfigError before any work."""
 
-    name: str = "compare"
-    grid: str = "strategy=a,b,c; seed=0,1"
-    settings: str = ""
-    output: str = ""
-    jobs: int = 0
-    cluster: str = "local"
-    slurm: str = ""
-    hours: float = 24.0
-    retry: bool = True
-    unit: str = "frames"
-    pictures: int = 3
+    name: str = "compare"  # of the comparison: its folder is outputs/<name>
+    grid: str = "strategy=a,b,c; seed=0,1"  # what varies, such as "strategy=a,b; rank=8,16; lr=1e-4,3e-4; supervision=laser,sparse; seed=0,1"
+    settings: str = ""  # what all runs share, such as "data=path/to/facade; model=facebook/VGGT-1B; epochs=20"
+    output: str = ""  # folder of the comparison; empty: outputs/<name>
+    jobs: int = 0  # runs at a time; 0: as many as the machine allows
+    cluster: str = "local"  # local, or slurm: the points go out as one job array
+    slurm: str = ""  # submitit's options for slurm, such as "slurm_partition=gpu; gpus_per_node=1; cpus_per_task=8; mem_gb=64"
+    hours: float = 24.0  # that a run may take
+    retry: bool = True  # runs that failed before are tried again
+    unit: str = "frames"  # what the bootstrap draws: frames, or scenes where many are held out
+    pictures: int = 3  # photos shown side by side
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            wanted, value = type(field.default), getattr(self, field.name)
-            if wanted is float and type(value) is int:
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not wanted:
-                raise ConfigError(f"{field.name} must be {wanted.__name__}, got {type(value).__name__} {value!r}")
-        for name, choices in {"cluster": CLUSTERS, "unit": ("frames", "scenes")}.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(unknown(name, getattr(self, name), choices))
+        check_values(self, {"cluster": CLUSTERS, "unit": UNITS}, {"jobs": (0, 10_000), "hours": (0.01, 24 * 365), "pictures": (1, 100)})
         if not self.name.strip() or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name must be the name of a folder, got {self.name!r}; a path goes into output")
-        if self.jobs < 0 or self.pictures < 1 or not 0 < self.hours <= 24 * 365:
-            raise ConfigError(f"jobs must be 0 or more, pictures 1 or more, hours above 0; got {self.jobs}, {self.pictures}, {self.hours}")
         if self.cluster == "local" and self.slurm:
             raise ConfigError("slurm options are given, but cluster is 'local'")
         grid_points(self.grid, self.settings)

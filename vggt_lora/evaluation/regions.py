@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUMP', 'REACH', 'LABELS', 'DISTANCES', 'PLANE_ERRORS', 'EDGE_ERRORS', 'HYPOTHESES', 'Plane', 'fit_plane',
-           'has_open3d', 'true_planes', 'plane_errors', 'depth_edges', 'edge_errors', 'window_mask', 'region_masks',
-           'region_rows', 'region_effects', 'verdict_on', 'check_claims']
+           'has_open3d', 'true_planes', 'plane_errors', 'depth_edges', 'edge_errors', 'window_mask', 'world_up',
+           'region_masks', 'region_rows', 'region_effects', 'verdict_on', 'check_claims']
 
 # %% ../../nbs/evaluation/regions.ipynb #8cdbe156
 import dataclasses
@@ -72,7 +72,8 @@ def true_planes(
     while len(planes) < most and len(left) >= max(least * len(rows), 50):
         o3d.utility.random.seed(seed)
         cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points[left]))
-        on = np.asarray(cloud.segment_plane(distance, 3, 300)[1], dtype=np.int64)
+        # probability 1: all 300 tries are made; otherwise Open3D's threads race to the end, and the planes of a hard photo differ from call to call
+        on = np.asarray(cloud.segment_plane(distance, 3, 300, probability=1.0)[1], dtype=np.int64)
         if len(on) < max(least * len(rows), 50):
             break
         mask = np.zeros(truth.shape, bool)
@@ -168,17 +169,36 @@ def window_mask(
     return mask & inside[0][:, None] & inside[1][None]
 
 
+def world_up(
+    maps: list[dict],  # of an Evaluation
+    planes: list[list[Plane]] | None = None,  # of true_planes, for each map; default: they are found, as far as Open3D is there
+) -> dict[str, np.ndarray]:
+    """Return the up direction (3,) of each scene's world, by level cameras and upright planes of its photos."""
+    from vggt_lora.scenes.planesweep import down_direction
+
+    found = {}
+    for scene in dict.fromkeys(frame["scene"] for frame in maps):
+        chosen = [k for k, frame in enumerate(maps) if frame["scene"] == scene]
+        poses, walls = [np.asarray(maps[k]["world_to_cam"], dtype=np.float64) for k in chosen], []
+        for k, pose in zip(chosen, poses):
+            of_photo = planes[k] if planes is not None else true_planes(maps[k]["truth"], maps[k]["valid"], maps[k]["K"]) if has_open3d() else []
+            walls += [(plane.normal @ pose[:3, :3], plane.mask.sum() / max(maps[k]["valid"].sum(), 1) / len(chosen)) for plane in of_photo]
+        found[scene] = -down_direction(poses, walls)
+    return found
+
+
 def region_masks(
     frame: dict,  # a map of an Evaluation
     planes: list[Plane],  # of true_planes
     windows: Path | str | None = None,  # folder of masks
-    up=(0, 0, 1),  # of the world
+    up=None,  # (3,) of the world, of world_up; default: as this photo alone tells it
 ) -> tuple[dict[str, np.ndarray], str]:
     """Return {all, wall, window, edge, rest, distance bins: (H, W) bool} of known pixels, and by what: labels, or planes (and masks)."""
     valid, labels, truth = frame["valid"], frame["labels"], frame["truth"]
     if (labels > 0).any():
         masks, by = {name: valid & (labels == code) for name, code in LABELS.items()}, "labels"
     else:
+        up = world_up([frame], [planes])[frame["scene"]] if up is None else up
         upward = np.asarray(frame["world_to_cam"], dtype=np.float64)[:3, :3] @ np.asarray(up, dtype=np.float64)
         wall = np.zeros(valid.shape, bool)
         for plane in planes:
@@ -203,13 +223,14 @@ def region_rows(
     protocol: str = "median",  # id; its alignment per image: none, median, scale or scale+shift
     models: tuple[str, ...] = ("base", "adapted"),
     windows: Path | str | None = None,  # folder of masks named as the photos
-    up=(0, 0, 1),  # of the world
+    up=None,  # (3,) of the world; default: world_up of each scene
 ) -> list[dict]:
     """Rows of protocol, model, scene, photo, alignment, region, by, metrics; raises SceneError for broken masks, ConfigError where no photo has one."""
     rows, used = [], 0
-    for frame in maps:
-        planes = true_planes(frame["truth"], frame["valid"], frame["K"]) if has_open3d() else []
-        masks, by = region_masks(frame, planes, windows, up)
+    found = [true_planes(frame["truth"], frame["valid"], frame["K"]) if has_open3d() else [] for frame in maps]
+    ups = world_up(maps, found) if up is None else {}
+    for frame, planes in zip(maps, found):
+        masks, by = region_masks(frame, planes, windows, ups.get(frame["scene"], up))
         used += "masks" in by
         for model in models:
             pred = align_depth(frame[model], frame["truth"], frame["valid"], protocol)[0]

@@ -74,6 +74,7 @@ class Evaluation:
     pairs: list[dict] = dataclasses.field(default_factory=list)  # one per model and pair of photos: rotation and translation error, degrees
     warnings: list[str] = dataclasses.field(default_factory=list)  # what a reader must know before believing a number
     clouds: object = None  # CloudEvaluation, where clouds were asked for
+    truth: str = ""  # the depth sources that the frames were measured against
 
     def table(self, protocol: str = "") -> list[dict]:
         """Mean over frames for each protocol and model, or for one protocol, with the number of frames."""
@@ -160,7 +161,7 @@ def evaluate_windows(
     slow = [name for name in cache.sources if name not in AT_PHOTO_SIZE]
     if slow and any(p.resolution == "photo" for p in protocols):
         raise ConfigError(f"truth of source {', '.join(slow)} is not offered at the photo's size; take truth laser or sparse, or a protocol at the network's size")
-    result = Evaluation([], [], [])
+    result = Evaluation([], [], [], truth=cache.supervision)
     for count in dict.fromkeys(p.frames_per_scene for p in protocols):
         group = [p for p in protocols if p.frames_per_scene == count]
         windows = protocol_windows([window for _, window in items], count)

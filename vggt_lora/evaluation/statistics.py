@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'LEVEL', 'DRAWS', 'METHODS', 'HIGHER_IS_BETTER', 'draw_counts', 'smallest_sample', 'percentile_ends',
-           'bca_shares', 'higher_is_better', 'Effect', 'paired_effect', 'paired_values', 'effects', 'in_words']
+           'bca_shares', 'higher_is_better', 'Effect', 'paired_effect', 'paired_values', 'effects', 'in_words',
+           'drawn_effect']
 
 # %% ../../nbs/evaluation/statistics.ipynb #d4eaa3ec
 import dataclasses
@@ -90,7 +91,7 @@ def bca_shares(
     return float(low), float(high)
 
 # %% ../../nbs/evaluation/statistics.ipynb #dfa41058
-HIGHER_IS_BETTER = ("d1", "d2", "d3", "inlier")  # and every accuracy and area under a curve
+HIGHER_IS_BETTER = ("d1", "d2", "d3", "inlier", "f1", "completeness")  # and every accuracy and area under a curve
 
 
 def higher_is_better(
@@ -285,3 +286,25 @@ def in_words(
     if math.isfinite(effect.change_low):
         text += f" ({100 * effect.level:g} % interval {100 * effect.change_low:+.1f} to {100 * effect.change_high:+.1f} %)"
     return f"{text}, {rests}: {effect.verdict}." + (f" Note: {effect.note}." if effect.note else "")
+
+# %% ../../nbs/evaluation/statistics.ipynb #2fc44a7f
+def drawn_effect(
+    metric: str,
+    base: float,
+    adapted: float,
+    drawn: np.ndarray,  # (2, draws) base and adapted in each draw
+    frames: int,  # that were drawn from
+    scenes: int = 1,
+    level: float = LEVEL,
+    note: str = "",
+) -> Effect:
+    """Make an effect from draws that were computed elsewhere; too few frames have no verdict, as everywhere. Raises ConfigError for draws that are not pairs."""
+    drawn = np.asarray(drawn, dtype=np.float64)
+    if drawn.ndim != 2 or len(drawn) != 2:
+        raise ConfigError(f"draws must be (2, draws), base and adapted, got {drawn.shape}")
+    observed, changes = _changes(np.array([base, adapted], dtype=np.float64)), _changes(drawn)
+    ends = [_ends(changes[k], observed[k], None, "percentile", level) if frames > 1 else (float("nan"), float("nan")) for k in range(2)]
+    if frames < 2:
+        note = f"an interval needs at least two frames, here {frames}" + (f"; {note}" if note else "")
+    return Effect(metric, float(base), float(adapted), observed[0].item(), *ends[0], observed[1].item(), *ends[1], frames=frames if np.isfinite([base, adapted]).all() else 0,
+                  left_out=0, scenes=scenes, runs=1, unit="frames", method="percentile", level=level, note=note)

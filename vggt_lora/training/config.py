@@ -13,6 +13,7 @@ from pathlib import Path
 from ..adapters.targets import STRATEGIES, strategy_named
 from ..core import ConfigError, unknown, user_path
 from ..scenes.samples import depth_source
+from ..settings import check_values
 
 # %% ../../nbs/training/config.ipynb #278cf274
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +92,12 @@ class TrainConfig:
     seed: int = 0  # of weights, order and dropout
 
     def __post_init__(self):
-        _check_types(self)
+        check_values(self, CHOICES, RANGES)
         if self.strategy != "custom":
             strategy_named(self.strategy)
         depth_source(self.supervision)
         if self.truth != "auto":
             depth_source(self.truth, "truth")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(unknown(name, getattr(self, name), choices))
-        for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
         _check_together(self)
 
     @classmethod
@@ -176,17 +171,6 @@ def drawn_sizes(
             raise ConfigError(f"image_sizes: {part!r} is neither a multiple of {patch} px nor a factor of at most 4 of the image size")
         sizes.append(int(size))
     return tuple(dict.fromkeys(sizes))
-
-
-def _check_types(config) -> None:
-    for field in dataclasses.fields(config):
-        value, wanted = getattr(config, field.name), {"str": str, "int": int, "float": float, "bool": bool}[
-            field.type if isinstance(field.type, str) else field.type.__name__]
-        if wanted is float and type(value) is int:
-            object.__setattr__(config, field.name, float(value))
-        elif type(value) is not wanted:
-            hint = {bool: "; write True or False", str: "; with papermill use -r for text that looks like a number"}.get(wanted, "")
-            raise ConfigError(f"{field.name} must be {wanted.__name__}, got {type(value).__name__} {value!r}{hint}")
 
 
 def _check_together(config) -> None:
