@@ -17,6 +17,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from .leftovers import temporary_prefix
+
 # %% ../nbs/core.ipynb #85d23ac9
 class VggtLoraError(ValueError):
     """Base of every error that the user, not the programmer, can mend."""
@@ -108,7 +110,7 @@ def atomic_path(
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp" + path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".tmp" + path.suffix[:20])
     os.close(handle)
     temporary = Path(name)
     try:

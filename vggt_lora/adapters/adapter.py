@@ -12,13 +12,13 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
 from .targets import Targets, chosen_patterns, resolve_targets
 from ..core import ConfigError, VggtLoraError, WeightsError, read_json, system_errors, write_json
+from ..leftovers import put_in_place, temporary_folder
 
 # %% ../../nbs/adapters/adapter.ipynb #50a194fb
 def fingerprint(
@@ -110,17 +110,11 @@ def whole_folder(
     folder: Path,  # appears complete, in place of an older one, or not at all
 ):
     """Yield an empty folder beside `folder`; it gets that name on success and vanishes on any error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = temporary_folder(folder)
     try:
         yield temporary
         temporary.chmod(0o755)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

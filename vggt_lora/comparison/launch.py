@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .grid import PLACE, Point
 from ..core import ConfigError, unknown, write_json
+from ..leftovers import take
 from ..training.config import TrainConfig, read_config
 
 # %% ../../nbs/comparison/launch.ipynb #308f83d7
@@ -70,27 +71,27 @@ def run_point(
 ) -> dict:
     """Execute a notebook with parameters into a folder; returns what state.json says. A point that another process holds is `elsewhere`."""
     import papermill
-    from filelock import FileLock, Timeout
 
     os.environ.update(environ)
     os.environ.pop("IN_TEST", None)  # under nbdev_test the training notebook would shorten itself; a point runs as it is written
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            executed, started = folder / "executed.ipynb", time.monotonic()
-            if told(folder).get("state") == "failed" and executed.is_file():
-                executed.replace(folder / f"failed-{1 + len(list(folder.glob('failed-*.ipynb')))}.ipynb")
-            (folder / "state.json").unlink(missing_ok=True)
-            try:
-                papermill.execute_notebook(notebook, str(executed), parameters=parameters, cwd=cwd, progress_bar=False, log_output=False)
-                state = {"state": "finished"}
-            except Exception as error:
-                state = {"state": "failed", "error": first_words(error)}
-            write_json(folder / "state.json", state | {"seconds": round(time.monotonic() - started, 1)})
-            return told(folder)
-    except Timeout:
+    lock = take(folder / ".lock")
+    if lock is None:
         return {"state": "elsewhere"}
+    try:
+        executed, started = folder / "executed.ipynb", time.monotonic()
+        if told(folder).get("state") == "failed" and executed.is_file():
+            executed.replace(folder / f"failed-{1 + len(list(folder.glob('failed-*.ipynb')))}.ipynb")
+        (folder / "state.json").unlink(missing_ok=True)
+        try:
+            papermill.execute_notebook(notebook, str(executed), parameters=parameters, cwd=cwd, progress_bar=False, log_output=False)
+            state = {"state": "finished"}
+        except Exception as error:
+            state = {"state": "failed", "error": first_words(error)}
+        write_json(folder / "state.json", state | {"seconds": round(time.monotonic() - started, 1)})
+        return told(folder)
+    finally:
+        lock.release()
 
 
 def first_words(error: Exception) -> str:
