@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VggtLoraError', 'SceneError', 'WeightsError', 'ConfigError', 'unknown', 'given_parameters', 'project_root',
-           'user_path', 'system_errors', 'atomic_path', 'write_text', 'read_json', 'write_json']
+           'user_path', 'leads_out', 'system_errors', 'atomic_path', 'write_text', 'read_json', 'write_json']
 
 # %% ../nbs/core.ipynb #c1519743
 import contextlib
@@ -84,6 +84,15 @@ def user_path(
     if path.is_absolute() or path.exists():
         return path.resolve()
     return (project_root() / path).resolve()
+
+
+def leads_out(
+    path: Path | str,  # of a file that came with others
+    *roots: Path | str,  # folders that it may lie in
+) -> bool:
+    """Tell whether a path, all links followed, lies outside of all these folders: what came from elsewhere may not point to what lies here."""
+    real = Path(os.path.realpath(path))
+    return not any(real.is_relative_to(os.path.realpath(root)) for root in roots)
 
 # %% ../nbs/core.ipynb #7b58839e
 @contextlib.contextmanager

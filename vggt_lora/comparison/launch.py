@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FREE', 'STATES', 'MEMORY_OF_A_JOB', 'CLUSTERS', 'same_run', 'state_of', 'can_resume', 'told', 'run_point',
            'first_words', 'lanes_for', 'free_memory', 'executor_for', 'outcome', 'start_here', 'start_on_cluster',
-           'run_grid', 'parameters_of']
+           'writable', 'run_grid', 'parameters_of']
 
 # %% ../../nbs/comparison/launch.ipynb #b62e96d2
 import dataclasses
 import json
 import os
 import queue
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -201,6 +202,17 @@ def start_on_cluster(tasks: list[tuple], executor, poll: float = 10.0):
         yield name, outcome(job, folder)
 
 # %% ../../nbs/comparison/launch.ipynb #13a8fb81
+def writable(folder: Path) -> None:
+    """Raise ConfigError where a comparison's folder cannot be written, before anything runs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(2**16))  # more than what the processes are told
+            trial.flush()
+    except OSError as error:
+        raise ConfigError(f"the comparison's folder {folder} cannot be written ({error.strerror or error}); free some space, or give another output") from error
+
+
 def run_grid(
     points: list[Point],
     folder: Path,  # of the comparison
@@ -217,6 +229,7 @@ def run_grid(
     """Run what is not finished; returns for each point its state (finished, failed or elsewhere), error and seconds. Raises ConfigError before any work."""
     from tqdm import tqdm
 
+    writable(folder)
     states = {p.name: state_of(folder / p.name, p.config) for p in points}
     found = {p.name: told(folder / p.name) | {"state": states[p.name]} for p in points if states[p.name] == "finished" or states[p.name] == "failed" and not retry}
     todo = [p for p in points if p.name not in found]
