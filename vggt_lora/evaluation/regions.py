@@ -72,7 +72,7 @@ def true_planes(
     while len(planes) < most and len(left) >= max(least * len(rows), 50):
         o3d.utility.random.seed(seed)
         cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points[left]))
-        on = np.asarray(cloud.segment_plane(distance, 3, 300)[1], dtype=np.int64)
+        on = np.asarray(cloud.segment_plane(distance, 3, 300, probability=1.0)[1], dtype=np.int64)  # below 1 its threads race for an early end
         if len(on) < max(least * len(rows), 50):
             break
         mask = np.zeros(truth.shape, bool)
