@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def run(title: str, command: list[str], **environment: str) -> tuple[int, str]:
     return code, "".join(lines)
 
 
+def watched(log: Path) -> dict[str, str]:
+    """The environment in which every process writes down what it asks of other machines."""
+    return {"VGGT_LORA_ASKED": str(log), "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests" / "watch"), os.environ.get("PYTHONPATH")]))}
+
+
 def notebooks() -> set[str]:
     """The notebooks that nbdev_test has to run: all of them but drafts."""
     return {str(p.relative_to(ROOT)) for p in (ROOT / "nbs").rglob("*.ipynb")
@@ -42,8 +48,12 @@ def main() -> int:
     if export:
         failed.append("export check")
 
-    # Figures without a screen; one thread for each of the two workers, or they would wait for each other.
-    code, text = run("notebooks", [str(BIN / "nbdev_test"), "--n_workers", "2", "--do_print", "--timing"], MPLBACKEND="agg", OMP_NUM_THREADS="1")
+    # Figures without a screen; one thread for each of the two workers, or they would wait for each other. Whatever they ask of other machines is written down.
+    asked = Path(tempfile.mkdtemp()) / "asked.txt"
+    code, text = run("notebooks", [str(BIN / "nbdev_test"), "--n_workers", "2", "--do_print", "--timing"], MPLBACKEND="agg", OMP_NUM_THREADS="1", **watched(asked))
+    if asked.exists():
+        failed.append("connections")
+        print(f"notebooks asked other machines:\n{asked.read_text()}")
     # nbdev says "Completed" of a notebook that failed, too
     done, broken = ({str(Path(m).resolve().relative_to(ROOT)) for m in re.findall(pattern, text, re.M)}
                     for pattern in (r"^- Completed (\S+\.ipynb)", r"Error in (\S+\.ipynb)"))

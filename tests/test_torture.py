@@ -29,10 +29,10 @@ def base(tmp_path_factory):
 
 # --- sudden death ---------------------------------------------------------------------------------------------------
 
-def test_killed_commands_go_on_and_end_with_the_same_bytes():
+def test_killed_commands_go_on_and_two_at_once_do_no_harm():
     done = subprocess.run([sys.executable, "-m", "tests.torture", "--short", "--kills", "1"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert " 0 bad" in done.stdout and done.stdout.count("good ") == 4
+    assert " 0 bad" in done.stdout and done.stdout.count("good ") == 4 + 6  # and six of them begun twice at once
 
 
 def test_the_judge_sees_half_a_file_and_a_difference(tmp_path):
@@ -110,27 +110,6 @@ def test_pruning_leaves_what_another_process_is_writing(tmp_path):
         temporary.write_bytes(bytes(10))
         assert store.prune(0) == (1, 10) and store.sizes() == {}
     assert (store.folder / "new.safetensors").stat().st_size == 10
-
-
-# --- two at once ----------------------------------------------------------------------------------------------------
-
-def test_two_processes_share_caches_and_write_the_same(base, tmp_path):
-    """Scene, frame store: both begin at once, in one folder; both end well, and nothing differs from what one alone writes."""
-    code = ("import sys; from pathlib import Path; from tests.torture.jobs import JOBS\n"
-            "for name in ('demo', 'store'): JOBS[name].work(Path(sys.argv[1]), Path(sys.argv[2]) / name)")
-    for name in ("alone", "shared"):
-        for job in ("demo", "store"):
-            (tmp_path / name / job).mkdir(parents=True)
-    both = [subprocess.Popen([sys.executable, "-c", code, str(base), str(tmp_path / "shared")], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        assert process.wait() == 0, process.stderr.read()[-2000:]
-    for job in ("demo", "store"):
-        JOBS[job].work(base, tmp_path / "alone" / job)
-    from tests.torture.jobs import content
-
-    for job in ("demo", "store"):
-        assert content(tmp_path / "alone" / job, JOBS[job]) == content(tmp_path / "shared" / job, JOBS[job]) != {}
 
 
 # --- scarcity -------------------------------------------------------------------------------------------------------

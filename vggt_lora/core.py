@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VggtLoraError', 'SceneError', 'WeightsError', 'ConfigError', 'unknown', 'given_parameters', 'project_root',
-           'user_path', 'system_errors', 'atomic_path', 'write_text', 'read_json', 'write_json']
+           'user_path', 'leads_out', 'system_errors', 'atomic_path', 'write_text', 'read_json', 'write_json']
 
 # %% ../nbs/core.ipynb #c1519743
 import contextlib
@@ -16,6 +16,8 @@ import re
 import tempfile
 import threading
 from pathlib import Path
+
+from .leftovers import temporary_prefix
 
 # %% ../nbs/core.ipynb #85d23ac9
 class VggtLoraError(ValueError):
@@ -83,6 +85,15 @@ def user_path(
         return path.resolve()
     return (project_root() / path).resolve()
 
+
+def leads_out(
+    path: Path | str,  # of a file that came with others
+    *roots: Path | str,  # folders that it may lie in
+) -> bool:
+    """Tell whether a path, all links followed, lies outside of all these folders: what came from elsewhere may not point to what lies here."""
+    real = Path(os.path.realpath(path))
+    return not any(real.is_relative_to(os.path.realpath(root)) for root in roots)
+
 # %% ../nbs/core.ipynb #7b58839e
 @contextlib.contextmanager
 def system_errors(
@@ -108,7 +119,7 @@ def atomic_path(
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp" + path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(path), suffix=".tmp" + path.suffix[:20])
     os.close(handle)
     temporary = Path(name)
     try:

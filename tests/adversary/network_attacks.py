@@ -112,6 +112,16 @@ def header_says(text: str | bytes, size: int | None = None):
     return lambda content: struct.pack("<Q", len(raw) if size is None else size) + raw
 
 
+def linked(path: str, where: str | None):
+    """Put a link in a file's place; None: to the file itself, moved out of its folder."""
+    def damage(folder: Path) -> str:
+        target = folder / f"moved-{Path(path).name}"
+        (folder / path).rename(target)
+        (folder / path).symlink_to(where or target)
+        return Path(path).name
+    return damage
+
+
 def json_changed(path: str, *says: str, **changes):
     """Change fields of a JSON file; None removes one. A message has to name the file, or what is in `says`."""
     def damage(folder: Path) -> str:
@@ -139,12 +149,17 @@ TENSORS = {
 MODEL_FIELDS = {
     "depth": [3, 5, 0, -1, 2.5, "four", None, 10**9], "embed_dim": [65, 128, 0], "num_heads": [3, 0, 64], "img_size": [71, 140], "patch_size": [15], "dpt_layers": [[0, 1, 2], [0, 1, 2, 9], "0123"],
     "camera_head": [False, "yes"], "mlp_ratio": [0, float("nan"), 3], "frame_chunk": [0], "auto_map": [{"AutoModel": "evil.Model"}], "model_type": ["llama"],
+    "trust_remote_code": [True], "custom_pipelines": [{"x": {"impl": "evil.Pipe"}}], "_target_": ["os.system"], "architectures": [["Evil"]],
 }
 LORA_FIELDS = {
     "r": [0, -1, 3, 2.5, "2", None, 10**9], "lora_alpha": ["x", -1, None, float("nan")], "lora_dropout": [2, "a"], "peft_type": ["PROMPT_TUNING", None, 7], "target_modules": [None, [], 7, "(", "^(no_such_module)$", [".."], "(a+)+$"],
     "modules_to_save": [7, ["no_such_module"]], "auto_mapping": [{"base_model_class": "os", "parent_library": "subprocess"}], "bias": ["all", 3], "init_lora_weights": ["pissa", "eva"], "task_type": ["CAUSAL_LM"],
     "layers_to_transform": [[99]], "rank_pattern": [{"aggregator": 9}], "alpha_pattern": [{".*": 0.5}], "use_rslora": [True], "use_dora": [True], "surprise": [1], "fan_in_fan_out": [True], "megatron_config": [{"x": 1}],
+    "megatron_core": ["antigravity"], "exclude_modules": ["(.+)+x"], "layers_pattern": ["(a|aa)*b"], "loftq_config": [{"loftq_bits": 4}], "trainable_token_indices": [[1]], "layer_replication": [[[0, 9]]],
+    "trust_remote_code": [True], "auto_map": [{"AutoModel": "evil.Model"}],
 }
+ENDLESS = {"target_modules": r"([a-z_0-9.]+)+[a-z_0-9.]+\|", "rank_pattern": {r"(.*)*\|": 4}, "alpha_pattern": {".*.*.*.*.*.*.*.*x": 2}}  # expressions that take for ever on names of modules
+
 
 OTHER_NUMBERS = ("alpha_pattern", "use_rslora")  # honest settings of PEFT: such an adapter is scaled otherwise, and nothing else shows it
 
@@ -173,6 +188,10 @@ def adapter_attacks() -> list[Attack]:
     for field, values in LORA_FIELDS.items():
         found += [Attack("adapter's config", f"{field}: {value!r}", json_changed(SETTINGS, "adapter_model.safetensors", **{field: value}), use_adapter,
                          data=field in OTHER_NUMBERS) for value in values]
+    found += [Attack("adapter's config", f"{field} without end", json_changed(SETTINGS, **{field: value}), use_adapter) for field, value in ENDLESS.items()]
+    for path in (ADAPTER, SETTINGS, ABOUT):
+        found += [Attack("adapter", f"{Path(path).name} is a link {name}", linked(path, where), use_adapter)
+                  for name, where in {"to the file outside": None, "to the system's": "/etc/hostname", "to itself": Path(path).name, "to a device": "/dev/zero"}.items()]
     texts = {"empty": b"", "no JSON": b"{", "a list": b"[]", "deep": b"[" * 100_000, "missing": None}
     for path, group in ((SETTINGS, "adapter's config"), (ABOUT, "adapter's base")):
         found += [Attack(group, name, text_changed(path, lambda b, t=text: t) if text is not None else removed(path), use_adapter) for name, text in texts.items()]

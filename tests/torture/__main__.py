@@ -1,6 +1,6 @@
 """`python -m tests.torture`: commands killed at random instants and started again.
 
-    python -m tests.torture --short              a few kills of the quick commands
+    python -m tests.torture --short              a few kills of the quick commands, and each begun twice at once
     python -m tests.torture --write docs/torture.md   100 kills of all commands, with the result written down
     python -m tests.torture training store       commands with these names
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a copied process must not miss threads that it believes to have
 
-from tests.torture.death import Death, torture  # noqa: E402
-from tests.torture.jobs import JOBS, QUICK, make_base  # noqa: E402
+from tests.torture.death import Death, pair, torture  # noqa: E402
+from tests.torture.jobs import JOBS, QUICK, SHARED, make_base  # noqa: E402
 from vggt_lora.core import write_text  # noqa: E402
 
 KILLS = {"demo": 16, "store": 18, "dense depth": 12, "checkpoints": 16, "training": 16, "prefix": 10, "export": 8, "comparison": 4}  # 100
@@ -35,7 +35,7 @@ def load() -> None:
     torch.set_num_threads(1)
 
 
-def report(found: list[Death], command: str, seconds: float) -> str:
+def report(found: list[Death], pairs: list[Death], command: str, seconds: float) -> str:
     """The result on one page of Markdown."""
     by_job = collections.defaultdict(list)
     for death in found:
@@ -43,12 +43,16 @@ def report(found: list[Death], command: str, seconds: float) -> str:
     lines = ["# Torture", "",
              "Each command below was killed with SIGKILL at a random instant of its undisturbed run, with all the processes that it had started. Every file that then had its final "
              "name was opened and had to be whole. The same command was started again, and what it left was compared with two undisturbed runs, byte by byte (records without their "
-             "clocks; checkpoints by their tensors). Remainders are hidden temporary files that the second run did not remove; no one reads them.", "",
+             "clocks; checkpoints by their tensors). Remainders are hidden temporary files that the second run did not remove.", "",
              f"Written by `{command}` on {time.strftime('%Y-%m-%d')} in {seconds:.0f} s, on the CPU.", "",
              "| command | instants | killed before the end | ended with other bytes, or not at all | remainders |", "|---|---:|---:|---:|---:|"]
     lines += [f"| {job} | {len(deaths)} | {sum(d.state == 'killed' for d in deaths)} | {sum(not d.good for d in deaths)} | {sum(d.left for d in deaths)} |" for job, deaths in by_job.items()]
     lines += ["", f"{len(found)} instants, {sum(not d.good for d in found)} bad.", ""]
-    bad = [d for d in found if not d.good]
+    if pairs:
+        lines += ["## Two at once", "", "Each command was begun twice at the same moment in one folder. Both end well, or one is turned away with words; what is left was compared with what "
+                  "one process leaves alone.", "", "| command | both ended well | one was turned away | other bytes, or a crash | remainders |", "|---|---:|---:|---:|---:|"]
+        lines += [f"| {d.job} | {d.state == 'both':d} | {d.state == 'turned away':d} | {not d.good:d} | {d.left:d} |" for d in pairs] + [""]
+    bad = [d for d in (*found, *pairs) if not d.good]
     lines += ["## What went wrong", "", *[f"- {d.job} at {d.instant:.1%}: {'; '.join(d.faults)}" for d in bad], ""] if bad else []
     return "\n".join(lines)
 
@@ -62,19 +66,25 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="file for the result")
     given = parser.parse_args(arguments)
-    names, started, found = given.names or (QUICK if given.short else list(JOBS)), time.monotonic(), []
+    names, started, found, pairs = given.names or (QUICK if given.short else list(JOBS)), time.monotonic(), [], []
+    shared = [n for n in given.names or SHARED if n in SHARED and not (given.short and n == "comparison")]
     with tempfile.TemporaryDirectory() as room:
         os.environ["VGGT_LORA_CACHE"] = f"{room}/cache"  # nothing of the user's own is read or written
         load()
-        base = make_base(Path(room) / "base", network="export" in names)
+        base = make_base(Path(room) / "base", network="export" in (*names, *shared))
         for name in names:
             for death in torture(JOBS[name], base, Path(room) / "room", given.kills or (2 if given.short else KILLS[name]), given.seed):
                 found.append(death)
-                print(f"{'good' if death.good else 'BAD':4} {death.job:12} {death.instant:6.1%} {death.state:6} {'; '.join(death.faults).replace(room, '')}", flush=True)
+                print(f"{'good' if death.good else 'BAD':4} {death.job:12} {death.instant:6.1%} {death.state:6} {death.left} left {'; '.join(death.faults).replace(room, '')}", flush=True)
             if given.write:  # after every command, for the whole takes a while
-                write_text(given.write, report(found, f"python -m tests.torture {' '.join(arguments)}", time.monotonic() - started))
-    print(f"{len(found)} instants, {sum(not d.good for d in found)} bad, {time.monotonic() - started:.0f} s")
-    return int(not found or any(not d.good for d in found))
+                write_text(given.write, report(found, pairs, f"python -m tests.torture {' '.join(arguments)}", time.monotonic() - started))
+        for name in shared:
+            pairs.append(both := pair(JOBS[name], base, Path(room) / "room"))
+            print(f"{'good' if both.good else 'BAD':4} {both.job:12} twice at once: {both.state} {'; '.join(both.faults).replace(room, '')}", flush=True)
+            if given.write:
+                write_text(given.write, report(found, pairs, f"python -m tests.torture {' '.join(arguments)}", time.monotonic() - started))
+    print(f"{len(found)} instants, {len(pairs)} pairs, {sum(not d.good for d in (*found, *pairs))} bad, {time.monotonic() - started:.0f} s")
+    return int(not found or any(not d.good for d in (*found, *pairs)))
 
 
 if __name__ == "__main__":

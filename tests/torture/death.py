@@ -1,4 +1,5 @@
 """Kill -9: a job in a process of its own, ended at a random instant, started again, and held against one that ran undisturbed."""
+import contextlib
 import dataclasses
 import os
 import random
@@ -12,7 +13,8 @@ from pathlib import Path
 
 from tests.torture.jobs import Job, content, half_written
 
-LIMIT = 600  # s; a job that takes longer hangs
+LIMIT = 1800  # s; a job that takes longer hangs
+MARK = "VGGT_LORA_TORTURE"  # variable that all descendants of a job inherit, in whatever session and under whatever parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,7 @@ def begin(job: Job, base: Path, out: Path, log: Path) -> int:
     status = 1
     try:
         os.setsid()
+        os.environ[MARK] = str(os.getpid())
         with open(log, "w") as said:
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
@@ -56,32 +59,29 @@ def begin(job: Job, base: Path, out: Path, log: Path) -> int:
 
 
 def family(number: int) -> list:
-    """A process and all that it has started."""
+    """A process and all that it has started: its children, theirs, and those that have lost their parent or have a session of their own."""
     import psutil
 
-    try:
-        process = psutil.Process(number)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            if process.pid == number or process.environ().get(MARK) == str(number):
+                found |= {p.pid: p for p in (process, *process.children(recursive=True))}
+    return list(found.values())
 
 
-def end_family(number: int) -> None:
-    """SIGKILL to a process and to all that it has started, as a power cut would; those it starts meanwhile too."""
+def end_family(number: int) -> list[int]:
+    """SIGKILL to a process and to all that it has started, as a power cut would; those it starts meanwhile too. Returns their numbers."""
     import psutil
 
     known = {}
-    while True:
-        found = {p.pid: p for p in [*family(number), *(c for k in list(known.values()) for c in family(k.pid))]}
-        new = [p for pid, p in found.items() if pid not in known]
-        if not new:
-            return
+    while new := [p for p in family(number) if p.pid not in known and p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
         for process in new:
             known[process.pid] = process
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
-            except psutil.NoSuchProcess:
-                pass
+    psutil.wait_procs([p for pid, p in known.items() if pid != number], timeout=30)
+    return list(known)
 
 
 def wait(number: int, seconds: float) -> int | None:
@@ -107,9 +107,40 @@ def finish(job: Job, base: Path, out: Path, log: Path) -> str:
     return "" if status == 0 else f"status {status}: {' '.join(log.read_text().strip().splitlines()[-1:])[-300:]}"
 
 
+TURNED_AWAY = ("another process", "holds a run already", "exists already")  # what a second process may be told instead of a result
+
+
+def pair(job: Job, base: Path, room: Path) -> Death:
+    """The same job twice at once in one folder: each ends well or is turned away in words, and what is left equals what one leaves alone."""
+    expected, out, faults = {}, room / f"{job.name} shared", []
+    for name in ("alone", "shared"):
+        (room / f"{job.name} {name}").mkdir(parents=True)
+    if fault := finish(job, base, room / f"{job.name} alone", room / "alone.txt"):
+        faults.append(f"alone: {fault}")
+    expected = content(room / f"{job.name} alone", job)
+    logs = [room / f"log {i}.txt" for i in range(2)]
+    numbers = [begin(job, base, out, log) for log in logs]
+    ends = [wait(number, LIMIT) for number in numbers]
+    for number, end, log in zip(numbers, ends, logs):
+        words = " ".join(log.read_text().strip().splitlines()[-1:])
+        if end is None:
+            end_family(number)
+            os.waitpid(number, 0)
+        if end != 0 and not any(told in words for told in TURNED_AWAY):
+            faults.append(f"one of two: status {end}: {words[-300:]}")
+    if 0 not in ends:
+        faults.append("neither of two came to an end")
+    faults += [f"half-written: {f}" for f in half_written(out, job, expected)] + differences(expected, content(out, job))
+    left = hidden(out)
+    for name in ("alone", "shared"):
+        shutil.rmtree(room / f"{job.name} {name}")
+    return Death(job.name, 0.0, "turned away" if any(ends) else "both", left, tuple(faults))
+
+
 def hidden(out: Path) -> int:
-    """Number of files that begin with a dot, or lie in such a folder; a lock is no remainder."""
-    return sum(path.is_file() and not path.name.endswith(".lock") and any(p.startswith(".") for p in path.relative_to(out).parts) for path in out.rglob("*"))
+    """Number of files that begin with a dot, or lie in such a folder; a lock is no remainder, and neither is the log of an attempt."""
+    parts = [path.relative_to(out).parts for path in out.rglob("*") if path.is_file()]
+    return sum(any(p.startswith(".") for p in names) and not names[-1].endswith(".lock") and ".jobs" not in names for names in parts)
 
 
 def differences(expected: dict, found: dict) -> list[str]:

@@ -14,7 +14,6 @@ class Job:
     work: Callable[[Path, Path], None]  # receives the shared input and the folder that it writes to
     living: tuple[str, ...] = ()  # names (globs) of files that grow while the job runs, so that they may end anywhere
     clocks: tuple[str, ...] = ()  # names (globs) of files that say when and how long, so that no two are equal
-    children: bool = False  # it starts processes of its own
 
 
 def scene_of(base: Path) -> Path:
@@ -115,21 +114,22 @@ def export(base: Path, out: Path) -> None:
 
 
 def grid(base: Path, out: Path) -> None:
-    """A comparison of two runs, each in a notebook of its own."""
+    """A comparison of two runs side by side, each in a notebook of its own: papermill in a process, a kernel below it."""
     from vggt_lora.compare import CompareConfig, compare
 
-    given = training_config(scene_of(base).parent, out, epochs=1)
-    names = ("model", "data", "epochs", "frames", "image_size", "lr", "train_share", "supervision", "device")
-    compare(CompareConfig(grid="rank=2,4", settings="; ".join(f"{n}={getattr(given, n)}" for n in names), output=str(out), jobs=1), tell=lambda text: None)
+    given = training_config(scene_of(base).parent, out, epochs=1, model="tiny", image_size=84)
+    names = ("model", "data", "epochs", "frames", "image_size", "lr", "train_share", "supervision", "device", "save_every")
+    compare(CompareConfig(grid="rank=2,4", settings="; ".join(f"{n}={getattr(given, n)}" for n in names), output=str(out), jobs=2), tell=lambda text: None)
 
 
 RUN = {"living": ("metrics.jsonl", "train.log", "tensorboard/*", "events.*", "executed.ipynb", "failed-*"),
        "clocks": ("budget.json", "cost.json", "report.html", "config.json", "state.json", "comparison.html", "metrics.jsonl", "step-*.pt", "last.pt")}
 JOBS = {job.name: job for job in (
     Job("demo", demo), Job("store", store), Job("dense depth", dense), Job("checkpoints", checkpoints), Job("prefix", prefix), Job("export", export),
-    Job("training", train, **RUN), Job("comparison", grid, **RUN, children=True),
+    Job("training", train, **RUN), Job("comparison", grid, **RUN),
 )}
 QUICK = ("demo", "store", "checkpoints", "training")
+SHARED = ("demo", "store", "dense depth", "prefix", "export", "training", "comparison")  # begun twice at once; checkpoints have their run's lock
 
 
 def make_base(base: Path, network: bool = False) -> Path:

@@ -10,6 +10,7 @@ __all__ = ['PREFIX', 'TOLERANCE', 'UNFINISHED', 'OFFICIAL_CLASS', 'PATHS', 'Trai
 # %% ../../nbs/adapters/export.ipynb #b857ec20
 import contextlib
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ import torch
 
 from .adapter import BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge, whole_folder
 from ..core import ConfigError, VggtLoraError, WeightsError, atomic_path, user_path, write_json, write_text
+from ..leftovers import take
 from ..model.config import VGGTConfig
 from ..model.embedded import SHIPPED, to_float32
 from ..model.vggt import VGGT, load_vggt
@@ -233,6 +235,31 @@ def export_merged(
     small, VggtLoraError where merged and unmerged outputs differ by more than TOLERANCE. Needs memory for the base once.
     """
     source, folder = trained(run, base), Path(path).expanduser().absolute()
+    with _only_one(folder):
+        return _export_merged(source, folder, revision, replace)
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path):
+    """Keep other processes from exporting into a folder meanwhile; raises ConfigError where one does, or where nothing can be written."""
+    try:
+        lock = take(folder.parent / f".{folder.name}.lock")
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); give another folder") from error
+    if lock is None:
+        raise ConfigError(f"{folder}: another process is exporting into it; wait for it, or give another folder")
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise WeightsError(f"{folder}: the export cannot be written ({error.strerror}): free some space or give another folder, then export again") from error
+    finally:
+        lock.release()
+
+
+def _export_merged(source: Trained, folder: Path, revision: str | None, replace: bool) -> MergedReport:
+    """Write it; one process at a time."""
     file = find_weights(named_base(source), revision)
     stored = StoredTensors(file.path, half=file.card is not None)
     size = file.path.stat().st_size * (2 if file.card is not None else 1)  # of each file; half precision is widened
@@ -324,7 +351,7 @@ def export_adapter(
     official = dataclasses.replace(shape, **dict.fromkeys(HEADS, True), frame_chunk=8) == VGGTConfig.vggt_1b()
     config |= {"target_modules": list(changes.adapted), "modules_to_save": list(changes.full) or None, "inference_mode": True,
                "base_model_name_or_path": public_name(source.base), "auto_mapping": OFFICIAL_CLASS if official else config.get("auto_mapping")}
-    with whole_folder(folder) as temporary:
+    with _only_one(folder), whole_folder(folder) as temporary:
         _write_adapter(temporary, tensors, config, about, source)
         with torch.device("meta"):
             tree = VGGT(dataclasses.replace(shape, **dict.fromkeys(HEADS, True)))

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['FREE', 'STATES', 'MEMORY_OF_A_JOB', 'CLUSTERS', 'same_run', 'state_of', 'can_resume', 'told', 'run_point',
            'first_words', 'lanes_for', 'free_memory', 'executor_for', 'outcome', 'start_here', 'start_on_cluster',
-           'run_grid', 'parameters_of']
+           'writable', 'run_grid', 'parameters_of']
 
 # %% ../../nbs/comparison/launch.ipynb #b62e96d2
 import dataclasses
 import json
 import os
 import queue
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from .grid import PLACE, Point
 from ..core import ConfigError, unknown, write_json
+from ..leftovers import take
 from ..training.config import TrainConfig, read_config
 
 # %% ../../nbs/comparison/launch.ipynb #308f83d7
@@ -70,27 +72,27 @@ def run_point(
 ) -> dict:
     """Execute a notebook with parameters into a folder; returns what state.json says. A point that another process holds is `elsewhere`."""
     import papermill
-    from filelock import FileLock, Timeout
 
     os.environ.update(environ)
     os.environ.pop("IN_TEST", None)  # under nbdev_test the training notebook would shorten itself; a point runs as it is written
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            executed, started = folder / "executed.ipynb", time.monotonic()
-            if told(folder).get("state") == "failed" and executed.is_file():
-                executed.replace(folder / f"failed-{1 + len(list(folder.glob('failed-*.ipynb')))}.ipynb")
-            (folder / "state.json").unlink(missing_ok=True)
-            try:
-                papermill.execute_notebook(notebook, str(executed), parameters=parameters, cwd=cwd, progress_bar=False, log_output=False)
-                state = {"state": "finished"}
-            except Exception as error:
-                state = {"state": "failed", "error": first_words(error)}
-            write_json(folder / "state.json", state | {"seconds": round(time.monotonic() - started, 1)})
-            return told(folder)
-    except Timeout:
+    lock = take(folder / ".lock")
+    if lock is None:
         return {"state": "elsewhere"}
+    try:
+        executed, started = folder / "executed.ipynb", time.monotonic()
+        if told(folder).get("state") == "failed" and executed.is_file():
+            executed.replace(folder / f"failed-{1 + len(list(folder.glob('failed-*.ipynb')))}.ipynb")
+        (folder / "state.json").unlink(missing_ok=True)
+        try:
+            papermill.execute_notebook(notebook, str(executed), parameters=parameters, cwd=cwd, progress_bar=False, log_output=False)
+            state = {"state": "finished"}
+        except Exception as error:
+            state = {"state": "failed", "error": first_words(error)}
+        write_json(folder / "state.json", state | {"seconds": round(time.monotonic() - started, 1)})
+        return told(folder)
+    finally:
+        lock.release()
 
 
 def first_words(error: Exception) -> str:
@@ -200,6 +202,17 @@ def start_on_cluster(tasks: list[tuple], executor, poll: float = 10.0):
         yield name, outcome(job, folder)
 
 # %% ../../nbs/comparison/launch.ipynb #13a8fb81
+def writable(folder: Path) -> None:
+    """Raise ConfigError where a comparison's folder cannot be written, before anything runs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            trial.write(bytes(2**16))  # more than what the processes are told
+            trial.flush()
+    except OSError as error:
+        raise ConfigError(f"the comparison's folder {folder} cannot be written ({error.strerror or error}); free some space, or give another output") from error
+
+
 def run_grid(
     points: list[Point],
     folder: Path,  # of the comparison
@@ -216,6 +229,7 @@ def run_grid(
     """Run what is not finished; returns for each point its state (finished, failed or elsewhere), error and seconds. Raises ConfigError before any work."""
     from tqdm import tqdm
 
+    writable(folder)
     states = {p.name: state_of(folder / p.name, p.config) for p in points}
     found = {p.name: told(folder / p.name) | {"state": states[p.name]} for p in points if states[p.name] == "finished" or states[p.name] == "failed" and not retry}
     todo = [p for p in points if p.name not in found]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..core import ConfigError, WeightsError, read_json, user_path
+from ..core import ConfigError, WeightsError, leads_out, read_json, user_path
 from .config import VGGTConfig
 from .embedded import SHIPPED, ModelCard, card_beside, find_shipped, remedy
 
@@ -80,9 +80,14 @@ def _on_hub(name: str, revision: str | None) -> WeightsFile:
             if file_name == FILE_NAMES[1] and FILE_NAMES[0] in found:
                 break
             try:
-                found[file_name] = Path(hf_hub_download(name, file_name, revision=revision))
+                path = found[file_name] = Path(hf_hub_download(name, file_name, revision=revision))
+                home = next((p for p in path.parents if p.name.startswith("models--")), path.parent)
+                if leads_out(path, home, home / "blobs"):
+                    raise WeightsError(f"{path}: is a link out of the hub's cache; remove {home} and fetch {name!r} again")
             except EntryNotFoundError as absent:  # on the hub, or in the cache while offline
                 reason = str(absent).splitlines()[0]
+    except WeightsError:
+        raise
     except Exception as fault:  # connection, access and name errors have many types and one remedy
         raise WeightsError(f"cannot fetch {name!r} from the hub: {type(fault).__name__}: {str(fault).splitlines()[0]} "
                            f"(check the name and the network; gated repositories need `hf auth login`)") from fault

@@ -10,7 +10,6 @@ __all__ = ['LARGEST_RATIO', 'MOST_FILES', 'name_fault', 'Packed', 'entry_fault',
 import os
 import re
 import shutil
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..core import SceneError
+from ..leftovers import temporary_folder
 from .fetch import DownloadError, amount, check_room
 
 # %% ../../nbs/scenes/archive.ipynb #9c66835a
@@ -187,15 +187,11 @@ def unpack(
     progress: bool = True,  # show a bar
 ) -> dict[str, Packed]:
     """Unpack an archive into a folder and return its files; raises SceneError naming the fault, DownloadError where the disk is too small.
-
-    One process at a time may unpack into a folder: what another has begun there is taken for a leftover and removed.
     """
     import py7zr
     path, folder = Path(path), Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    for rest in folder.glob(".unpacking.*"):  # of a process that was killed
-        shutil.rmtree(rest, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(dir=folder, prefix=".unpacking."))
+    work = temporary_folder(folder / "unpacking")
     try:
         with open(path, "rb") as file, py7zr.SevenZipFile(file, "r") as archive:  # an open file: one thread, which an interruption reaches
             files = contents(archive, path, root, largest)

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..core import ConfigError, SceneError, unknown, write_json
+from ..leftovers import take
 from .archive import unpack
 from .eth3d import ETH3D_PHOTOS, open_scene
 from .fetch import DownloadError, Part, amount, check_room, fetch, probe
@@ -195,15 +196,12 @@ def only_one(
     folder: Path,
 ):
     """Keep other processes from downloading into `folder` meanwhile; raises DownloadError where one does."""
-    from filelock import FileLock, Timeout
-    lock = FileLock(folder / ".vggt_lora_download.lock", timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise DownloadError(f"{folder}: another download into this folder is running; wait for it") from None
+        lock = take(folder / ".vggt_lora_download.lock")
     except OSError as fault:
-        raise DownloadError(f"{folder}: cannot be written ({fault.strerror}); name another folder") from fault
+        raise DownloadError(f"{folder}: cannot be written ({fault.strerror or fault}); name another folder") from fault
+    if lock is None:
+        raise DownloadError(f"{folder}: another download into this folder is running; wait for it")
     try:
         yield
     finally:

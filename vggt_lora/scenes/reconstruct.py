@@ -11,11 +11,11 @@ import dataclasses
 import shutil
 import sqlite3
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
 from ..core import ConfigError, SceneError, unknown, user_path
+from ..leftovers import temporary_folder
 from ..settings import command
 
 # %% ../../nbs/scenes/reconstruct.ipynb #6da403ef
@@ -105,8 +105,7 @@ def reconstruct(
     names = photos_in(source)
     if target.exists():
         raise ConfigError(f"scene {target} exists already; name another folder, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+    work = temporary_folder(target)
     try:
         with quiet():
             model = _sparse_model(source, names, work, config, progress)

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import ConfigError, SceneError, VggtLoraError, atomic_path
+from ..leftovers import remove_dead
 from .dense_estimate import photo_hash
 from .distorted import file_stamp
 from .eth3d import find_part, scene_folders
@@ -239,18 +240,10 @@ def folder_bytes(folder: Path) -> int:
 
 def remove_leftovers(
     folder: Path,
-    age: float = 3600,  # seconds; younger ones may be in the hands of another process, which needs milliseconds
+    age: float = 3600,  # seconds; for those of processes that cannot be asked for: writing needs milliseconds
 ) -> int:
     """Remove temporary files of runs that were killed and return their number."""
-    removed = 0
-    for path in Path(folder).glob(".*.tmp*"):
-        try:
-            if time.time() - path.stat().st_mtime > age:
-                path.unlink()
-                removed += 1
-        except FileNotFoundError:
-            pass
-    return removed
+    return remove_dead(folder, age, unnamed=True)
 
 # %% ../../nbs/scenes/store.ipynb #a76df52b
 class FrameStore(FrameCache):

@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..core import SceneError, unknown, write_json
+from ..leftovers import temporary_folder
 from .building import BuildingStyle, render, toy_building
 from .calibration import cameras_text, images_text, keypoint_lists, points_text
 from .demo import write_demo
@@ -127,7 +127,7 @@ def _make_whole(folder: Path, name: str, settings: dict, write, tick, replace: b
                              "Remove it, or choose another name.")
         for rest in folder.glob(f".{name}.*.part"):  # of a run that was cut off
             shutil.rmtree(rest, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(dir=folder, prefix=f".{name}.", suffix=".part"))
+        work = temporary_folder(target)
         try:
             made = work / "scene"
             made.mkdir()

@@ -20,6 +20,7 @@ import torch
 
 from ..adapters.adapter import fingerprint
 from ..core import VggtLoraError, atomic_path
+from ..leftovers import remove_dead
 from ..model.aggregator import AggregatorState
 from .boundary import EMBEDDING, network, pieces
 
@@ -174,9 +175,7 @@ class PrefixStore:
         self.report, self.full, self.freed = PrefixReport(), "", None
         self._verified: dict[Path, tuple] = {}  # path -> stamp of the file whose checksum was right
         self._room: float | None = None  # bytes left below the limit, once counted
-        for left in self.folder.glob(".*.tmp*"):
-            if time.time() - left.stat().st_mtime > 3600:  # of a run that was killed
-                left.unlink(missing_ok=True)
+        remove_dead(self.folder, age=3600, unnamed=True)
 
     def key(self, digests: tuple[str, ...]) -> str:
         """Return the name of an entry made of these photos."""

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..core import ConfigError, project_root, user_path, write_json, write_text
+from ..leftovers import take
 from .checkpoint import CheckpointError, checkpoint_files, load_checkpoint, read_checkpoint, save_checkpoint
 from .config import TrainConfig
 
@@ -87,13 +88,9 @@ def hold(
     patience: float = 10.0,  # s; the kernel of a killed notebook needs a moment to end
 ):
     """Lock a run's folder and return the lock; the system frees it when the process ends, however it ends. Raises ConfigError where another process has it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".run.lock")
-    try:
-        lock.acquire(timeout=patience)
-    except Timeout:
-        raise ConfigError(f"{folder}: another process is writing this run; wait for it, or give another output") from None
+    lock = take(folder / ".run.lock", patience)
+    if lock is None:
+        raise ConfigError(f"{folder}: another process is writing this run; wait for it, or give another output")
     return lock
 
 

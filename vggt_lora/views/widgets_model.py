@@ -7,6 +7,7 @@ __all__ = ['ADAPTABLE', 'part_of', 'model_parts', 'number_globs', 'chosen_patter
            'TargetPicker', 'TreePage', 'target_picker']
 
 # %% ../../nbs/views/widgets_model.ipynb #83cc58d8
+import html
 import re
 import shlex
 
@@ -173,7 +174,7 @@ class TreePage(TargetPicker):
         for part in self.parts:
             top = part.split(".")[0]
             if top != last:
-                tree.append(ipywidgets.HTML(f"<b>{top}</b>"))
+                tree.append(ipywidgets.HTML(f"<b>{html.escape(top)}</b>"))
             inputs[part].description, last = part.partition(".")[2] or part, top
             row = [inputs[part]]
             if f"{part} blocks" in inputs:
