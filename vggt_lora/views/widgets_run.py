@@ -84,7 +84,7 @@ def draw_losses(
     ax.set(xlabel="step", ylabel="loss", title=f"loss{lost}", xlim=(0, total or None))
     ax.grid(alpha=0.3)
     if len(steps) + len(held):
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below, where no curve can run
     else:
         ax.text(0.5, 0.5, "no step yet", ha="center", va="center", transform=ax.transAxes, color="0.4")
 
@@ -113,7 +113,7 @@ def run_figure(
     title: str = "",
 ):
     """Draw a run as it stands; return the figure."""
-    figure = new_figure(11.0, 3.0)
+    figure = new_figure(11.0, 3.2)
     grid = figure.add_gridspec(1, 4 if look else 1, width_ratios=(1.5, 1, 1, 1) if look else None)
     draw_losses(figure.add_subplot(grid[0, 0]), records, total)
     if look:
@@ -212,6 +212,11 @@ class LiveView(RunBoard):
                 self.widget.show(self.words(), 0, 0, None, False, False)
             except ImportError as error:
                 print(f"the run is not shown while it goes, because {error} (pip install 'vggt_lora[views]')")
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether the page has a bar, so that the loop needs none."""
+        return self.widget is not None
 
     def words(self) -> str:
         """The run in a line or two."""
