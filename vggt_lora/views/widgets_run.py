@@ -8,7 +8,6 @@ __all__ = ['STOP', 'read_metrics', 'time_words', 'progress_words', 'draw_losses'
 
 # %% ../../nbs/views/widgets_run.ipynb #581e7bc8
 import base64
-import html
 import json
 import math
 import threading
@@ -21,6 +20,7 @@ from ..core import ConfigError
 from .charts import series, wants_log
 from .clouds3d import someone_watches
 from .figures import new_figure, robust_range
+from .page import words
 from .widgets import as_png
 
 # %% ../../nbs/views/widgets_run.ipynb #5ed135b9
@@ -179,19 +179,19 @@ class MonitorPage:
         import ipywidgets
         self.bar = ipywidgets.IntProgress(0, min=0, max=1, description="steps", layout=ipywidgets.Layout(width="520px"))
         self.button = ipywidgets.Button(description="stop and save", icon="stop", tooltip="end after this step; what was learnt is saved")
-        self.image, self.text = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.image, self.text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%")), ipywidgets.HTML()
         self.button.on_click(lambda _: stop())
         heard_while_busy(self.button)
         self.image.layout.display = "none"  # until there is something to see
         self.page = ipywidgets.VBox([ipywidgets.HBox([self.bar, self.button]), self.text, self.image])
 
-    def show(self, words: str, step: int, total: int, png: bytes | None, asked: bool, ended: bool) -> None:
+    def show(self, said: str, step: int, total: int, png: bytes | None, asked: bool, ended: bool) -> None:
         """Bring everything up to date; png None leaves the picture as it is."""
         self.bar.max, self.bar.value = max(total, step, 1), step
         self.bar.bar_style = ("success" if step >= total else "warning") if ended else ""
         self.button.disabled = asked or ended
         self.button.description = ("saved" if asked else "done") if ended else "stopping ..." if asked else "stop and save"
-        self.text.value = f"<pre style='margin: 2px; white-space: pre-wrap'>{html.escape(words)}</pre>"
+        self.text.value = words(said)
         if png is not None:
             self.image.value, self.image.layout.display = png, ""
 
