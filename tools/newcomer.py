@@ -120,10 +120,10 @@ def newest_run(clone: Path) -> Path:
     return runs[-1]
 
 
-def clouds_of(run: Path) -> list[tuple[str, int, str]]:
+def clouds_of(clone: Path) -> list[tuple[str, int, str]]:
     """(name, bytes, what it holds) of each cloud, read back from the file; SystemExit where a kind is missing or a file is damaged."""
     found = []
-    for path in sorted(p for p in (run / "clouds").rglob("*") if p.suffix in (".ply", ".glb")):
+    for path in sorted(p for p in (clone / "outputs").rglob("*") if p.suffix in (".ply", ".glb")):
         data = path.read_bytes()
         if path.suffix == ".ply":
             match = re.search(rb"^element vertex (\d+)\s*$", data[:2000], re.M)
@@ -134,9 +134,9 @@ def clouds_of(run: Path) -> list[tuple[str, int, str]]:
             if data[:4] != b"glTF" or int.from_bytes(data[8:12], "little") != len(data):
                 raise SystemExit(f"{path} is no whole GLB file")
             what = "the same, for viewers on the web"
-        found.append((path.relative_to(run).as_posix(), len(data), what))
-    if {Path(name).suffix for name, _, _ in found} != {".ply", ".glb"} or not any("adapted" in name for name, _, _ in found):
-        raise SystemExit(f"{run / 'clouds'} should hold the adapted cloud as PLY and GLB, it holds {[name for name, _, _ in found]}")
+        found.append((path.relative_to(clone).as_posix(), len(data), what))
+    if {Path(name).suffix for name, _, _ in found} != {".ply", ".glb"} or not any("adapted" in Path(name).name for name, _, _ in found):
+        raise SystemExit(f"{clone / 'outputs'} should hold the adapted cloud as PLY and GLB, it holds {[name for name, _, _ in found]}")
     return found
 
 
@@ -149,19 +149,25 @@ def machine(python: Path) -> str:
     return f"{cores} processor core{'s' if cores != 1 else ''}" + (f", {memory / 2**30:.0f} GiB of memory" if memory else "") + f", {versions}"
 
 
+def undated(text: str) -> str:
+    """A run's name without the moment of its start."""
+    return re.sub(r"[0-9]{8}-[0-9]{6}", "<date>-<time>", text)
+
+
 def block(lines: list[str], most: int = 40) -> str:
     """Lines of a terminal, quoted."""
     left = [*lines[: most // 2], f"... ({len(lines) - most} lines)", *lines[-(most // 2):]] if len(lines) > most else lines
-    return "```text\n" + "\n".join(left) + "\n```"
+    return "```text\n" + undated("\n".join(left)) + "\n```"
 
 
 def page(journey: Journey) -> str:
     """docs/newcomer.md."""
     folder, clone = journey.folder, journey.folder / CLONE
     run = newest_run(clone)
-    clouds, done = clouds_of(run), journey.done
+    clouds, done = clouds_of(clone), journey.done
     sizes = {"clone": size_of(clone / ".git") + sum(size_of(clone / p) for p in os.listdir(clone) if p not in (".git", ".venv", "outputs")), "environment": size_of(clone / ".venv"),
-             "train": size_of(run) - size_of(run / "clouds"), "evaluate": size_of(run / "clouds")}
+             "evaluate": sum(size for _, size, _ in clouds)}
+    sizes["train"] = sum(size_of(p) for p in (clone / "outputs").iterdir() if p.is_dir()) - sizes["evaluate"]
     told = {"clone": "get the project", "environment": "`.venv` with the tested versions", "doctor": "is all there?", "doctor_no_data": "the doctor on a path that does not exist",
             "doctor_half_weights": "the doctor on a file of weights that broke off", "train": "doctor, demo buildings, adapter, report", "evaluate": "base against adapted, and clouds"}
     rows = [f"| {told[name]} | `{step['command']}` | {time_words(step['seconds'])} | {size_words(sizes[name]) if name in sizes else ''} |" for name, step in done.items() if name in told]
@@ -179,8 +185,8 @@ def page(journey: Journey) -> str:
         "## The doctor on a broken one", "A path that does not exist; the exit status is " + str(done["doctor_no_data"]["status"]) + ":", block(done["doctor_no_data"]["lines"]),
         "A file of weights of which half is missing; the exit status is " + str(done["doctor_half_weights"]["status"]) + ":", block(done["doctor_half_weights"]["lines"]),
         "## The training", "Of what it prints:", block(said), "The first lines of `report.md` that say what came of it:", "\n".join(f"> {line}\n>" for line in verdicts).removesuffix("\n>"),
-        "## Where the clouds are", f"In `outputs/{re.sub(r'[0-9]{8}-[0-9]{6}', '<date>-<time>', run.name)}/`, read back from the files:",
-        "| file | size | holds |\n|---|---|---|\n" + "\n".join(f"| `{name}` | {size_words(size)} | {what} |" for name, size, what in clouds)]) + "\n"
+        "## Where the clouds are", "Read back from the files:",
+        "| file | size | holds |\n|---|---|---|\n" + "\n".join(f"| `{undated(name)}` | {size_words(size)} | {what} |" for name, size, what in clouds)]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
