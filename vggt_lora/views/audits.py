@@ -214,7 +214,7 @@ class PhotoSlider:
         """Build the ipywidgets page: slider, name and picture."""
         import ipywidgets
         slider = ipywidgets.IntSlider(self.index, min=0, max=len(self.names) - 1, description="photo", continuous_update=False, layout=ipywidgets.Layout(width="500px"))
-        image, caption = ipywidgets.Image(value=self.png(), format="png"), ipywidgets.HTML(words(self.names[self.index]))
+        image, caption = ipywidgets.Image(value=self.png(), format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="99%")), ipywidgets.HTML(words(self.names[self.index]))
 
         def redraw(change):
             self.index = change["new"]

@@ -222,7 +222,7 @@ def cloud_page(
 ):
     """Build the ipywidgets page of a view: choice of cloud, sliders, picture and caption."""
     import ipywidgets
-    image = ipywidgets.Image(value=view.png(), format="png", width=view.page_size[1], height=view.page_size[0])
+    image = ipywidgets.Image(value=view.png(), format="png", width=view.page_size[1], layout=ipywidgets.Layout(max_width="99%"))
     caption = ipywidgets.HTML(words(view.caption()))
     common = {"continuous_update": False, "layout": ipywidgets.Layout(width="300px")}
     controls = {

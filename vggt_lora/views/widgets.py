@@ -147,7 +147,7 @@ class PanelPage:
     def screen(self):
         """The widget that shows the picture."""
         import ipywidgets
-        return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%"))  # at its own size, and never wider than the page
+        return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="99%"))  # at its own size, and never wider than the page
 
     def project(self, screen) -> None:
         """Put the picture on the screen."""

@@ -179,7 +179,7 @@ class MonitorPage:
         import ipywidgets
         self.bar = ipywidgets.IntProgress(0, min=0, max=1, description="steps", layout=ipywidgets.Layout(width="520px"))
         self.button = ipywidgets.Button(description="stop and save", icon="stop", tooltip="end after this step; what was learnt is saved")
-        self.image, self.text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="100%")), ipywidgets.HTML()
+        self.image, self.text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="99%")), ipywidgets.HTML()
         self.button.on_click(lambda _: stop())
         heard_while_busy(self.button)
         self.image.layout.display = "none"  # until there is something to see

@@ -113,6 +113,7 @@ def draw_timeline(
                 linewidth=5 if index in frames else 1.5)
     ax.plot([index + 0.5], [-0.62], "v", color="#d40000", markersize=9, gid="mark")
     ax.set(xlim=(-0.3, count + 0.3), ylim=(0.9 + 0.3 * max(lanes, default=0), -0.95), yticks=[], xlabel="photo, in capture order")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 # %% ../../nbs/views/widgets_scene.ipynb #b2e90789
