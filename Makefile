@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help env system train test browser-test guide notebooks wheel torture test-matrix coverage clean
+.PHONY: help env system train test browser-test guide notebooks wheel torture newcomer test-matrix coverage clean
 
 help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
@@ -28,6 +28,7 @@ help:
 	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
 	@echo "make wheel   env, then dist/: the source distribution and the wheel, with the weights of the tiny network inside"
 	@echo "make torture      env, then every command killed at 100 random instants in all; the result goes to docs/torture.md"
+	@echo "make newcomer     all that the README tells a newcomer, on a fresh clone, timed; the log goes to docs/newcomer.md"
 	@echo "make test-matrix  the quick tests with Python 3.11 and 3.12, pinned and lowest versions, each in an environment of its own"
 	@echo "make coverage     env, then pytest with the lines of the package that it runs; fails below 90 %"
 	@echo "make system  only the system packages that Open3D and the browser check need"
@@ -50,7 +51,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 train: env
 	@mkdir -p outputs
 	$(BIN)/vggt_lora_doctor --papermill $(ARGS)
-	$(BIN)/papermill nbs/03_train.ipynb outputs/03_train.ipynb $(ARGS) </dev/null
+	$(BIN)/papermill nbs/03_train.ipynb outputs/03_train.ipynb --no-progress-bar --stdout-file - $(ARGS) </dev/null
 
 test: env
 	$(BIN)/python tests/run_all.py
@@ -72,6 +73,11 @@ wheel: env
 
 torture: env
 	$(BIN)/python -m tests.torture --write docs/torture.md
+
+# Of what is committed. Goes on where it broke off, if it is given a folder: make newcomer NEWCOMER="--folder PATH"
+NEWCOMER ?=
+newcomer:
+	TORCH_ARGS="$(TORCH_ARGS)" $(PYTHON) tools/newcomer.py $(NEWCOMER)
 
 test-matrix:
 	$(PYTHON) tools/test_matrix.py

@@ -16,7 +16,18 @@ sys.path.insert(0, str(ROOT / "tools"))
 import execute_notebooks  # noqa: E402
 import render_guide  # noqa: E402
 
-ELSEWHERE = ("facebook/", "path/to", "my_photos", "my_house", "vggt_lora_download", "jupyter lab", "tensorboard --logdir", "make ")  # weights, data, network, or a server
+ELSEWHERE = {  # what stands in a command -> why no test runs it as it is written
+    "facebook/": "needs the published weights; test_protocols and test_doctor run the same with the small network",
+    "path/to": "names the reader's own data; test_train, test_project and test_wayback run the same on the demo and on copies of it",
+    "my_photos": "needs the reader's photos; nbs/scenes/reconstruct.ipynb reconstructs photos of its own",
+    "my_house": "needs the scene that the reader's photos become; the same steps run on the demo",
+    "vggt_lora_download": "asks the network; test_download runs it against a server of its own",
+    "jupyter lab": "serves until it is stopped; test_browser_notebooks starts it and opens every notebook",
+    "tensorboard --logdir": "serves until it is stopped; test_engine reads what it would show",
+    "make ": "builds an environment; `make newcomer` runs it on a fresh clone, and test_project looks at each target",
+    "benchmarks/": "takes the better part of an hour",
+    ". .venv/bin/activate": "changes the reader's own shell",
+}
 
 
 def markdown_of(path: Path) -> str:
@@ -81,6 +92,31 @@ def runnable() -> list[str]:
     return [command for command in guide_commands() if not any(word in command for word in ELSEWHERE)]
 
 
+def readme_commands() -> list[str]:
+    """Every line of the README's sh blocks, once, without the folder that papermill needs."""
+    found = [line.strip().removeprefix("mkdir -p outputs && ") for block in re.findall(r"^```sh\n(.*?)^```", markdown_of(ROOT / "README.md"), re.M | re.S)
+             for line in block.splitlines() if line.strip()]
+    return list(dict.fromkeys(found))
+
+
+RUN_ELSEWHERE = {  # command of the README -> the test that runs it
+    "papermill nbs/03_train.ipynb outputs/03_train_b.ipynb -p strategy b": "tests/test_project.py",
+    "papermill nbs/04_evaluate.ipynb outputs/04_evaluate.ipynb": "tests/test_project.py",
+    "python -m vggt_lora.train --strategy b": "tests/test_guide.py",
+}
+
+
+def test_every_command_of_the_readme_is_run_or_says_why_not():
+    commands = readme_commands()
+    assert len(commands) > 12
+    assert [c for c in commands if c not in RUN_ELSEWHERE and not any(word in c for word in ELSEWHERE)] == []
+    assert [c for c in RUN_ELSEWHERE if c not in commands] == [], "the README has it no longer"
+    everything = " ".join([*commands, *guide_commands()])
+    assert [word for word in ELSEWHERE if word not in everything] == [], "a reason that excuses nothing"
+    for name in set(re.findall(r"test_\w+", " ".join(ELSEWHERE.values()))):
+        assert (ROOT / "tests" / f"{name}.py").is_file(), name
+
+
 SMALL = {  # what makes a command cheap, by its notebook
     "00_data": [],
     "01_depth": ["-p", "image_size", "126", "-p", "audit_photos", "2"],
@@ -95,7 +131,7 @@ def run_folder(tmp_path_factory):
     """One small finished run for every command that wants one."""
     folder = tmp_path_factory.mktemp("guide") / "run"
     words = [f"--{word.replace('_', '-')}" if i % 3 == 1 else word for i, word in enumerate(SMALL["03_train"]) if i % 3]
-    done = subprocess.run([sys.executable, "-m", "vggt_lora.train", *words, "--output", str(folder)], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-m", "vggt_lora.train", "--strategy", "b", *words, "--output", str(folder)], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

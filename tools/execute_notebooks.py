@@ -1,14 +1,18 @@
 """Execute the notebooks whose outputs are kept in git (00, 01, 02, 04), shrink their pictures, and clean their metadata.
 
-    python tools/execute_notebooks.py [NOTEBOOK ...]
+    python tools/execute_notebooks.py [--to FOLDER] [NOTEBOOK ...]
 
-04 shows the newest run under outputs/, so run `make train` first. A notebook may not grow past 200 kB: drawings become palette images and photos JPEG,
-whichever is smaller, smaller until they fit.
+With --to, copies go to FOLDER, to be looked at, and nothing here is touched. 04 shows the newest run under outputs/, so run `make train` first. A notebook may not grow
+past 200 kB: drawings become palette images and photos JPEG, whichever is smaller, smaller until they fit. What is kept is the argument and not the occasion: no bar, no chatter of
+a library, no widget, no path of this machine, no moment of time.
 """
+import argparse
 import base64
 import io
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -50,21 +54,54 @@ def shrink(notebook, path: Path) -> None:
     raise SystemExit(f"{path}: {len(nbformat.writes(notebook))} bytes, over {LIMIT} with the smallest pictures ({len(pictures)} pictures, {text} bytes of text)")
 
 
-def main(names: list[str]) -> None:
-    """Execute, shrink and clean the named notebooks."""
-    for name in names or KEPT:
-        path = ROOT / "nbs" / f"{Path(name).stem}.ipynb"
-        notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
-        for cell in notebook.cells:
-            if cell.cell_type == "code":  # progress bars and library chatter are no part of the argument
-                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-        notebook.metadata.pop("widgets", None)
-        shrink(notebook, path)
-        nbformat.write(notebook, path)
-        print(f"{path.relative_to(ROOT)}: {path.stat().st_size // 1000} kB", flush=True)
-    subprocess.run([str(Path(sys.executable).parent / "nbdev_clean")], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+def neutral(text: str) -> str:
+    """What a cell printed, as it would read on another machine at another time."""
+    for place, name in ((f"{ROOT}/", ""), (str(ROOT), "."), (f"{Path.home()}/", "~/"), (f"{tempfile.gettempdir()}/", "$TMPDIR/")):
+        text = text.replace(place, name)
+    text = re.sub(r"\b20\d{6}-\d{6}\b", "<date>-<time>", text)
+    return re.sub(r" \(\d+\.\d+ s\)", "", text)
+
+
+def clean_outputs(notebook) -> None:
+    """Leave out bars, warnings and widgets, and make every text neutral."""
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o.get("metadata", {}).get("vggt_lora") != "progress"]
+        for output in cell.outputs:
+            if output.output_type == "stream":
+                output.text = neutral(output.text)
+            for kind in [kind for kind in output.get("data", {}) if "widget" in kind]:
+                del output.data[kind]
+            for kind, value in output.get("data", {}).items():
+                if kind.startswith("text/"):
+                    output.data[kind] = neutral(value)
+    notebook.metadata.pop("widgets", None)
+
+
+def execute(name: str, folder: Path) -> Path:
+    """Execute, clean and shrink one numbered notebook into a folder."""
+    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+    clean_outputs(notebook)
+    path = folder / f"{name}.ipynb"
+    shrink(notebook, path)
+    nbformat.write(notebook, path)
+    subprocess.run([str(Path(sys.executable).parent / "nbdev_clean"), "--fname", str(path)], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+    print(f"{path.name}: {path.stat().st_size // 1000} kB", flush=True)
+    return path
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Execute the named notebooks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--to", type=Path, default=ROOT / "nbs", help="folder for copies (default: in place)")
+    parser.add_argument("names", nargs="*", metavar="NOTEBOOK")
+    given = parser.parse_args(arguments)
+    given.to.mkdir(parents=True, exist_ok=True)
+    for name in given.names or KEPT:
+        execute(Path(name).stem, given.to.resolve())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .adapters.adapter import apply_lora, load_adapter, save_adapter
 from .adapters.gate import BaseGate
-from .core import ConfigError, atomic_path, given_parameters
+from .core import ConfigError, atomic_path, given_parameters, in_markdown
 from .evaluation.protocols import DEFAULT
 from .evaluation.pictures import save_pictures
 from .evaluation.runner import base_of, comparison_rows, evaluate_windows
@@ -243,7 +243,7 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
     """The run on one page of Markdown; every number is in results.json too."""
     loss = results["held_out_loss"]
     note = "\n**The base is random:** these numbers prove that the line works, not that the depth is good.\n" if config.model == "random" else ""
-    lines = [f"# Strategy {config.strategy} on {config.data}", note,
+    lines = [f"# Strategy {config.strategy} on {in_markdown(config.data)}", note,
              *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
              f"Held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {config.epochs} epochs (best {loss['best']:.4f}).", "",
              "| protocol | model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 | inliers |", "|---|---|---|---|---|---|---|---|---|"]
@@ -255,7 +255,7 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
               *[f"Cameras of {r['model']}: rotations off by {r['rotation_median'] or 0:.1f}°, directions by {r['translation_median'] or 0:.1f}° in the median of "
                 f"{r['pairs']} pairs, AUC@30 {r['auc_30'] or 0:.2f}." for r in results["cameras"]],
               *[f"- {claim['sentence']}" for claim in results["claims"]],
-              *[f"**Warning:** {warning}" for warning in results["warnings"]], *[f"**Drift:** {alarm}." for alarm in results["drift"]["alarms"]],
+              *[f"**Warning:** {in_markdown(warning)}" for warning in results["warnings"]], *[f"**Drift:** {alarm}." for alarm in results["drift"]["alarms"]],
               f"Frames without any truth, left out: {len(results['frames_left_out'])}; pixels outside the depth limits: {results['pixels_left_out']}.",
               "", "![held-out frames](figures/held_out.png)", "![losses](figures/losses.png)"]
     return "\n".join(lines) + "\n"

@@ -227,7 +227,7 @@ def run_grid(
     **options,  # of submitit
 ) -> dict[str, dict]:
     """Run what is not finished; returns for each point its state (finished, failed or elsewhere), error and seconds. Raises ConfigError before any work."""
-    from tqdm import tqdm
+    from vggt_lora.progress import progress_bar
 
     writable(folder)
     states = {p.name: state_of(folder / p.name, p.config) for p in points}
@@ -245,7 +245,7 @@ def run_grid(
         lanes = [{}] * min(jobs or 32, len(todo))
         ends = start_on_cluster(tasks, executor_for(folder, cluster, hours, **{"slurm_array_parallelism": len(lanes), **options}))
     started = time.monotonic()
-    with tqdm(total=len(todo), unit="point", desc="comparison") as bar:
+    with progress_bar(total=len(todo), unit="point", desc="comparison") as bar:
         for done, (name, state) in enumerate(ends, 1):
             found[name] = state
             bar.update()

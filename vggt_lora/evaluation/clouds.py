@@ -248,7 +248,7 @@ def evaluate_clouds(
     Where the unit is not the metre, thresholds and voxels are taken as if the median true depth were 10 m, and rows say so under "unit" and "relative".
     "truth depth" is no model: it is the true depth at the same pixels, so its scores are what this resolution can reach. Raises ConfigError.
     """
-    from tqdm import tqdm
+    from vggt_lora.progress import progress_bar
     for name in protocols:
         if name not in CLOUD_PROTOCOLS:
             raise ConfigError(unknown("cloud protocol", name, CLOUD_PROTOCOLS))
@@ -259,7 +259,7 @@ def evaluate_clouds(
     for scene, window in items:
         by_scene.setdefault(scene, []).append(window)
     result, cameras = CloudEvaluation([], {}, {}, {}), any(p in PREDICTED_CAMERAS for p in protocols)
-    with tqdm(total=len(items), desc="clouds", unit="window", disable=not progress) as bar:
+    with progress_bar(total=len(items), desc="clouds", unit="window", disable=not progress) as bar:
         for scene, windows in by_scene.items():
             views, pieces, seen = [], {}, set()
             for window in windows:

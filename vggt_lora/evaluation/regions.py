@@ -9,7 +9,9 @@ __all__ = ['JUMP', 'REACH', 'LABELS', 'DISTANCES', 'PLANE_ERRORS', 'EDGE_ERRORS'
 
 # %% ../../nbs/evaluation/regions.ipynb #8cdbe156
 import dataclasses
+import contextlib
 import functools
+import io
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +46,8 @@ def fit_plane(
 def has_open3d() -> bool:
     """Can Open3D be imported? It is an extra of this package, and needs system libraries."""
     try:
-        import open3d  # noqa: F401
+        with contextlib.redirect_stdout(io.StringIO()):  # in a notebook it greets with three lines
+            import open3d  # noqa: F401
     except (ImportError, OSError):
         return False
     return True

@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..core import ConfigError
 from .cameras import camera_metrics, looks_swapped, pair_errors, pose_scale
 from .metrics import align_depth, evaluate_frames, summarise
 from .protocols import STANDARD, Protocol, find_protocols, protocol_windows
+from ..progress import progress_bar
 from ..scenes.geometry import decode_pose, relative_to_first, unproject_depth
 from ..scenes.images import ImagePlan
 from ..scenes.samples import FrameCache, Sample, load_sample
@@ -165,7 +165,7 @@ def evaluate_windows(
     for count in dict.fromkeys(p.frames_per_scene for p in protocols):
         group = [p for p in protocols if p.frames_per_scene == count]
         windows = protocol_windows([window for _, window in items], count)
-        shown = tqdm(windows, desc="evaluating", unit="window", disable=len(windows) < 10)
+        shown = progress_bar(windows, desc="evaluating", unit="window", disable=len(windows) < 10)
         part = evaluate_samples(models, ((load_sample(by_name[w.scene], w, cache), (by_name[w.scene], w, cache)) for w in shown),
                                 group, device, autocast, depth_range)
         result.rows += part.rows

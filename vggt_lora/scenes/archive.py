@@ -14,10 +14,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..core import SceneError
 from ..leftovers import temporary_folder
+from ..progress import progress_bar
 from .fetch import DownloadError, amount, check_room
 
 # %% ../../nbs/scenes/archive.ipynb #9c66835a
@@ -199,7 +198,7 @@ def unpack(
                 raise SceneError(f"{folder}: {len(other)} files are there already and differ from those in {path.name}: {', '.join(other[:3])}"
                                  f"{' ...' if len(other) > 3 else ''}; move them away, or replace them (--replace)")
             check_room(folder, total := sum(packed.size for packed in files.values()), f"unpacking {path.name}")
-            with tqdm(total=total, unit="B", unit_scale=True, desc=f"unpacking {path.name}", disable=not progress) as bar:
+            with progress_bar(total=total, unit="B", unit_scale=True, desc=f"unpacking {path.name}", disable=not progress) as bar:
                 archive.extractall(work, factory=writers(work, files, bar.update))
         missing = [name for name, packed in files.items() if not (work / name).is_file() or (work / name).stat().st_size != packed.size]
         if missing:

@@ -403,8 +403,8 @@ def audit_scene(
     indices = list(range(len(scene))) if frames is None else sorted({int(i) for i in frames})
     if not indices or not 0 <= indices[0] <= indices[-1] < len(scene):
         raise ConfigError(f"frames is {frames}; expected indices from 0 to {len(scene) - 1} of scene {scene.name}")
-    from tqdm import tqdm
-    findings = [look_at(scene, i, image_size, sources, limits) for i in tqdm(indices, desc=f"audit of {scene.name}", unit="photo", disable=not progress)]
+    from vggt_lora.progress import progress_bar
+    findings = [look_at(scene, i, image_size, sources, limits) for i in progress_bar(indices, desc=f"audit of {scene.name}", unit="photo", disable=not progress)]
     absent = {name: next(iter(why)) for name in sources if (why := [f.absent[name] for f in findings if name in f.absent]) and not any(name in f.maps for f in findings)}
     edges, labels = distance_edges(scene), [found.labels for found in findings]
     rows = [row for name in sources if name not in absent for row in share_rows(name, [f.maps.get(name) for f in findings], labels, edges)]

@@ -135,10 +135,10 @@ def compute_jobs(
     name: str = "",  # of the scene
 ):
     """Yield (job, arrays, was it computed) for each, from the cache where it holds them; with a bar where several are missing."""
-    from tqdm import tqdm
+    from vggt_lora.progress import progress_bar
 
     missing = sum(not (cache and (cache / f"{job.key}.npz").is_file()) for job in jobs)
-    with tqdm(total=missing, desc=f"dense depth of {name}", unit="photo", disable=not progress or missing < 2) as bar:
+    with progress_bar(total=missing, desc=f"dense depth of {name}", unit="photo", disable=not progress or missing < 2) as bar:
         for job in jobs:
             arrays = read_arrays(cache / f"{job.key}.npz") if cache else None
             absent = arrays is None

@@ -20,6 +20,7 @@ import requests
 from tqdm import tqdm
 
 from ..core import VggtLoraError, write_json
+from ..progress import progress_bar
 
 # %% ../../nbs/scenes/fetch.ipynb #a9e360ed
 class DownloadError(VggtLoraError):
@@ -210,7 +211,7 @@ def store(
     progress: bool,
 ) -> None:
     """Append the answer's bytes to the part; raises `Passing` where they end early, DownloadError where the disk is full or there are too many."""
-    with tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=part.target.name, disable=not progress) as bar, open(part.path, "ab", 0) as file:
+    with progress_bar(total=size, initial=have, unit="B", unit_scale=True, desc=part.target.name, disable=not progress) as bar, open(part.path, "ab", 0) as file:
         blocks = answer.iter_content(1 << 14)  # what is in hand when a connection breaks is lost, so hold little
         while True:
             try:

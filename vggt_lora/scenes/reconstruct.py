@@ -73,10 +73,10 @@ def counting(
     progress: bool = True,
 ):
     """Show a bar that follows the rows of a table while COLMAP fills it."""
-    from tqdm import tqdm
+    from vggt_lora.progress import progress_bar
 
     over = threading.Event()
-    with tqdm(total=total, desc=title, unit="pair" if total > 0 and "pair" in title else "photo", disable=not progress) as bar:
+    with progress_bar(total=total, desc=title, unit="pair" if total > 0 and "pair" in title else "photo", disable=not progress) as bar:
         def follow():
             while not over.wait(0.5):
                 with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=0.2)) as rows:
@@ -167,9 +167,9 @@ def _sparse_model(source: Path, names: list[str], work: Path, config: Reconstruc
 
 def _with_bar(photos: int, progress: bool, work):
     """Call `work` with a function that moves a bar by one photo."""
-    from tqdm import tqdm
+    from vggt_lora.progress import progress_bar
 
-    with tqdm(total=photos, desc="cameras", unit="photo", disable=not progress) as bar:
+    with progress_bar(total=photos, desc="cameras", unit="photo", disable=not progress) as bar:
         return work(lambda: bar.update(bar.n < photos))
 
 

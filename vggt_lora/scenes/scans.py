@@ -7,6 +7,8 @@ __all__ = ['SCAN_FOLDERS', 'OCCLUSION_FILES', 'SCAN_FATES', 'Scans', 'angular_st
            'load_occluder', 'disc_surface', 'points_in_view', 'scan_depth']
 
 # %% ../../nbs/scenes/scans.ipynb #9712c708
+import contextlib
+import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -119,7 +121,8 @@ def load_occluder(
 @lru_cache(maxsize=2)
 def _load_occluder(stamps: tuple) -> Occluder:
     try:
-        import open3d
+        with contextlib.redirect_stdout(io.StringIO()):  # in a notebook it greets with three lines
+            import open3d
     except (ImportError, OSError) as error:
         raise SceneError(f"the occlusion mesh {stamps[0][0]} needs Open3D, which cannot be imported ({error}). Install it with `pip install open3d`, "
                          "or move the folder `occlusion` away: then the scan's own points hide each other") from error

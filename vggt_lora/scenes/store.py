@@ -324,7 +324,7 @@ class FrameStore(FrameCache):
 
         Goes on after a frame that cannot be made, so that all such are named at once: raises the one error, or a SceneError that counts them.
         """
-        from tqdm import tqdm
+        from vggt_lora.progress import progress_bar
 
         began, wanted = time.monotonic(), {}
         for scene, window in items:
@@ -332,7 +332,7 @@ class FrameStore(FrameCache):
             wanted.setdefault(scene, {}).update({(index, target): None for index in window.frames})
         remove_leftovers(self.folder)
         self.work_ahead(items, device)
-        with tqdm(total=sum(map(len, wanted.values())), desc="frame store", unit="frame", delay=1, disable=not progress) as bar:
+        with progress_bar(total=sum(map(len, wanted.values())), desc="frame store", unit="frame", delay=1, disable=not progress) as bar:
             faults = [fault for scene, jobs in wanted.items() for fault in self._prepare(scene, list(jobs), bar)]
         for key in set(self._keys.values()):  # the time of change says when an entry was last wanted
             with contextlib.suppress(OSError):

@@ -220,10 +220,10 @@ def demo_scenes(
     wanted = {name: {"name": name, "frames": frames, "size": list(size)} | rest for name, rest in DEMO.items()}
     missing = [name for name, settings in wanted.items() if scene_fault(folder / name, settings)]
     if missing:
-        from tqdm import tqdm
+        from vggt_lora.progress import progress_bar
 
         try:
-            with tqdm(total=frames * len(missing), desc=f"making {', '.join(missing)}", unit="photo", disable=not progress) as bar:
+            with progress_bar(total=frames * len(missing), desc=f"making {', '.join(missing)}", unit="photo", disable=not progress) as bar:
                 for name in missing:
                     demo_scene(folder, name, frames, size, progress=bar.update, replace=True, **DEMO[name])
         except SceneError as error:

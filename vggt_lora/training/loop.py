@@ -481,6 +481,7 @@ def _tell(loop: Loop, event: str) -> None:
 
 
 def _bar(loop: Loop):
-    from tqdm import tqdm
+    from vggt_lora.progress import progress_bar
 
-    return tqdm(total=loop.progress.total_steps, initial=loop.progress.step, unit="step", desc="training", mininterval=1, disable=not loop.team.main)
+    shown = any(getattr(hook, "shows_progress", False) for hook in loop.hooks)  # one bar is enough
+    return progress_bar(total=loop.progress.total_steps, initial=loop.progress.step, unit="step", desc="training", mininterval=1, disable=shown or not loop.team.main)

@@ -190,7 +190,7 @@ def fill(
     progress: bool = True,  # show a bar if it takes more than a second
 ) -> float:
     """Make what the epochs of a run will ask for; returns seconds."""
-    from tqdm import tqdm
+    from vggt_lora.progress import progress_bar
 
     began, wanted = time.monotonic(), [(scene, window, None, 0) for scene, window in held_out]
     rounds = min(config.variants, config.epochs)
@@ -200,7 +200,7 @@ def fill(
             if feed.augmented or (i, tuple(order)) not in seen:
                 seen.add((i, tuple(order)))
                 wanted.append((*train[i], order, epoch))
-    for one in tqdm(wanted, desc="frozen layers", unit="window", delay=1, disable=not progress):
+    for one in progress_bar(wanted, desc="frozen layers", unit="window", delay=1, disable=not progress):
         feed.load(*one)
         if feed.store.full:
             break

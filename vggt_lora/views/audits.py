@@ -15,6 +15,7 @@ import numpy as np
 
 from .clouds3d import someone_watches
 from .figures import faded, known_pixels, new_figure, robust_range, to_photo
+from .page import words
 
 # %% ../../nbs/views/audits.ipynb #28dede48
 GROUPS = {"all": "all", "distance": "of all pixels, by distance ({unit})", "region": "of the region's pixels"}
@@ -213,14 +214,14 @@ class PhotoSlider:
         """Build the ipywidgets page: slider, name and picture."""
         import ipywidgets
         slider = ipywidgets.IntSlider(self.index, min=0, max=len(self.names) - 1, description="photo", continuous_update=False, layout=ipywidgets.Layout(width="500px"))
-        image, caption = ipywidgets.Image(value=self.png(), format="png"), ipywidgets.Label(self.names[self.index])
+        image, caption = ipywidgets.Image(value=self.png(), format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="99%")), ipywidgets.HTML(words(self.names[self.index]))
 
         def redraw(change):
             self.index = change["new"]
             try:
-                image.value, caption.value = self.png(), self.names[self.index]
+                image.value, caption.value = self.png(), words(self.names[self.index])
             except Exception as error:  # a callback that raises is swallowed by the page: say it where it is seen
-                caption.value = f"{self.names[self.index]}: could not draw: {type(error).__name__}: {error}"
+                caption.value = words(f"{self.names[self.index]}: could not draw: {type(error).__name__}: {error}")
 
         slider.observe(redraw, names="value")
         return ipywidgets.VBox([ipywidgets.HBox([slider, caption]), image])

@@ -47,7 +47,7 @@ def loss_curves(
     if not any("loss" in record for record in records):
         raise ValueError("no record with a 'loss': is this the metrics.jsonl of a run that has made a step?")
     terms = list(dict.fromkeys(key for record in records for key in record if key.startswith("loss_")))
-    figure = new_figure(9.0, 3.6)
+    figure = new_figure(9.0, 4.0)
     panels = figure.subplots(1, 2 if terms else 1, squeeze=False)[0]
     lost = 0
     for ax, names, heading in zip(panels, (["loss"], terms), ("total", "terms")):
@@ -67,7 +67,9 @@ def loss_curves(
             ax.set_yscale("log")
         ax.set(xlabel="step", ylabel="loss", title=heading)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8, frameon=False, title="line: training, dots: held out" if heading == "terms" else None, title_fontsize=7)
+        names = len(ax.get_legend_handles_labels()[0])  # below the axes, where no curve can run
+        ax.legend(fontsize=8, frameon=False, title="line: training, dots: held out" if heading == "terms" else None, title_fontsize=7,
+                  loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=min(3, names))
     heading = [title] if title else []
     heading += [f"{lost} value{'s' if lost > 1 else ''} not finite, not drawn"] if lost else []
     figure.suptitle("; ".join(heading), fontsize=10)

@@ -69,6 +69,8 @@ def frustum_lines(
 class ComparisonView(CloudView):
     """Clouds side by side that turn together; `state["cloud"]` is the colouring."""
 
+    choice = "colour by"
+
     def __init__(self, clouds, by, cameras, limit, panel, up, forward, point_size, judged_only):
         self.columns = tuple(clouds)
         rows = {name: _shown(cloud, judged_only) for name, cloud in clouds.items()}

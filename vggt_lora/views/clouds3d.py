@@ -17,6 +17,7 @@ import numpy as np
 
 from ..scenes.geometry import unproject_depth
 from .figures import known_pixels, to_numpy, to_photo
+from .page import words
 from .renderer import REMEDY, CloudStage, clean_cloud, open3d_fault, scatter_cloud, see_cloud, show_cloud
 
 # %% ../../nbs/views/clouds3d.ipynb #c5430c8c
@@ -146,6 +147,8 @@ def someone_watches() -> bool:
 class CloudView:
     """Clouds that can be turned: `picture()` renders, `widget` is the page with sliders or None, `close()` frees the renderer."""
 
+    choice = "cloud"  # what the list of clouds is called on the page
+
     def __init__(self, clouds, size, up, forward, point_size, segments):
         if not clouds:
             raise ValueError("no clouds to show: pass a dict of name -> (points, colours)")
@@ -219,24 +222,24 @@ def cloud_page(
 ):
     """Build the ipywidgets page of a view: choice of cloud, sliders, picture and caption."""
     import ipywidgets
-    image = ipywidgets.Image(value=view.png(), format="png", width=view.page_size[1], height=view.page_size[0])
-    caption = ipywidgets.Label(view.caption())
+    image = ipywidgets.Image(value=view.png(), format="png", width=view.page_size[1], layout=ipywidgets.Layout(max_width="99%"))
+    caption = ipywidgets.HTML(words(view.caption()))
     common = {"continuous_update": False, "layout": ipywidgets.Layout(width="300px")}
     controls = {
-        "cloud": ipywidgets.Dropdown(options=list(view.clouds), value=view.state["cloud"], description="cloud"),
+        "cloud": ipywidgets.Dropdown(options=list(view.clouds), value=view.state["cloud"], description=view.choice),
     }
     for name, low, high, step, digits in (("azimuth", -180, 180, 5, ".0f"), ("elevation", -90, 90, 5, ".0f"), ("zoom", 0.4, 6.0, 0.2, ".1f")):
         controls[name] = ipywidgets.FloatSlider(view.state[name], min=low, max=high, step=step, description=name,
                                                 readout_format=digits, **common)
 
     def redraw(change):
-        view.state[change["owner"].description] = change["new"]
+        view.state[next(name for name, control in controls.items() if control is change["owner"])] = change["new"]
         started = time.perf_counter()
         try:
             image.value = view.png()
-            caption.value = f"{view.caption()} ({time.perf_counter() - started:.1f} s)"
+            caption.value = words(f"{view.caption()} ({time.perf_counter() - started:.1f} s)")
         except Exception as error:  # a callback that raises is swallowed by the page: say it where it is seen
-            caption.value = f"could not draw: {type(error).__name__}: {error}"
+            caption.value = words(f"could not draw: {type(error).__name__}: {error}")
 
     for control in controls.values():
         control.observe(redraw, names="value")

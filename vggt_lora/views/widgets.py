@@ -8,12 +8,12 @@ __all__ = ['KEPT', 'Choice', 'Steps', 'Tick', 'Span', 'kept_values', 'as_png', '
 # %% ../../nbs/views/widgets.ipynb #af430a64
 import base64
 import dataclasses
-import html
 import io
 
 from ..core import unknown
 from .clouds3d import someone_watches
 from .figures import to_photo
+from .page import words
 
 # %% ../../nbs/views/widgets.ipynb #e7844765
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ class PanelPage:
     def screen(self):
         """The widget that shows the picture."""
         import ipywidgets
-        return ipywidgets.Image(format="png")
+        return ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="99%"))  # at its own size, and never wider than the page
 
     def project(self, screen) -> None:
         """Put the picture on the screen."""
@@ -159,16 +159,19 @@ class PanelPage:
             return
         try:
             self.project(self._screen)
-            words = self.caption()
+            said = self.caption()
         except Exception as error:  # a callback that raises is swallowed by the page: say it where it is seen
-            words = f"could not draw: {type(error).__name__}: {error}"
-        self._words.value = f"<pre style='margin: 2px; line-height: 1.35; white-space: pre-wrap'>{html.escape(words)}</pre>"
+            said = f"could not draw: {type(error).__name__}: {error}"
+        self._words.value = words(said)
+        idle = self.idle()
+        for name, control in self.inputs.items():
+            control.disabled = name in idle
 
-    def arrange(self, inputs: dict, screen, words):
+    def arrange(self, inputs: dict, screen, caption):
         """Lay the page out; a subclass may do it otherwise."""
         import ipywidgets
         bar = ipywidgets.HBox(list(inputs.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
-        return ipywidgets.VBox([bar, screen, words])
+        return ipywidgets.VBox([bar, screen, caption])
 
     def page(self):
         """Build the ipywidgets page; raises ImportError without ipywidgets."""
@@ -218,6 +221,10 @@ class Panel(PanelPage):
         self._move()
         self.refresh()
         return self
+
+    def idle(self) -> tuple[str, ...]:
+        """Controls that mean nothing just now: the page greys them out."""
+        return ()
 
     def changed(self, names: tuple[str, ...]) -> None:
         """Called before the redraw with the controls that moved; a subclass may let others follow."""

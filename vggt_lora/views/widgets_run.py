@@ -8,7 +8,6 @@ __all__ = ['STOP', 'read_metrics', 'time_words', 'progress_words', 'draw_losses'
 
 # %% ../../nbs/views/widgets_run.ipynb #581e7bc8
 import base64
-import html
 import json
 import math
 import threading
@@ -21,6 +20,7 @@ from ..core import ConfigError
 from .charts import series, wants_log
 from .clouds3d import someone_watches
 from .figures import new_figure, robust_range
+from .page import words
 from .widgets import as_png
 
 # %% ../../nbs/views/widgets_run.ipynb #5ed135b9
@@ -84,7 +84,7 @@ def draw_losses(
     ax.set(xlabel="step", ylabel="loss", title=f"loss{lost}", xlim=(0, total or None))
     ax.grid(alpha=0.3)
     if len(steps) + len(held):
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below, where no curve can run
     else:
         ax.text(0.5, 0.5, "no step yet", ha="center", va="center", transform=ax.transAxes, color="0.4")
 
@@ -113,7 +113,7 @@ def run_figure(
     title: str = "",
 ):
     """Draw a run as it stands; return the figure."""
-    figure = new_figure(11.0, 3.0)
+    figure = new_figure(11.0, 3.2)
     grid = figure.add_gridspec(1, 4 if look else 1, width_ratios=(1.5, 1, 1, 1) if look else None)
     draw_losses(figure.add_subplot(grid[0, 0]), records, total)
     if look:
@@ -179,19 +179,19 @@ class MonitorPage:
         import ipywidgets
         self.bar = ipywidgets.IntProgress(0, min=0, max=1, description="steps", layout=ipywidgets.Layout(width="520px"))
         self.button = ipywidgets.Button(description="stop and save", icon="stop", tooltip="end after this step; what was learnt is saved")
-        self.image, self.text = ipywidgets.Image(format="png"), ipywidgets.HTML()
+        self.image, self.text = ipywidgets.Image(format="png", layout=ipywidgets.Layout(align_self="flex-start", max_width="99%")), ipywidgets.HTML()
         self.button.on_click(lambda _: stop())
         heard_while_busy(self.button)
         self.image.layout.display = "none"  # until there is something to see
         self.page = ipywidgets.VBox([ipywidgets.HBox([self.bar, self.button]), self.text, self.image])
 
-    def show(self, words: str, step: int, total: int, png: bytes | None, asked: bool, ended: bool) -> None:
+    def show(self, said: str, step: int, total: int, png: bytes | None, asked: bool, ended: bool) -> None:
         """Bring everything up to date; png None leaves the picture as it is."""
         self.bar.max, self.bar.value = max(total, step, 1), step
         self.bar.bar_style = ("success" if step >= total else "warning") if ended else ""
         self.button.disabled = asked or ended
         self.button.description = ("saved" if asked else "done") if ended else "stopping ..." if asked else "stop and save"
-        self.text.value = f"<pre style='margin: 2px; white-space: pre-wrap'>{html.escape(words)}</pre>"
+        self.text.value = words(said)
         if png is not None:
             self.image.value, self.image.layout.display = png, ""
 
@@ -212,6 +212,11 @@ class LiveView(RunBoard):
                 self.widget.show(self.words(), 0, 0, None, False, False)
             except ImportError as error:
                 print(f"the run is not shown while it goes, because {error} (pip install 'vggt_lora[views]')")
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether the page has a bar, so that the loop needs none."""
+        return self.widget is not None
 
     def words(self) -> str:
         """The run in a line or two."""

@@ -113,6 +113,7 @@ def draw_timeline(
                 linewidth=5 if index in frames else 1.5)
     ax.plot([index + 0.5], [-0.62], "v", color="#d40000", markersize=9, gid="mark")
     ax.set(xlim=(-0.3, count + 0.3), ylim=(0.9 + 0.3 * max(lanes, default=0), -0.95), yticks=[], xlabel="photo, in capture order")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.spines[["top", "right", "left"]].set_visible(False)
 
 # %% ../../nbs/views/widgets_scene.ipynb #b2e90789
@@ -156,6 +157,10 @@ class SceneBrowser(Panel):
         s = self.state
         return draw_scene(self.scene, s["photo"], self.photo(s["photo"]), self.split, s["view"], s["points"], s["azimuth"], s["elevation"])
 
+    def idle(self) -> tuple[str, ...]:
+        """From above there is nothing to turn."""
+        return ("azimuth", "elevation") if self.state["view"] == VIEWS[0] else ()
+
     def caption(self) -> str:
         """Name, role, windows and place of the photo."""
         index = self.state["photo"]
@@ -163,7 +168,7 @@ class SceneBrowser(Panel):
         role = frame_roles(self.split, self.scene.name, len(self.scene.frames))[index] if self.split else "no split"
         words = {"train": "trains", "val": "validates", "unused": "unused"}.get(role, role)
         centre = -frame.world_to_cam[:3, :3].T @ frame.world_to_cam[:3, 3]
-        return (f"{index}: {frame.name}, {words}, in {len(held)} windows" + "".join(f"; {kind} {min(f)} to {max(f)}" for kind, f in held)
+        return (f"{index}: {frame.name}, {words}, in {len(held)} window{'s' if len(held) != 1 else ''}" + "".join(f"; {kind} {min(f)} to {max(f)}" for kind, f in held)
                 + f"\n{len(frame.point_rows)} points; camera at ({', '.join(f'{c:.2f}' for c in centre)}) {'m' if self.scene.metric else 'scene units'}")
 
 
