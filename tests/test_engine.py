@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from vggt_lora.adapters.adapter import apply_lora
 from vggt_lora.core import ConfigError
 from vggt_lora.scenes.samples import FrameCache
 from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.train import train
 from vggt_lora.training import loop as loop_module
 from vggt_lora.training.checkpoint import DiskError, checkpoint_files, newest_checkpoint, read_checkpoint
 from vggt_lora.training.config import TrainConfig
@@ -272,51 +274,40 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(scene, tmp_path, whole, mo
 
 # --- several processes ----------------------------------------------------------------------------------------------
 
-TWO = """
-import json, sys, torch
-from vggt_lora.training import loop, optimizer
-from vggt_lora.train import TrainConfig, train
-taken = []
-def watch(model):
-    if not taken:
-        taken.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    return optimizer.gradient_norms(model)
-loop.gradient_norms = watch
-run = train(TrainConfig(**json.loads(sys.argv[1])))
-torch.save(taken[0], sys.argv[2])
-assert run.results["table"]
-"""
+LAUNCHERS = {"torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "{port}", "-m"],
+             "accelerate launch": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                                   "--main_process_port", "{port}", "--module"]}
 
 
-def test_two_processes_step_as_one_that_accumulates_twice_as_much(scene, tmp_path):
-    """Two gloo processes on the CPU, without DDP's help: first gradients, metrics and the number of files."""
-    import socket
-
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.slow)])
+def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(scene, tmp_path, launcher):
+    """The guide's command with two gloo processes on the CPU: first loss, first gradients, all metrics, and one set of files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**dataclasses.asdict(settings(scene, "", dropout=0.0)), "epochs": 1}
-    jobs = []
-    for name, world, accumulate in (("one", 1, 2), ("two", 2, 1)):
-        for rank in range(world):
-            config = common | {"output": str(tmp_path / name), "accumulate": accumulate}
-            env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | ({} if world == 1 else {
-                "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-            jobs.append(subprocess.Popen([sys.executable, "-c", TWO, json.dumps(config), tmp_path / f"{name}-{rank}.pt"], env=env, cwd=ROOT, text=True,
-                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    for job in jobs:
-        assert job.wait(timeout=600) == 0, job.stderr.read()[-2000:]
-    one, two, other = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one-0", "two-0", "two-1"))
-    assert one.keys() == two.keys() == other.keys()
-    for name, gradient in one.items():
-        assert torch.equal(two[name], other[name])
-        torch.testing.assert_close(two[name], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-12)
+        words = [word.format(port=free.getsockname()[1]) for word in LAUNCHERS[launcher]]
+    common = settings(scene, tmp_path / "one", dropout=0.0, epochs=1, save_every=1, keep_last=9, clip=1e6, accumulate=2)
+    train(common)
+    config = dataclasses.replace(common, output=str(tmp_path / "two"), accumulate=1)
+    given = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    done = subprocess.run([sys.executable, "-m", *words, "vggt_lora.train", *given], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert done.stdout.count(str(tmp_path / "two")) >= 2, "both processes say where the run is"
+    one, two = (read_checkpoint(checkpoint_files(tmp_path / name / "checkpoints")[-2]) for name in ("one", "two"))
+    assert one["counters"]["step"] == two["counters"]["step"] == 1 and two["counters"]["processes"] == 2 and len(two["random"]) == 2
+    for number, moments in one["optimizer"]["state"].items():  # after one step AdamW's first moment is a tenth of the gradient
+        gradient = moments["exp_avg"]
+        torch.testing.assert_close(two["optimizer"]["state"][number]["exp_avg"], gradient, rtol=1e-5, atol=1e-6 * float(gradient.abs().max()) + 1e-12)
+    assert any(moments["exp_avg"].any() for moments in one["optimizer"]["state"].values())
     ours, theirs = (without_wall(tmp_path / n / "metrics.jsonl") for n in ("two", "one"))
     assert [r.keys() for r in ours] == [r.keys() for r in theirs] and len(ours) > 3
     for a, b in zip(ours, theirs):
         assert {k: v for k, v in a.items() if isinstance(v, (int, str))} == {k: v for k, v in b.items() if isinstance(v, (int, str))}
         assert {k: v for k, v in a.items() if isinstance(v, float)} == pytest.approx({k: v for k, v in b.items() if isinstance(v, float)}, rel=1e-3, abs=1e-9)
     assert ours[0] == theirs[0] and ours[1]["loss"] == pytest.approx(theirs[1]["loss"], rel=1e-6)
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["table"]
+    budget = json.loads((tmp_path / "two" / "budget.json").read_text())["predicted"]
+    assert budget["processes"] == 2 and budget["steps"] == sum(r["split"] == "train" for r in ours)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from .adapters.adapter import apply_lora, load_adapter, save_adapter
+from .adapters.adapter import apply_lora, load_adapter, save_adapter, summed_once
 from .adapters.gate import BaseGate
 from .core import ConfigError, atomic_path, given_parameters, in_markdown
 from .evaluation.protocols import DEFAULT
@@ -91,15 +91,13 @@ def train(
         rated = with_rate(config, model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
         run.log(set_speed(adapted, config, resolve_precision(config.precision, device)))
-        budget = None
-        if config.preflight != "off":
-            budget = refused(predicted(adapted, train_on, held_out, cache, config), config.preflight, run.log)
-        with budgeted(budget, run):
+        budget = None if config.preflight == "off" else lambda: refused(predicted(adapted, train_on, held_out, cache, config), config.preflight, run.log)
+        with summed_once(), budgeted(budget and budget(), run) as clock:
             with team.accelerator.main_process_first():
                 feed = cached_feed(adapted, cache, config, train_on, held_out, run.log, reload=lambda: build_model(config).state_dict())
             meter.mark("preparation")
             begin(hooks, run.folder, Glimpse(adapted, held_out, feed))
-            fit(adapted, train_on, held_out, rated, run, feed, hooks)
+            fit(adapted, train_on, held_out, rated, run, feed, (clock, *hooks))
         meter.mark("training")
         with disk_errors(folder):
             return finish(run, adapted, held_out, truth, config, meter, team)

@@ -102,8 +102,8 @@ def verdict_part(config: dict, results: dict | None):
     return tag("div", said, tag("p", "Intervals: paired bootstrap over the held-out frames.", class_="note"))
 
 
-def cost_part(cost: dict | None):
-    """Parameters, time and memory."""
+def cost_part(cost: dict | None, budget: dict | None = None):
+    """Parameters, time and memory, and how well they were predicted."""
     if not cost:
         return section("Cost", tag("p", "This run did not record its cost."))
     seconds = ", ".join(f"{part} {spent:,.0f} s" for part, spent in cost.get("seconds_of", {}).items())
@@ -111,6 +111,10 @@ def cost_part(cost: dict | None):
              "time": f"{cost['seconds']:,.0f} s ({seconds}); processor {cost['processor_seconds']:,.0f} s" if "seconds" in cost else None,
              "largest resident memory": f"{cost['memory_mb']:,.0f} MB" + ("" if cost.get("peak_memory_since") == "run" else ", of the whole process") if "memory_mb" in cost else None,
              "largest GPU memory": f"{cost['gpu_memory_mb']:,.0f} MB" if "gpu_memory_mb" in cost else "no GPU was used"}
+    if budget and "measured" in budget:
+        from vggt_lora.training.budget import in_words
+
+        known["predicted before the run"] = in_words(budget)
     note = tag("p", "The run was interrupted and went on; this is the cost since then.", class_="note") if cost.get("resumed") else None
     return section("Cost", facts(known), note)
 
@@ -142,7 +146,7 @@ def run_report(
     pictures = [picture(path, caption) for caption, path in shown] or [tag("p", "This run has no figures.")]
     return page(f"Strategy {config['strategy']} on {config['data']}", tag("p", f"Run {folder.name}", class_="pale"), verdict_part(config, results),
                 *trained_on(config, about, read_json(folder / "coverage.json")), gate_part(gate.read_text(encoding="utf-8").splitlines() if gate.is_file() else None),
-                numbers_part(results), section("Pictures", *pictures), cost_part(read_json(folder / "cost.json")), environment_part(about))
+                numbers_part(results), section("Pictures", *pictures), cost_part(read_json(folder / "cost.json"), read_json(folder / "budget.json")), environment_part(about))
 
 
 def write_report(
