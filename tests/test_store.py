@@ -338,6 +338,31 @@ def test_the_work_of_other_code_is_neither_used_nor_touched(toy, tmp_path, monke
     assert len(list(tmp_path.glob("v*/*.safetensors"))) == 6
 
 
+def test_the_command_keeps_what_was_wanted_last_and_touches_nothing_but_entries(toy, tmp_path, capsys):
+    FrameStore(SIZE, folder=tmp_path).prepare(items(toy), progress=False)
+    entries = [entry_of(tmp_path, toy, index) for index in range(8)]
+    for age, path in enumerate(entries):
+        os.utime(path, (1000 + age,) * 2)
+    size, strangers = entries[0].stat().st_size, [tmp_path / "model.safetensors", entries[0].parent / "model.safetensors", tmp_path / f"{'a' * 64}.safetensors"]
+    for path in strangers:
+        path.write_bytes(bytes(10 ** 6))
+    assert store.main(["--folder", str(tmp_path)]) == 0 and all(path.exists() for path in entries)
+    assert f"holds 8 frames, {8 * size / 1e9:.3f} GB" in capsys.readouterr().out
+    FrameStore(SIZE, folder=tmp_path).prepare(few(toy, 2), progress=False)  # the two oldest are wanted again
+    (entries[0].parent / ".old.safetensors.x.tmp.safetensors").write_bytes(b"half")
+    os.utime(entries[0].parent / ".old.safetensors.x.tmp.safetensors", (1000,) * 2)
+    assert store.main(["--folder", str(tmp_path), "--prune", str(3.5 * size / 1e9)]) == 0
+    assert [index for index in range(8) if entries[index].exists()] == [0, 1, 7]
+    said = capsys.readouterr().out
+    assert "removed 5 frames" in said and "1 half-written" in said and all(path.exists() for path in strangers)
+    for wrong in ("-1", "nan", "inf", "many"):
+        with pytest.raises(SystemExit) as stopped:
+            store.main(["--folder", str(tmp_path), "--prune", wrong])
+        assert stopped.value.code == 2 and "expected a number from 0" in capsys.readouterr().err
+    assert sum(path.exists() for path in entries) == 3
+    assert FrameStore(SIZE, folder=tmp_path).prepare(items(toy), progress=False).made == 5
+
+
 def test_broken_photos_are_all_named_and_the_rest_is_kept(toy, tmp_path):
     scene = open_scene(shutil.copytree(toy.root, tmp_path / "scene"))
     broken = [scene.frames[i].image_path for i in (1, 6)]

@@ -6,9 +6,10 @@
 __all__ = ['VERSION', 'LIBRARIES', 'INPUTS', 'FIELDS', 'TYPES', 'store_folder', 'library_version', 'maker', 'code_of',
            'digest_of', 'file_digest', 'mask_inputs', 'sparse_inputs', 'laser_inputs', 'scene_inputs', 'entry_key',
            'EntryError', 'checksum', 'write_entry', 'read_entry', 'StoreReport', 'entry_files', 'folder_bytes',
-           'remove_leftovers', 'FrameStore']
+           'remove_leftovers', 'prune_entries', 'FrameStore', 'gigabytes', 'main']
 
 # %% ../../nbs/scenes/store.ipynb #21904d18
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -17,7 +18,9 @@ import inspect
 import json
 import mmap
 import os
+import re
 import secrets
+import sys
 import threading
 import time
 import warnings
@@ -223,8 +226,8 @@ class StoreReport:
 
 
 def entry_files(folder: Path) -> list[Path]:
-    """Return the files of all entries below a folder; what another process is writing has a name with a dot in front, and is none yet."""
-    return [path for path in Path(folder).rglob("*.safetensors") if not path.name.startswith(".")]
+    """Return the files of all entries below a folder: nothing else has such a name in such a folder, so weights that lie beside them are none."""
+    return [path for path in Path(folder).rglob("*.safetensors") if re.fullmatch("[0-9a-f]{64}", path.stem) and re.fullmatch(r"v\d+-[0-9a-f]{12}", path.absolute().parent.name)]
 
 
 def folder_bytes(folder: Path) -> int:
@@ -244,6 +247,32 @@ def remove_leftovers(
 ) -> int:
     """Remove temporary files of runs that were killed and return their number."""
     return remove_dead(folder, age, unnamed=True)
+
+# %% ../../nbs/scenes/store.ipynb #4ac532d4
+def prune_entries(
+    folder: Path,
+    limit: float,  # bytes that may stay
+    keep: set = frozenset(),  # paths of entries that stay, whatever the limit
+) -> tuple[int, int]:
+    """Remove the entries below a folder that were wanted longest ago until at most `limit` bytes stay; returns how many, and their bytes.
+
+    Nothing but entries is touched. Raises ConfigError for a limit below 0; OSError where an entry cannot be removed.
+    """
+    if not limit >= 0:
+        raise ConfigError(f"frame store: the limit is {limit} bytes; expected 0 or more")
+    held = []
+    for path in entry_files(folder):
+        with contextlib.suppress(FileNotFoundError):
+            state = path.stat()
+            held.append((state.st_mtime_ns, path, state.st_size))
+    total, removed, freed = sum(size for _, _, size in held), 0, 0
+    for _, path, size in sorted(held):
+        if total - freed <= limit:
+            break
+        if path not in keep:
+            path.unlink(missing_ok=True)  # another process may have been faster
+            removed, freed = removed + 1, freed + size
+    return removed, freed
 
 # %% ../../nbs/scenes/store.ipynb #a76df52b
 class FrameStore(FrameCache):
@@ -384,22 +413,7 @@ class FrameStore(FrameCache):
 
         Entries that this object has in use stay, whatever the limit. One that another process has mapped stays readable to it until it ends (not on Windows).
         """
-        if not limit >= 0:
-            raise ConfigError(f"frame store: the limit is {limit} bytes; expected 0 or more")
-        used, held = {self.folder / f"{key}.safetensors" for key in self._keys.values()}, []
-        for path in entry_files(self.root):
-            with contextlib.suppress(FileNotFoundError):
-                state = path.stat()
-                held.append((state.st_mtime_ns, path, state.st_size))
-        total, removed, freed = sum(size for _, _, size in held), 0, 0
-        for _, path, size in sorted(held):
-            if total - freed <= limit:
-                break
-            if path not in used:
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
-                removed, freed = removed + 1, freed + size
-        return removed, freed
+        return prune_entries(self.root, limit, {self.folder / f"{key}.safetensors" for key in self._keys.values()})
 
     def about(self) -> str:
         """Say in one line what was found and made, and the disk space."""
@@ -407,3 +421,41 @@ class FrameStore(FrameCache):
         others = total - folder_bytes(self.folder)
         spare = f", {others / 1e6:.1f} MB of them by other versions, which may be deleted" if others else ""
         return f"frame store ({self.supervision}): {self.report}; {self.root} holds {total / 1e6:.1f} MB{spare}"
+
+# %% ../../nbs/scenes/store.ipynb #d71b7157
+def gigabytes(text: str) -> float:
+    """Read a size in GB; raises argparse's error for what is no number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in GB; expected a number from 0, as 20 or 0.5")
+    return value
+
+
+def main(
+    arguments: list[str] | None = None,  # default: those of the process
+) -> int:
+    """Say what the frame store holds, prune it if that is asked for, and return the exit status: 0, or 1 where the folder cannot be used."""
+    parser = argparse.ArgumentParser("python -m vggt_lora.scenes.store", description="say what the store of preprocessed frames holds, and make it smaller")
+    parser.add_argument("--prune", metavar="GB", type=gigabytes, help="remove the frames that were wanted longest ago until at most so many GB (10^9 bytes) stay")
+    parser.add_argument("--folder", type=Path, default=store_folder(), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    folder = options.folder.expanduser()
+    try:
+        count, total = len(entry_files(folder)), folder_bytes(folder)
+        print(f"{folder} holds {count} frames, {total / 1e9:.3f} GB")
+        if options.prune is not None:
+            leftovers = sum(remove_leftovers(path) for path in folder.glob("v*"))
+            removed, freed = prune_entries(folder, 1e9 * options.prune)
+            print(f"removed {removed} frames that were wanted longest ago, {freed / 1e9:.3f} GB" + (f", and {leftovers} half-written files of runs that were killed" if leftovers else "")
+                  + f"; {(total - freed) / 1e9:.3f} GB stay")
+    except OSError as error:
+        print(f"frame store: {folder} cannot be used ({error})", file=sys.stderr)
+        return 1
+    return 0
+
+# %% ../../nbs/scenes/store.ipynb #29ada2a2
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())
