@@ -169,7 +169,7 @@ def drift_table(drift: dict) -> list:
     factor = [f"Confidence became {r['factor']:.2f} times the base's." for r in drift.get("rows", []) if r["what"] == "confidence" and r["factor"] is not None]
     alarms = [tag("p", f"Alarm: {alarm}.", class_="alarm") for alarm in drift.get("alarms", [])]
     return [table(["features", "change of their norm", "moved, of their length"], rows, (1, 2)) if rows else None, tag("p", *factor) if factor else None,
-            *(alarms or [tag("p", f"No alarm, {drift.get('windows', 0)} windows.")])]
+            *(alarms or [tag("p", f"No alarm, {drift.get('windows', 0)} window{'s' * (drift.get('windows') != 1)}.")])]
 
 
 def forgotten_part(results: dict | None, forgotten: dict | None):
