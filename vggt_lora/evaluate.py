@@ -7,7 +7,7 @@ __all__ = ['newest_run', 'recorded_photos', 'evaluate', 'all_frames', 'largest_d
            'depth_metrics', 'PROTOCOLS', 'Protocol', 'camera_metrics', 'Evaluation', 'evaluate_windows',
            'comparison_rows', 'calibration', 'confidence_rows', 'confidence_table', 'sparsification', 'Drift',
            'DriftLimits', 'drift', 'HYPOTHESES', 'check_claims', 'region_effects', 'region_rows', 'CloudEvaluation',
-           'evaluate_clouds', 'write_clouds']
+           'cloud_effects', 'evaluate_clouds', 'write_clouds', 'answers', 'read_forgetting']
 
 # %% ../nbs/04_evaluate.ipynb #2c2d3163
 import dataclasses
@@ -19,10 +19,11 @@ from .core import ConfigError, given_parameters, project_root, unknown, user_pat
 from .evaluation.cameras import camera_metrics
 from .evaluation.confidence import calibration, confidence_rows, confidence_table, sparsification
 from .evaluation.forgetting import Drift, DriftLimits, drift, world_samples
-from .evaluation.clouds import CloudEvaluation, evaluate_clouds, write_clouds
+from .evaluation.clouds import CloudEvaluation, cloud_effects, evaluate_clouds, write_clouds
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.protocols import PROTOCOLS, PUBLISHED, STANDARD, Protocol, find_protocols
-from .evaluation.regions import HYPOTHESES, check_claims, region_effects, region_masks, region_rows, true_planes
+from .evaluation.records import answers, place_for, question, read_forgetting, renew_report, write_answer, write_forgetting
+from .evaluation.regions import HYPOTHESES, check_claims, region_effects, region_masks, region_rows, true_planes, world_up
 from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_samples, evaluate_windows
 from .evaluation.statistics import effects, in_words
 from .scenes.windows import Split, make_windows
@@ -36,7 +37,7 @@ from .training.setup import (build_model, check_photos, frame_cache, items_of, o
 # %% ../nbs/04_evaluate.ipynb #016704e7
 _all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "PROTOCOLS", "Protocol", "camera_metrics", "Evaluation", "evaluate_windows", "comparison_rows",
          "calibration", "confidence_rows", "confidence_table", "sparsification", "Drift", "DriftLimits", "drift", "HYPOTHESES", "check_claims", "region_effects", "region_rows",
-         "CloudEvaluation", "evaluate_clouds", "write_clouds"]
+         "CloudEvaluation", "cloud_effects", "evaluate_clouds", "write_clouds", "answers", "read_forgetting"]
 
 # %% ../nbs/04_evaluate.ipynb #f2bd2ea0
 def newest_run(

@@ -21,6 +21,7 @@ from .evaluation.pictures import save_pictures
 from .evaluation.runner import base_of, comparison_rows, evaluate_windows
 from .evaluation.confidence import confidence_rows, confidence_table
 from .evaluation.forgetting import drift
+from .evaluation.records import later_lines
 from .evaluation.regions import check_claims, region_effects, region_rows
 from .evaluation.statistics import effects, in_words
 from .scenes.samples import load_sample
@@ -255,7 +256,7 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
               *[f"- {claim['sentence']}" for claim in results["claims"]],
               *[f"**Warning:** {in_markdown(warning)}" for warning in results["warnings"]], *[f"**Drift:** {alarm}." for alarm in results["drift"]["alarms"]],
               f"Frames without any truth, left out: {len(results['frames_left_out'])}; pixels outside the depth limits: {results['pixels_left_out']}.",
-              "", "![held-out frames](figures/held_out.png)", "![losses](figures/losses.png)"]
+              "", "![held-out frames](figures/held_out.png)", "![losses](figures/losses.png)", "", *later_lines(folder)]
     return "\n".join(lines) + "\n"
 
 

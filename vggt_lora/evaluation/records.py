@@ -50,7 +50,7 @@ def place_for(
     if not any(asked.values()):
         return Path(run)
     words = [Path(asked["data"]).name or OWN, asked["protocol"], "masks-" + Path(asked["windows"]).name if asked["windows"] else ""]
-    name = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", word).strip("-.")[:60] for word in words if word) or "other"
+    name = "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", word).strip("-.")[:60] for word in words if word) or "other"
     for number in range(1, 1000):
         folder = Path(run) / FOLDER / (name if number == 1 else f"{name}-{number}")
         if (read_answer(folder) or {"asked": asked}).get("asked") == asked:
@@ -150,7 +150,7 @@ def later_lines(
     else:
         alarms = forgotten["drift"]["alarms"]
         lines += [f"- Forgetting, on {forgotten['where']}: {effect['sentence']} (protocol {effect['protocol']})" for effect in forgotten["effects"]]
-        lines += [f"- **Drift there:** {alarm}." for alarm in alarms] or [f"- Drift there, {forgotten['drift']['windows']} windows: no alarm."]
+        lines += [f"- **Drift there:** {alarm}." for alarm in alarms] or [f"- Drift there, {forgotten['drift']['windows']} window{'s' * (forgotten['drift']['windows'] != 1)}: no alarm."]
     clouds = _read(run / "clouds" / "clouds.json")
     lines += [f"- Clouds: {NOT_COMPUTED}."] if clouds is None else [f"- Clouds: {effect['sentence']}" for effect in clouds.get("effects", [])
                                                                     if effect["at"] == (0.1 if effect["unit"] == "m" else 0.01)]

@@ -304,6 +304,8 @@ def drawn_effect(
         raise ConfigError(f"draws must be (2, draws), base and adapted, got {drawn.shape}")
     observed, changes = _changes(np.array([base, adapted], dtype=np.float64)), _changes(drawn)
     ends = [_ends(changes[k], observed[k], None, "percentile", level) if frames > 1 else (float("nan"), float("nan")) for k in range(2)]
+    if np.isfinite(ends[0]).all() and not np.isfinite(ends[1]).all():
+        note = f"in some draws the base is 0, so only the difference has an interval, {ends[0][0]:+.3g} to {ends[0][1]:+.3g}" + (f"; {note}" if note else "")
     if frames < 2:
         note = f"an interval needs at least two frames, here {frames}" + (f"; {note}" if note else "")
     return Effect(metric, float(base), float(adapted), observed[0].item(), *ends[0], observed[1].item(), *ends[1], frames=frames if np.isfinite([base, adapted]).all() else 0,

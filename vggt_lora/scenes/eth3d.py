@@ -14,6 +14,7 @@ from natsort import natsort_keygen
 
 from ..core import SceneError, read_json, unknown, user_path
 from .colmap import ColmapImage, ColmapModel, find_model, pinhole_matrix, read_model
+from .convention import check_convention
 from .scene import Frame, Scene
 
 # %% ../../nbs/scenes/eth3d.ipynb #8ce1455c
@@ -216,5 +217,6 @@ def open_scene(
     known = unit_is_metre(folders) if metric is None else bool(metric)
     if metric is None and not known:
         notes.append("unit unknown: no laser data and no scene.json beside the photos; pass metric=True if it is the metre")
+    check_convention([frame for frame, _ in pairs], model.points, str(model.folder))
     jpg = find_part(folders, "dslr_calibration_jpg")
     return Scene(root.name, root, tuple(frame for frame, _ in pairs), model.points, known, tuple(notes), jpg)

@@ -113,7 +113,7 @@ def region_picture(
             ax.scatter(columns + 0.5, rows + 0.5, s=5, color=colour, linewidths=0, zorder=2)
         else:
             tint[mask] = 0.55 * tint[mask] + 0.45 * colour
-        ax.plot([], [], "s", color=colour, label=f"{name} {100 * mask.mean():.0f} %")
+        ax.plot([], [], "s", color=colour, label=f"{name} {100 * mask.mean():.0f} %" if mask.any() else f"no {name}")
     ax.imshow(tint.clip(0, 1), extent=(0, photo.shape[1], photo.shape[0], 0))
     ax.set(xticks=[], yticks=[], xlim=(0, photo.shape[1]), ylim=(photo.shape[0], 0))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7, frameon=False)
