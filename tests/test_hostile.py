@@ -221,3 +221,136 @@ def test_a_point_of_a_grid_stays_in_its_folder():
 
     names = [p.name for p in grid_points("model=../../x,/etc/passwd,..")]
     assert all("/" not in n and n not in (".", "..") and not n.startswith(".") for n in names) and len(set(names)) == 3
+
+
+# --- links, archives, devices ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["S_IFLNK", "S_IFCHR", "S_IFBLK", "S_IFIFO", "S_IFSOCK"])
+def test_an_archive_makes_plain_files_only(kind, tmp_path):
+    """An entry that says it is a link or a device is refused, or its contents come out as a plain file."""
+    import stat
+
+    py7zr = pytest.importorskip("py7zr")
+    from vggt_lora.scenes.archive import unpack
+
+    with py7zr.SevenZipFile(tmp_path / "bad.7z", "w") as packed:
+        packed.writestr(b"/etc/passwd", "pipes/a")
+        for entry in packed.header.files_info.files:
+            entry["attributes"] = (getattr(stat, kind) | 0o777) << 16 | 0x8000
+    try:
+        unpack(tmp_path / "bad.7z", tmp_path / "data", progress=False)
+    except SceneError as error:
+        assert "bad.7z" in str(error) and not list((tmp_path / "data").iterdir())
+    else:
+        assert stat.S_ISREG(os.lstat(tmp_path / "data" / "pipes" / "a").st_mode)
+
+
+def test_a_zip_is_no_archive_of_a_scene(tmp_path):
+    import zipfile
+
+    from vggt_lora.scenes.archive import unpack
+
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as packed:
+        packed.writestr("../../evil", "x")
+    with pytest.raises(SceneError, match="bad.zip: is no whole 7-Zip archive"):
+        unpack(tmp_path / "bad.zip", tmp_path / "data", progress=False)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["bad.zip", "data"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_link_out_of_the_hubs_cache_is_refused(name, tmp_path, monkeypatch):
+    """The hub's cache consists of links to its own blobs; one to anything else is none of its making."""
+    import huggingface_hub
+
+    from vggt_lora.core import WeightsError
+    from vggt_lora.model.weights import find_weights
+
+    home = tmp_path / "models--some--model"
+    (home / "snapshots" / "abc").mkdir(parents=True)
+    (home / "blobs").mkdir()
+    (tmp_path / "secret").write_text("{}")
+    for file in ("model.safetensors", "config.json"):
+        (home / "blobs" / file).write_text("{}")
+        (home / "snapshots" / "abc" / file).symlink_to(home / "blobs" / file)
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision=None: asked.append(file) or str(home / "snapshots" / "abc" / file))
+    assert find_weights("some/model").path.name == "model.safetensors"
+    (home / "snapshots" / "abc" / name).unlink()
+    (home / "snapshots" / "abc" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(WeightsError, match=f"{name}: is a link out of the hub's cache"):
+        find_weights("some/model")
+    assert set(asked) == {"config.json", "model.safetensors"}  # names of our own: what a repository lists is never asked for
+
+
+# --- widgets and the network ----------------------------------------------------------------------------------------
+
+def everything_in(widget) -> list:
+    """A widget and all below it."""
+    return [widget, *(w for child in getattr(widget, "children", ()) for w in everything_in(child))]
+
+
+def test_widgets_show_names_as_text():
+    """Names of photos, sources, models and errors, in panels, sliders and the monitor of a run."""
+    ipywidgets = pytest.importorskip("ipywidgets")
+    import numpy as np
+
+    from vggt_lora.views.audits import PhotoSlider
+    from vggt_lora.views.widgets import Choice, Panel, Tick
+    from vggt_lora.views.widgets_model import TreePage
+    from vggt_lora.views.widgets_run import MonitorPage
+
+    class Evil(Panel):
+        def picture(self):
+            return np.zeros((2, 2, 3))
+
+        def caption(self):
+            return EVIL
+
+    class Broken(Evil):
+        def picture(self):
+            raise ValueError(EVIL)
+
+    monitor = MonitorPage(lambda: None)
+    monitor.show(EVIL, 1, 2, None, False, False)
+    tree = TreePage.__new__(TreePage)
+    tree.parts, tree.parameters = [f"{EVIL}.a"], lambda: EVIL
+    inputs = {name: ipywidgets.Checkbox(description=name) for name in ("strategy", "rank", f"{EVIL}.a")}
+    pages = [Evil({EVIL: Choice((EVIL, "b")), "tick": Tick()}).page(), Broken({"a": Tick()}).page(), PhotoSlider([EVIL], lambda i: np.zeros((2, 2, 3))).page(), monitor.page,
+             tree.arrange(inputs, ipywidgets.Image(), ipywidgets.HTML())]
+    widgets = [w for page in pages for w in everything_in(page)]
+    texts = [w.value for w in widgets if isinstance(w, (ipywidgets.HTML, ipywidgets.HTMLMath))]
+    assert sum("&lt;img" in text for text in texts) == 4 and not [text for text in texts if asks(text) or "<img" in text]
+    assert not [w for w in widgets if getattr(w, "description_allow_html", False)]  # descriptions are text
+
+
+def watched(tmp_path: Path, command: list[str]):
+    """Run a command under the watch of tests/watch: (its result, what it asked of other machines)."""
+    import subprocess
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from run_all import watched as environment
+
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", **environment(tmp_path / "asked")})
+    return done, (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+
+
+def test_pages_and_a_notebook_ask_no_other_machine(tmp_path):
+    """All notebooks run under this watch in `make test`; here it is one of them, with the pages of a run and of a comparison."""
+    hostile_run(tmp_path / "run")
+    code = ("import sys; from pathlib import Path; from vggt_lora.views.report import write_report; from vggt_lora.views.page import page, tag\n"
+            "write_report(Path(sys.argv[1])); page('a', tag('p', 'b'))\n"
+            "import subprocess; subprocess.run([Path(sys.executable).with_name('nbdev_test'), '--path', 'nbs/views/page.ipynb'], check=True)")
+    done, asked = watched(tmp_path, ["-c", code, str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert asked == ""
+
+
+def test_the_watch_hears_questions_to_others_and_no_others(tmp_path):
+    code = ("import socket, subprocess, sys\n"
+            "a = socket.create_server(('127.0.0.1', 0)); socket.create_connection(a.getsockname()).close()\n"
+            "subprocess.run([sys.executable, '-c', 'import socket; s = socket.socket(); s.setblocking(False); s.connect_ex((\"192.0.2.1\", 9))'])\n"
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('192.0.2.7', 9))\n")
+    _, asked = watched(tmp_path, ["-c", code])
+    assert [line.split()[:2] for line in asked.splitlines()] == [["socket.connect", "192.0.2.1"], ["socket.connect", "192.0.2.7"]]

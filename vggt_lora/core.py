@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VggtLoraError', 'SceneError', 'WeightsError', 'ConfigError', 'unknown', 'in_markdown', 'given_parameters',
-           'project_root', 'user_path', 'leads_out', 'system_errors', 'atomic_path', 'write_text', 'read_json',
-           'write_json']
+           'project_root', 'user_path', 'leads_out', 'system_errors', 'out_of_memory', 'atomic_path', 'write_text',
+           'read_json', 'write_json']
 
 # %% ../nbs/core.ipynb #c1519743
 import contextlib
@@ -115,6 +115,14 @@ def system_errors(
         if isinstance(error, OSError) or not number:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def out_of_memory(
+    error: BaseException,
+) -> bool:
+    """Whether an allocator gave up: Python's, CUDA's, or that of torch or oneDNN on the CPU, who have words and no kind for it."""
+    texts = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive", "bad_alloc", "bad allocation")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or any(t in str(error) for t in texts))
 
 
 _UMASK = threading.Lock()  # a process has one mask, and it can only be read by setting it

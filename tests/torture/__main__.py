@@ -1,6 +1,6 @@
 """`python -m tests.torture`: commands killed at random instants and started again.
 
-    python -m tests.torture --short              a few kills of the quick commands, and each begun twice at once
+    python -m tests.torture --short              a few kills of the quick commands, and each begun twice at once, and under every want
     python -m tests.torture --write docs/torture.md   100 kills of all commands, with the result written down
     python -m tests.torture training store       commands with these names
 """
@@ -16,14 +16,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a copied process 
 
 from tests.torture.death import Death, pair, torture  # noqa: E402
 from tests.torture.jobs import JOBS, QUICK, SHARED, make_base  # noqa: E402
+from tests.torture.scarcity import WANTS, starve  # noqa: E402
 from vggt_lora.core import write_text  # noqa: E402
 
 KILLS = {"demo": 16, "store": 18, "dense depth": 12, "checkpoints": 16, "training": 16, "prefix": 10, "export": 8, "comparison": 4}  # 100
+PARTS = ("kills", "pairs", "wants")
+STARVED = ("store", "dense depth", "prefix", "export")  # in the short form
 
 
 def load() -> None:
     """Load what the jobs need, once: they are copies of this process."""
     import matplotlib
+    import pycolmap  # noqa: F401
+    import scipy.ndimage  # noqa: F401
     import torch
 
     import vggt_lora.adapters.export  # noqa: F401
@@ -35,8 +40,9 @@ def load() -> None:
     torch.set_num_threads(1)
 
 
-def report(found: list[Death], pairs: list[Death], command: str, seconds: float) -> str:
+def report(parts: dict[str, list[Death]], command: str, seconds: float) -> str:
     """The result on one page of Markdown."""
+    found, pairs, wants = (parts[part] for part in PARTS)
     by_job = collections.defaultdict(list)
     for death in found:
         by_job[death.job].append(death)
@@ -52,7 +58,15 @@ def report(found: list[Death], pairs: list[Death], command: str, seconds: float)
         lines += ["## Two at once", "", "Each command was begun twice at the same moment in one folder. Both end well, or one is turned away with words; what is left was compared with what "
                   "one process leaves alone.", "", "| command | both ended well | one was turned away | other bytes, or a crash | remainders |", "|---|---:|---:|---:|---:|"]
         lines += [f"| {d.job} | {d.state == 'both':d} | {d.state == 'turned away':d} | {not d.good:d} | {d.left:d} |" for d in pairs] + [""]
-    bad = [d for d in (*found, *pairs) if not d.good]
+    if wants:
+        by_job = collections.defaultdict(dict)
+        for death in wants:
+            by_job[death.job.split(": ")[0]][death.job.split(": ")[1]] = death.state if death.good else "**bad**"
+        lines += ["## Scarcity", "", "Each command was started where something is missing. It has to survive, or to stop with an error in words and leave nothing half-written; started again without "
+                  "the want it has to end with the bytes of an undisturbed run. Without shared memory, and under a clock that runs backwards, it has to end with these bytes at once. An "
+                  "error is the project's own, or Python's MemoryError.", "", "| command | " + " | ".join(w.name for w in WANTS) + " |", "|---|" + "---|" * len(WANTS)]
+        lines += [f"| {job} | " + " | ".join(states.get(w.name, "") for w in WANTS) + " |" for job, states in by_job.items()] + [""]
+    bad = [d for d in (*found, *pairs, *wants) if not d.good]
     lines += ["## What went wrong", "", *[f"- {d.job} at {d.instant:.1%}: {'; '.join(d.faults)}" for d in bad], ""] if bad else []
     return "\n".join(lines)
 
@@ -63,28 +77,36 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(JOBS)}")
     parser.add_argument("--short", action="store_true", help="a few kills of the quick commands")
     parser.add_argument("--kills", type=int, help="of each command")
+    parser.add_argument("--only", choices=PARTS, help="one of the three parts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="file for the result")
     given = parser.parse_args(arguments)
-    names, started, found, pairs = given.names or (QUICK if given.short else list(JOBS)), time.monotonic(), [], []
+    names, started = given.names or (QUICK if given.short else list(JOBS)), time.monotonic()
     shared = [n for n in given.names or SHARED if n in SHARED and not (given.short and n == "comparison")]
+    starved = given.names or (STARVED if given.short else SHARED[:-1])
+    found: dict[str, list[Death]] = {part: [] for part in PARTS}
+
+    def keep(part: str, deaths, room: str) -> None:
+        for death in deaths:
+            found[part].append(death)
+            when = f"{death.instant:6.1%} " if part == "kills" else "twice at once, " if part == "pairs" else ""
+            print(f"{'good' if death.good else 'BAD':4} {death.job:12} {when}{death.state}, {death.left} left {'; '.join(death.faults).replace(room, '')}", flush=True)
+        if given.write:  # after every command, for the whole takes a while
+            write_text(given.write, report(found, f"python -m tests.torture {' '.join(arguments)}", time.monotonic() - started))
+
     with tempfile.TemporaryDirectory() as room:
         os.environ["VGGT_LORA_CACHE"] = f"{room}/cache"  # nothing of the user's own is read or written
         load()
-        base = make_base(Path(room) / "base", network="export" in (*names, *shared))
-        for name in names:
-            for death in torture(JOBS[name], base, Path(room) / "room", given.kills or (2 if given.short else KILLS[name]), given.seed):
-                found.append(death)
-                print(f"{'good' if death.good else 'BAD':4} {death.job:12} {death.instant:6.1%} {death.state:6} {death.left} left {'; '.join(death.faults).replace(room, '')}", flush=True)
-            if given.write:  # after every command, for the whole takes a while
-                write_text(given.write, report(found, pairs, f"python -m tests.torture {' '.join(arguments)}", time.monotonic() - started))
-        for name in shared:
-            pairs.append(both := pair(JOBS[name], base, Path(room) / "room"))
-            print(f"{'good' if both.good else 'BAD':4} {both.job:12} twice at once: {both.state} {'; '.join(both.faults).replace(room, '')}", flush=True)
-            if given.write:
-                write_text(given.write, report(found, pairs, f"python -m tests.torture {' '.join(arguments)}", time.monotonic() - started))
-    print(f"{len(found)} instants, {len(pairs)} pairs, {sum(not d.good for d in (*found, *pairs))} bad, {time.monotonic() - started:.0f} s")
-    return int(not found or any(not d.good for d in (*found, *pairs)))
+        base, place = make_base(Path(room) / "base", network="export" in (*names, *shared, *starved)), Path(room) / "room"
+        for name in names if given.only in (None, "kills") else ():
+            keep("kills", torture(JOBS[name], base, place, given.kills or (2 if given.short else KILLS[name]), given.seed), room)
+        for name in shared if given.only in (None, "pairs") else ():
+            keep("pairs", [pair(JOBS[name], base, place)], room)
+        for name in starved if given.only in (None, "wants") else ():
+            keep("wants", starve(JOBS[name], base, place), room)
+    all_of_it = [death for deaths in found.values() for death in deaths]
+    print(f"{', '.join(f'{len(deaths)} {part}' for part, deaths in found.items())}, {sum(not d.good for d in all_of_it)} bad, {time.monotonic() - started:.0f} s")
+    return int(not all_of_it or any(not d.good for d in all_of_it))
 
 
 if __name__ == "__main__":
