@@ -58,6 +58,7 @@ def neutral(text: str) -> str:
     """What a cell printed, as it would read on another machine at another time."""
     for place, name in ((f"{ROOT}/", ""), (str(ROOT), "."), (f"{Path.home()}/", "~/"), (f"{tempfile.gettempdir()}/", "$TMPDIR/")):
         text = text.replace(place, name)
+    text = re.sub(r"\$TMPDIR/tmp\w+", "$TMPDIR", text)
     text = re.sub(r"\b20\d{6}-\d{6}\b", "<date>-<time>", text)
     return re.sub(r" \(\d+\.\d+ s\)", "", text)
 
