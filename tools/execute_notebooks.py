@@ -24,7 +24,7 @@ KEPT = ["00_data", "01_depth", "02_lora", "04_evaluate"]
 LIMIT = 290_000  # bytes of a notebook
 
 
-STEPS = ((1000, 128, 75), (1000, 64, 60), (900, 48, 50), (900, 32, 42), (800, 32, 36), (700, 24, 34), (600, 24, 34), (500, 16, 34), (420, 16, 34))  # width, colours of a PNG, quality of a JPEG
+STEPS = ((1000, 128, 75), (1000, 64, 60), (900, 48, 50), (900, 32, 42), (800, 32, 36), (700, 32, 34), (600, 32, 34), (500, 32, 34), (420, 32, 34))  # width, colours of a PNG (fewer would change a line's colour), quality of a JPEG
 
 
 def smaller(png: str, width: int, colours: int, quality: int) -> tuple[str, str]:
