@@ -37,7 +37,7 @@ def write_notebook(path: Path) -> Path:
 def caption(driver) -> str:
     """Return the line under the picture that says what it shows."""
     from selenium.webdriver.common.by import By
-    texts = [label.text for label in driver.find_elements(By.CSS_SELECTOR, ".jp-OutputArea .widget-label")]
+    texts = [label.text for label in driver.find_elements(By.CSS_SELECTOR, ".jp-OutputArea .widget-html")]
     return next((text for text in texts if "azimuth" in text and "points" in text), "")
 
 

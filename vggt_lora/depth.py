@@ -56,17 +56,17 @@ def coverage(
 def coverage_text(
     rows: list[dict],  # of `coverage`
 ) -> str:
-    """Lay the coverage out as a plain table with a line of totals."""
-    lines = [f"{'photo':16} {'size':>9} {'share %':>8} {'z 5 %':>8} {'z 50 %':>8} {'z 95 %':>8} {'off px':>7} {'observed':>9} "
-             + " ".join(f"{fate:>10}" for fate in FATES)]
+    """Lay the coverage out as a plain table with a line of totals; fates that no point met are named below and need no column."""
+    met = [fate for fate in FATES if fate == "landed" or any(row[fate] for row in rows)]
+    lines = [f"{'photo':14} {'size':>8} {'share %':>8} {'z 5 %':>7} {'z 50 %':>7} {'z 95 %':>7} {'off px':>7} {'observed':>9} " + " ".join(f"{fate:>8}" for fate in met)]
     for row in rows:
         height, width = row["size"]
-        lines.append(f"{row['name'][-16:]:16} {f'{width}x{height}':>9} {100 * row['share']:8.3f} {row['depth_5']:8.2f} {row['depth_50']:8.2f} "
-                     f"{row['depth_95']:8.2f} {row['off']:7.3f} {row['observed']:9d} " + " ".join(f"{row[fate]:10d}" for fate in FATES))
+        lines.append(f"{row['name'][-14:]:14} {f'{width}x{height}':>8} {100 * row['share']:8.3f} {row['depth_5']:7.2f} {row['depth_50']:7.2f} "
+                     f"{row['depth_95']:7.2f} {row['off']:7.3f} {row['observed']:9d} " + " ".join(f"{row[fate]:8d}" for fate in met))
     share = np.mean([row["share"] for row in rows]) if rows else float("nan")
-    lines.append(f"{f'{len(rows)} photos':16} {'':9} {100 * share:8.3f} {'':26} {'':7} {sum(row['observed'] for row in rows):9d} "
-                 + " ".join(f"{sum(row[fate] for row in rows):10d}" for fate in FATES))
-    return "\n".join(lines)
+    lines.append(f"{f'{len(rows)} photos':14} {'':8} {100 * share:8.3f} {'':23} {'':7} {sum(row['observed'] for row in rows):9d} " + " ".join(f"{sum(row[fate] for row in rows):8d}" for fate in met))
+    none = [fate.replace("_", " ") for fate in FATES if fate not in met]
+    return "\n".join([*lines, *([f"no point was {' or '.join(none)}"] if none else [])])
 
 # %% ../nbs/01_depth.ipynb #5f6c78db
 def against_sparse(

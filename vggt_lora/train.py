@@ -253,7 +253,7 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
               "`pose` takes the scale of the true camera centres, the other alignments are fitted to the true depth.",
               *[f"Cameras of {r['model']}: rotations off by {r['rotation_median'] or 0:.1f}°, directions by {r['translation_median'] or 0:.1f}° in the median of "
                 f"{r['pairs']} pairs, AUC@30 {r['auc_30'] or 0:.2f}." for r in results["cameras"]],
-              *[f"- {claim['sentence']}" for claim in results["claims"]],
+              "", *[f"- {claim['sentence']}" for claim in results["claims"]], "",
               *[f"**Warning:** {in_markdown(warning)}" for warning in results["warnings"]], *[f"**Drift:** {alarm}." for alarm in results["drift"]["alarms"]],
               f"Frames without any truth, left out: {len(results['frames_left_out'])}; pixels outside the depth limits: {results['pixels_left_out']}.",
               "", "![held-out frames](figures/held_out.png)", "![losses](figures/losses.png)", "", *later_lines(folder)]

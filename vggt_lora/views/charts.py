@@ -69,7 +69,7 @@ def loss_curves(
         ax.grid(alpha=0.3)
         names = len(ax.get_legend_handles_labels()[0])  # below the axes, where no curve can run
         ax.legend(fontsize=8, frameon=False, title="line: training, dots: held out" if heading == "terms" else None, title_fontsize=7,
-                  loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=min(3, names))
+                  loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=min(3, names))
     heading = [title] if title else []
     heading += [f"{lost} value{'s' if lost > 1 else ''} not finite, not drawn"] if lost else []
     figure.suptitle("; ".join(heading), fontsize=10)

@@ -184,6 +184,13 @@ class PanelPage:
         self.refresh()
         return self.widget
 
+    def _ipython_display_(self):
+        from IPython.display import display
+        bundle = self._repr_mimebundle_()
+        if self.widget is None:  # a notebook shows the picture or the words of one bundle, never both
+            display({"image/png": bundle.pop("image/png"), "text/plain": "picture"}, raw=True)
+        display(bundle, raw=True)
+
     def _repr_mimebundle_(self, include=None, exclude=None):
         if self.widget is not None:
             return {**self.widget._repr_mimebundle_(), "text/plain": self.caption()}
