@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --size 1b-small      # VGGT-1B shape, random weights, 2 frames of 140 x 182; needs 12 GB of free memory
     python benchmarks/train_step.py --size 1b            # VGGT-1B shape, 8 frames of 518 x 518 and of 518 x 350, on a GPU
     python benchmarks/train_step.py --profile b          # where the time of a cached step goes
+    python benchmarks/train_step.py --size 1b --count    # only counts operations, on any machine: what arithmetic allows
 
 plain    whole forward from the photos, every aggregator block checkpointed, heads in float32, no cache
 off      this project without the cache: nothing recomputed, frozen layers record nothing
@@ -13,9 +14,13 @@ small    the same with checkpointing and one frame at a time in the depth head (
 A step is forward, loss, backward, AdamW on one window. The kinds are run one after the other in every round and the median of the rounds is
 taken, so that a busy machine slows all of them alike. CPU time is this process's own. Peak memory: on a GPU what the allocator held; on the
 CPU each kind runs once in a process of its own, and the largest resident size while its steps run is given.
+
+"by count" is plain/this in multiplications and additions of matrix products and convolutions, forward and backward (torch's FlopCounterMode, on the
+meta device), "heads" the heads' share of this kind's. What a measured ratio lacks of it is other work: dropout, resizing, activations, the loss, AdamW.
 """
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -28,10 +33,12 @@ from pathlib import Path
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
+from vggt_lora.model.aggregator import AggregatorState
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.scenes.samples import Sample
-from vggt_lora.training.boundary import find_boundary, free_prefix
+from vggt_lora.training.boundary import find_boundary, free_prefix, pieces
 from vggt_lora.training.config import TrainConfig
+from vggt_lora.training.fold import fold_adapters
 from vggt_lora.training.loop import loss_config, window_loss
 from vggt_lora.training.optimizer import make_optimizer
 from vggt_lora.training.prefix_store import PrefixStore
@@ -53,6 +60,17 @@ def random_sample(frames: int, size: tuple[int, int]) -> Sample:
                   tuple(map(str, range(frames))), "noise", True)
 
 
+def set_way(model, kind: str) -> None:
+    """Choose what a kind recomputes, and how many frames the depth head takes at once."""
+    bare = model.get_base_model()
+    if kind == "plain":
+        bare.set_gradient_checkpointing(True)
+    else:
+        set_checkpointing(model, kind == "small")
+        bare.depth_head.frames_chunk = 1 if kind == "small" else None
+        fold_adapters(model)
+
+
 class Stepper:
     """One way to run a training step."""
 
@@ -60,14 +78,9 @@ class Stepper:
         self.model = apply_lora(base, strategy, seed=0)[0].train()
         self.kind, self.sample, self.device, self.store = kind, sample, device, None
         self.precision = "bf16" if device == "cuda" else "float32"
-        bare = self.model.get_base_model()
-        if kind == "plain":
-            bare.set_gradient_checkpointing(True)
-        else:
-            set_checkpointing(self.model, kind == "small")
-            bare.depth_head.frames_chunk = 1 if kind == "small" else None
-            if self.precision == "bf16":
-                halve_frozen(self.model)
+        set_way(self.model, kind)
+        if kind != "plain" and self.precision == "bf16":
+            halve_frozen(self.model)
         self.losses = loss_config(TrainConfig(strategy=strategy))
         self.optimizer = make_optimizer(self.model, TrainConfig(strategy=strategy))
         if kind in ("cache", "small"):
@@ -104,6 +117,34 @@ def new_base(config: VGGTConfig, device: str) -> VGGT:
     if model.point_head is not None:
         model.point_head = None
     return model.requires_grad_(False).to(device).eval()
+
+
+def blank_state(model, layer: int, shape, learns: bool) -> AggregatorState:
+    """A state after a layer, without numbers, on the meta device."""
+    config, (frames, size) = model.get_base_model().config, shape
+    tokens = config.patch_start + size[0] // config.patch_size * (size[1] // config.patch_size)
+    outputs = {int(name.removeprefix("output.")): torch.empty(1, frames, tokens, width, device="meta", requires_grad=learns)
+               for name, width in pieces(model, layer).items() if name.startswith("output.")}
+    return AggregatorState(torch.empty(1, frames, tokens, config.embed_dim, device="meta"), layer, outputs, tuple(size))
+
+
+def count_step(config: VGGTConfig, shape, strategy: str, kind: str) -> tuple[int, int]:
+    """Return the floating-point operations of a step's forward and backward, and of the heads alone; nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = apply_lora(VGGT(dataclasses.replace(config, point_head=False)).requires_grad_(False), strategy)[0].train()
+    set_way(model, kind)
+    layer, last = find_boundary(model).layer, model.get_base_model().config.depth - 1
+    images = torch.empty(1, shape[0], 3, *shape[1], device="meta")
+    whole = {"state": blank_state(model, layer, shape, False)} if kind in ("cache", "small") else {"images": images}
+    counts = []
+    for start in (whole, {"state": blank_state(model, last, shape, layer < last)}):
+        with FlopCounterMode(display=False) as counter:
+            out = model(**start, heads=("camera", "depth"))
+            (out.depth.sum() + out.depth_conf.sum() + sum(pose.sum() for pose in out.pose_enc_list)).backward()
+        counts.append(counter.get_total_flops())
+    return tuple(counts)
 
 
 class Resident:
