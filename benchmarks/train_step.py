@@ -75,7 +75,7 @@ class Stepper:
     """One way to run a training step."""
 
     def __init__(self, base, strategy: str, kind: str, sample: Sample, device: str, folder: Path, free: bool):
-        self.model = apply_lora(base, strategy, seed=0)[0].train()
+        self.model = apply_lora(base, strategy, seed=0, dropout=TrainConfig().dropout)[0].train()
         self.kind, self.sample, self.device, self.store = kind, sample, device, None
         self.precision = "bf16" if device == "cuda" else "float32"
         set_way(self.model, kind)
@@ -133,7 +133,7 @@ def count_step(config: VGGTConfig, shape, strategy: str, kind: str) -> tuple[int
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model = apply_lora(VGGT(dataclasses.replace(config, point_head=False)).requires_grad_(False), strategy)[0].train()
+        model = apply_lora(VGGT(dataclasses.replace(config, point_head=False)).requires_grad_(False), strategy, dropout=TrainConfig().dropout)[0].train()
     set_way(model, kind)
     layer, last = find_boundary(model).layer, model.get_base_model().config.depth - 1
     images = torch.empty(1, shape[0], 3, *shape[1], device="meta")
@@ -203,7 +203,7 @@ def compare(size: str, shape, strategy: str, device: str, rounds: int, kinds) ->
             for kind, stepper in steppers.items():
                 began, worked = time.perf_counter(), time.process_time()
                 stepper.step()
-                if number:  # the first round warms up
+                if number or not rounds:  # the first round warms up, unless it is the only one
                     wall[kind].append(time.perf_counter() - began)
                     work[kind].append(time.process_time() - worked)
     return {kind: (statistics.median(wall[kind]), statistics.median(work[kind])) for kind in kinds}
@@ -229,15 +229,29 @@ def profile(size: str, shape, strategy: str, device: str) -> None:
         print(found.key_averages().table(sort_by=key, row_limit=14, max_name_column_width=45))
 
 
+def table(args, shape, strategy: str) -> None:
+    """Print a line for each kind."""
+    kinds, nothing = args.kinds.split(","), (float("nan"),) * 2
+    found = {} if args.count else compare(args.size, shape, strategy, args.device, args.rounds, kinds)
+    plain, whole = found.get("plain", nothing), 0
+    for kind in kinds:
+        (wall, work), count = found.get(kind, nothing), count_step(SIZES[args.size][0], shape, strategy, kind)
+        whole = count[0] if kind == "plain" else whole
+        peak = "" if args.no_memory or args.count else f"{memory_of(args.size, shape, strategy, kind, args.device):7.2f}"
+        print(f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<5} {kind:6} {wall:7.3f}  {work:10.3f}  {plain[0] / wall:17.2f}  {plain[1] / work:5.2f}  "
+              f"{whole / count[0] or float('nan'):8.2f}  {count[0] / 1e12:10.4f}  {count[1] / count[0]:4.0%}  {peak}", flush=True)
+
+
 def main() -> int:
     """Compare and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind after a first one that warms up; 0: that one alone counts")
     parser.add_argument("--strategies", default="a,b,c")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument("--count", action="store_true", help="count operations, run nothing")
     parser.add_argument("--profile", metavar="STRATEGY")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -248,17 +262,11 @@ def main() -> int:
         profile(args.size, SIZES[args.size][1][0], args.profile, args.device)
         return 0
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{args.size} network on {name}, torch {torch.__version__}")
-    print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  plain/this (CPU)  peak GB")
+    print(f"{args.size} network on {'paper' if args.count else name}, torch {torch.__version__}")
+    print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  (CPU)  by count  TFLOP/step  heads  peak GB")
     for shape in SIZES[args.size][1]:
         for strategy in args.strategies.split(","):
-            kinds = args.kinds.split(",")
-            found = compare(args.size, shape, strategy, args.device, args.rounds, kinds)
-            for kind in kinds:
-                peak = "" if args.no_memory else f"{memory_of(args.size, shape, strategy, kind, args.device):7.2f}"
-                wall, work = found[kind]
-                base = found.get("plain", (float("nan"),) * 2)
-                print(f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<5} {kind:6} {wall:7.3f}  {work:10.3f}  {base[0] / wall:17.2f}  {base[1] / work:16.2f}  {peak}", flush=True)
+            table(args, shape, strategy)
     return 0
 
 

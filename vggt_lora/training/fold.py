@@ -27,8 +27,9 @@ def _adapted(self, x: torch.Tensor, *args, **more) -> torch.Tensor:
     if not (self.training and torch.is_grad_enabled()) or args or more or len(names) != 1 or self.disable_adapters or self.merged or self.lora_variant:
         return type(self).forward(self, x, *args, **more)
     base, A, B, scale = self.get_base_layer(), self.lora_A[names[0]], self.lora_B[names[0]], self.scaling[names[0]]
-    dropout = self.lora_dropout[names[0]]
-    if isinstance(self, Conv2d) and isinstance(dropout, torch.nn.Identity) and folds(self) and not torch.is_autocast_enabled(x.device.type):
+    dropout, device = self.lora_dropout[names[0]], x.device.type
+    rounded = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if isinstance(self, Conv2d) and isinstance(dropout, torch.nn.Identity) and folds(self) and not rounded:
         change = (B.weight.flatten(1) @ A.weight.flatten(1)).view_as(base.weight)
         return base._conv_forward(x, base.weight + scale * change, base.bias)
     result = base(x)
