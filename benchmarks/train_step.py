@@ -4,6 +4,7 @@
     python benchmarks/train_step.py --size 1b-small      # VGGT-1B shape, random weights, 2 frames of 140 x 182; needs 12 GB of free memory
     python benchmarks/train_step.py --size 1b            # VGGT-1B shape, 8 frames of 518 x 518 and of 518 x 350, on a GPU
     python benchmarks/train_step.py --profile b          # where the time of a cached step goes
+    python benchmarks/train_step.py --size 1b --count    # only counts operations, on any machine: what arithmetic allows
 
 plain    whole forward from the photos, every aggregator block checkpointed, heads in float32, no cache
 off      this project without the cache: nothing recomputed, frozen layers record nothing
@@ -13,9 +14,13 @@ small    the same with checkpointing and one frame at a time in the depth head (
 A step is forward, loss, backward, AdamW on one window. The kinds are run one after the other in every round and the median of the rounds is
 taken, so that a busy machine slows all of them alike. CPU time is this process's own. Peak memory: on a GPU what the allocator held; on the
 CPU each kind runs once in a process of its own, and the largest resident size while its steps run is given.
+
+"by count" is plain/this in multiplications and additions of matrix products and convolutions, forward and backward (torch's FlopCounterMode, on the
+meta device), "heads" the heads' share of this kind's. What a measured ratio lacks of it is other work: dropout, resizing, activations, the loss, AdamW.
 """
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -28,10 +33,12 @@ from pathlib import Path
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
+from vggt_lora.model.aggregator import AggregatorState
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.scenes.samples import Sample
-from vggt_lora.training.boundary import find_boundary, free_prefix
+from vggt_lora.training.boundary import find_boundary, free_prefix, pieces
 from vggt_lora.training.config import TrainConfig
+from vggt_lora.training.fold import fold_adapters
 from vggt_lora.training.loop import loss_config, window_loss
 from vggt_lora.training.optimizer import make_optimizer
 from vggt_lora.training.prefix_store import PrefixStore
@@ -53,21 +60,27 @@ def random_sample(frames: int, size: tuple[int, int]) -> Sample:
                   tuple(map(str, range(frames))), "noise", True)
 
 
+def set_way(model, kind: str) -> None:
+    """Choose what a kind recomputes, and how many frames the depth head takes at once."""
+    bare = model.get_base_model()
+    if kind == "plain":
+        bare.set_gradient_checkpointing(True)
+    else:
+        set_checkpointing(model, kind == "small")
+        bare.depth_head.frames_chunk = 1 if kind == "small" else None
+        fold_adapters(model)
+
+
 class Stepper:
     """One way to run a training step."""
 
     def __init__(self, base, strategy: str, kind: str, sample: Sample, device: str, folder: Path, free: bool):
-        self.model = apply_lora(base, strategy, seed=0)[0].train()
+        self.model = apply_lora(base, strategy, seed=0, dropout=TrainConfig().dropout)[0].train()
         self.kind, self.sample, self.device, self.store = kind, sample, device, None
         self.precision = "bf16" if device == "cuda" else "float32"
-        bare = self.model.get_base_model()
-        if kind == "plain":
-            bare.set_gradient_checkpointing(True)
-        else:
-            set_checkpointing(self.model, kind == "small")
-            bare.depth_head.frames_chunk = 1 if kind == "small" else None
-            if self.precision == "bf16":
-                halve_frozen(self.model)
+        set_way(self.model, kind)
+        if kind != "plain" and self.precision == "bf16":
+            halve_frozen(self.model)
         self.losses = loss_config(TrainConfig(strategy=strategy))
         self.optimizer = make_optimizer(self.model, TrainConfig(strategy=strategy))
         if kind in ("cache", "small"):
@@ -104,6 +117,34 @@ def new_base(config: VGGTConfig, device: str) -> VGGT:
     if model.point_head is not None:
         model.point_head = None
     return model.requires_grad_(False).to(device).eval()
+
+
+def blank_state(model, layer: int, shape, learns: bool) -> AggregatorState:
+    """A state after a layer, without numbers, on the meta device."""
+    config, (frames, size) = model.get_base_model().config, shape
+    tokens = config.patch_start + size[0] // config.patch_size * (size[1] // config.patch_size)
+    outputs = {int(name.removeprefix("output.")): torch.empty(1, frames, tokens, width, device="meta", requires_grad=learns)
+               for name, width in pieces(model, layer).items() if name.startswith("output.")}
+    return AggregatorState(torch.empty(1, frames, tokens, config.embed_dim, device="meta"), layer, outputs, tuple(size))
+
+
+def count_step(config: VGGTConfig, shape, strategy: str, kind: str) -> tuple[int, int]:
+    """Return the floating-point operations of a step's forward and backward, and of the heads alone; nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = apply_lora(VGGT(dataclasses.replace(config, point_head=False)).requires_grad_(False), strategy, dropout=TrainConfig().dropout)[0].train()
+    set_way(model, kind)
+    layer, last = find_boundary(model).layer, model.get_base_model().config.depth - 1
+    images = torch.empty(1, shape[0], 3, *shape[1], device="meta")
+    whole = {"state": blank_state(model, layer, shape, False)} if kind in ("cache", "small") else {"images": images}
+    counts = []
+    for start in (whole, {"state": blank_state(model, last, shape, layer < last)}):
+        with FlopCounterMode(display=False) as counter:
+            out = model(**start, heads=("camera", "depth"))
+            (out.depth.sum() + out.depth_conf.sum() + sum(pose.sum() for pose in out.pose_enc_list)).backward()
+        counts.append(counter.get_total_flops())
+    return tuple(counts)
 
 
 class Resident:
@@ -162,7 +203,7 @@ def compare(size: str, shape, strategy: str, device: str, rounds: int, kinds) ->
             for kind, stepper in steppers.items():
                 began, worked = time.perf_counter(), time.process_time()
                 stepper.step()
-                if number:  # the first round warms up
+                if number or not rounds:  # the first round warms up, unless it is the only one
                     wall[kind].append(time.perf_counter() - began)
                     work[kind].append(time.process_time() - worked)
     return {kind: (statistics.median(wall[kind]), statistics.median(work[kind])) for kind in kinds}
@@ -188,15 +229,29 @@ def profile(size: str, shape, strategy: str, device: str) -> None:
         print(found.key_averages().table(sort_by=key, row_limit=14, max_name_column_width=45))
 
 
+def table(args, shape, strategy: str) -> None:
+    """Print a line for each kind."""
+    kinds, nothing = args.kinds.split(","), (float("nan"),) * 2
+    found = {} if args.count else compare(args.size, shape, strategy, args.device, args.rounds, kinds)
+    plain, whole = found.get("plain", nothing), 0
+    for kind in kinds:
+        (wall, work), count = found.get(kind, nothing), count_step(SIZES[args.size][0], shape, strategy, kind)
+        whole = count[0] if kind == "plain" else whole
+        peak = "" if args.no_memory or args.count else f"{memory_of(args.size, shape, strategy, kind, args.device):7.2f}"
+        print(f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<5} {kind:6} {wall:7.3f}  {work:10.3f}  {plain[0] / wall:17.2f}  {plain[1] / work:5.2f}  "
+              f"{whole / count[0] or float('nan'):8.2f}  {count[0] / 1e12:10.4f}  {count[1] / count[0]:4.0%}  {peak}", flush=True)
+
+
 def main() -> int:
     """Compare and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind after a first one that warms up; 0: that one alone counts")
     parser.add_argument("--strategies", default="a,b,c")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument("--count", action="store_true", help="count operations, run nothing")
     parser.add_argument("--profile", metavar="STRATEGY")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -207,17 +262,11 @@ def main() -> int:
         profile(args.size, SIZES[args.size][1][0], args.profile, args.device)
         return 0
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{args.size} network on {name}, torch {torch.__version__}")
-    print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  plain/this (CPU)  peak GB")
+    print(f"{args.size} network on {'paper' if args.count else name}, torch {torch.__version__}")
+    print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  (CPU)  by count  TFLOP/step  heads  peak GB")
     for shape in SIZES[args.size][1]:
         for strategy in args.strategies.split(","):
-            kinds = args.kinds.split(",")
-            found = compare(args.size, shape, strategy, args.device, args.rounds, kinds)
-            for kind in kinds:
-                peak = "" if args.no_memory else f"{memory_of(args.size, shape, strategy, kind, args.device):7.2f}"
-                wall, work = found[kind]
-                base = found.get("plain", (float("nan"),) * 2)
-                print(f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<5} {kind:6} {wall:7.3f}  {work:10.3f}  {base[0] / wall:17.2f}  {base[1] / work:16.2f}  {peak}", flush=True)
+            table(args, shape, strategy)
     return 0
 
 

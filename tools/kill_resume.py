@@ -45,7 +45,7 @@ def start(config: TrainConfig, log: Path) -> int:
 def settings(scene: Path, output: Path) -> TrainConfig:
     """A run of a few seconds with dropout, several windows per step and a checkpoint after every step."""
     resume = bool(checkpoint_files(output / "checkpoints"))
-    return TrainConfig(strategy="a", model="random", data=str(scene), output=str(output), resume=resume, epochs=2, frames=3, image_size=56, rank=2, lr=1e-3,
+    return TrainConfig(strategy="a", model="random", data=str(scene), output=str(output), resume=resume, epochs=2, frames=3, image_size=56, rank=2, lr=1e-3, dropout=0.1,
                        save_every=1, device="cpu", store=False)
 
 

@@ -132,6 +132,7 @@ def replay(
     """Compute the losses of a skipped step again, window by window: scene, photos, loss, terms and what is not finite."""
     from vggt_lora.adapters.adapter import apply_lora
     from vggt_lora.training.config import read_config
+    from vggt_lora.training.fold import fold_adapters
     from vggt_lora.training.loop import loss_config, window_loss
     from vggt_lora.training.processes import resolve_device
     from vggt_lora.training.setup import build_model
@@ -142,6 +143,7 @@ def replay(
                           full=config.names("full"), seed=config.seed, rslora=config.rslora, dora=config.dora, heads=config.names("heads"))
     model.load_state_dict(content["weights"], strict=False)
     model.to(device).train()
+    fold_adapters(model)  # as a run does
     found, kept = [], random_state()
     set_random_state(content["random"])
     for sample, state in batches:

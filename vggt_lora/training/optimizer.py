@@ -21,8 +21,8 @@ def make_optimizer(
     config: TrainConfig,
 ) -> torch.optim.Optimizer:
     """AdamW; with lora_plus a group of its own for every B, whose rate is that many times higher."""
-    fused = {"fused": True} if all(p.is_cuda for p in trained_parameters(model)) else {}
-    settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay, **fused}
+    fused = all(p.device.type in ("cuda", "cpu") for p in trained_parameters(model)) or None  # one pass over all numbers instead of a dozen
+    settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay, "fused": fused}
     if not config.lora_plus:
         return torch.optim.AdamW(trained_parameters(model), **settings)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
