@@ -80,7 +80,8 @@ def compare(
     finished = [read_record(config.folder / name) for name, state in states.items() if state["state"] == "finished"]
     if not finished:
         first = next(iter(states.values()))
-        raise ConfigError(f"none of the {len(points)} runs finished; the first says: {first.get('error', first['state'])}; notebooks in {config.folder}")
+        why = first.get("error", "another process is working on it" if first["state"] == "elsewhere" else first["state"])
+        raise ConfigError(f"none of the {len(points)} runs finished; the first says: {why}; notebooks in {config.folder}")
     comparison = compare_runs(finished, unit=config.unit)
     notes = (f"grid: {config.grid}", f"settings: {config.settings or 'the defaults'}", f"cluster: {config.cluster}")
     page = write_page(config.folder / "comparison.html", comparison, f"Comparison {config.name}", states, config.folder, config.pictures, notes)
