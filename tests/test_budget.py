@@ -41,9 +41,9 @@ def run(config, folder, check: bool):
     model, train, held_out, frames = ready(config)
     record = RunFolder(config.output)
     budget = preflight(model, train, held_out, frames, config, folder=folder) if check else None
-    with budgeted(budget, record):
+    with budgeted(budget, record) as clock:
         feed = cached_feed(model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(), folder=folder)
-        fit(model, train, held_out, config, record, feed)
+        fit(model, train, held_out, config, record, feed, (clock,))
     record.close()
     return model, record.records
 
@@ -56,6 +56,7 @@ def test_training_is_bit_for_bit_the_same_after_a_preflight(scene, tmp_path):
     assert all(torch.equal(tensor.nan_to_num(), theirs[name].nan_to_num()) for name, tensor in with_one.state_dict().items())
     found = json.loads((tmp_path / "one" / "budget.json").read_text())
     assert found["measured"]["peak"] > 0 and abs(found["error"]["peak"]) < 1
+    assert {"step", "epoch"} <= found["measured"].keys() & found["error"].keys() and found["said"].count("were predicted") == 3
     assert not (tmp_path / "two" / "budget.json").exists()
 
 
@@ -120,3 +121,58 @@ def test_memory_that_runs_out_in_the_preflight_itself_ends_in_a_refusal(scene, t
 
 def test_attention_that_writes_its_matrix_is_seen():
     assert extrapolate([1, 2, 3], [11, 14, 19], 10) == pytest.approx(110)
+
+
+@pytest.fixture
+def by_law(monkeypatch):
+    """Memory and seconds by a law of the pixels, so that nothing depends on this machine: 1 MB and 1 us for each, 100 MB and a second besides."""
+    from vggt_lora.training import budget as module
+
+    def law(model, sample, config, store=None):
+        pixels = sample.images[:, 0].numel()
+        return module.Point(len(sample.names), {"train": 10**9 + 10**8 + 10**6 * pixels, "validate": 10**9}, {"train": 1 + 1e-6 * pixels, "validate": 0.5})
+
+    monkeypatch.setattr(module, "measure_window", law)
+    monkeypatch.setattr(module, "settle", lambda device: 10**9)
+    monkeypatch.setattr(module, "SLACK", 0.0)
+
+
+def test_the_largest_size_decides_memory_and_the_mean_decides_time_and_disk(scene, tmp_path, by_law):
+    one = settings(scene, tmp_path / "run", cache="off")
+    found = {sizes: preflight(*ready(config := dataclasses.replace(one, image_sizes=sizes)), config, free=10**12, folder=tmp_path / "cache") for sizes in ("", "28,56,112")}
+    plain, drawn = found[""], found["28,56,112"]
+    assert plain.size == (42, 56) and drawn.size == (84, 112)
+    assert (drawn.peaks["train"] - 11 * 10**8) == pytest.approx(4 * (plain.peaks["train"] - 11 * 10**8), rel=0.01)
+    pixels = [3 * 42 * 56 * ratio for ratio in (0.25, 1, 4)]
+    assert plain.step == pytest.approx(1 + 1e-6 * pixels[1], rel=1e-6)
+    assert drawn.step == pytest.approx(1 + 1e-6 * sum(pixels) / 3, rel=1e-6)
+    assert drawn.epoch == pytest.approx(drawn.steps * drawn.step + 0.5 * len(ready(one)[2]), rel=1e-6)
+    kept = [preflight(*ready(config := dataclasses.replace(one, cache="float32", image_sizes=sizes)), config, free=10**12, folder=tmp_path / "cache").cache_bytes for sizes in ("56", "28,56,112")]
+    assert 1.5 * kept[0] < kept[1] < 1.75 * kept[0]  # (1/4 + 1 + 4) / 3 of what is trained on, 1 of what is held out
+
+
+def test_frozen_weights_are_summed_once(scene, tmp_path, monkeypatch):
+    """As in train(): the preflight's plan and the cache's ask for the same fingerprint."""
+    from vggt_lora.adapters import adapter
+
+    counted, real = [], adapter._bit_sum
+    monkeypatch.setattr(adapter, "_bit_sum", lambda flat: counted.append(flat.data_ptr()) or real(flat))
+    config = settings(scene, tmp_path / "run", dropout=0.0)
+    model, train, held_out, frames = ready(config)
+    counted.clear()
+    with adapter.summed_once():
+        preflight(model, train, held_out, frames, config, folder=tmp_path / "cache")
+        first = len(counted)
+        cached_feed(model, frames, config, train, held_out, lambda text: None, folder=tmp_path / "cache")
+    assert len(counted) == first > 0
+
+
+def test_doctor_and_preflight_name_the_same_number(scene, tmp_path, by_law, monkeypatch):
+    from vggt_lora import doctor
+
+    monkeypatch.setattr(doctor, "free_memory", lambda: (10**12, "CPU"))
+    config = settings(scene, tmp_path / "run")
+    found = preflight(*ready(config), config, folder=tmp_path / "cache")
+    plan = doctor.Plan(data=str(scene), model="random", strategy=config.strategy, rank=config.rank, frames=config.frames, image_size=config.image_size)
+    assert doctor.counted(plan).least == found.counted > 0
+    assert doctor.amount(found.counted) in doctor.check_memory(plan)[0].found

@@ -660,7 +660,7 @@ def budgeted(
         yield clock
     steps = [r["wall"]["seconds"] for r in run.records[first:] if r["split"] == "train" and "wall" in r]
     found = budget.outcome(watch.peak, *(float(np.median(seconds)) if seconds else None for seconds in (steps, clock.seconds)))
-    run.write("budget.json", found)
+    run.write("budget.json", found | {"said": in_words(found)})
     run.log("budget: " + in_words(found))
 
 

@@ -112,10 +112,7 @@ def cost_part(cost: dict | None, budget: dict | None = None):
              "time": f"{cost['seconds']:,.0f} s ({seconds}); processor {cost['processor_seconds']:,.0f} s" if "seconds" in cost else None,
              "largest resident memory": f"{cost['memory_mb']:,.0f} MB" + ("" if cost.get("peak_memory_since") == "run" else ", of the whole process") if "memory_mb" in cost else None,
              "largest GPU memory": f"{cost['gpu_memory_mb']:,.0f} MB" if "gpu_memory_mb" in cost else "no GPU was used"}
-    if budget and "measured" in budget:
-        from vggt_lora.training.budget import in_words
-
-        known["predicted before the run"] = in_words(budget)
+    known["predicted before the run"] = (budget or {}).get("said")
     note = tag("p", "The run was interrupted and went on; this is the cost since then.", class_="note") if cost.get("resumed") else None
     return section("Cost", facts(known), note)
 
