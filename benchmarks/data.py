@@ -4,8 +4,8 @@
     python benchmarks/data.py --rounds 9 --photos 12 --only strecha_castle_p30
 
 Preprocessing is compared with the plain way: decode at full size, resize with Lanczos, project point by point in a Python loop into a depth map of full size and pick from
-that. Ours includes everything that a run waits for: the name of the entry, decoding, projecting, writing to disk and reading back. `full` is the same scene with its photos
-enlarged to the 24 megapixels of ETH3D's, for the shared ones are small.
+that. Ours includes everything that a run waits for: the name of the entry, decoding, projecting, writing to disk and reading back. The shared photos have one megapixel, where
+there is little to decode and the ratio is near 1; so the first scene is measured again with its photos enlarged (--megapixels), and with more points (--points).
 
 Loading is an epoch over all windows of a scene: decoded when asked for, or found in the store (a new object each time, so names and checksums are computed anew). The later
 epochs are those of the same object, for both keep in memory what they had.
@@ -22,14 +22,13 @@ import numpy as np
 from PIL import Image
 from vggt_lora.checks import real_scene
 from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.geometry import resize_intrinsics
+from vggt_lora.scenes.geometry import project_points, resize_intrinsics
 from vggt_lora.scenes.samples import FrameCache, load_sample
 from vggt_lora.scenes.store import FrameStore, folder_bytes
 from vggt_lora.scenes.synthetic import demo_scenes
 from vggt_lora.scenes.windows import Window, make_windows
 
 REAL = ("strecha_fountain_p11", "strecha_castle_p30", "sceaux_castle", "eth3d_pipes")
-FULL = (4032, 6048)  # (height, width)
 
 
 def plain(scene, frame, size) -> tuple:
@@ -47,17 +46,34 @@ def plain(scene, frame, size) -> tuple:
     return image, depth[rows][:, columns]
 
 
-def enlarged(scene, folder: Path, photos: int):
-    """Return the scene's first photos at 24 megapixels, cameras and observations with them."""
+def enlarged(scene, folder: Path, photos: int, megapixels: float):
+    """Return the scene's first photos at so many megapixels, cameras and observations with them."""
     frames = []
+    folder.mkdir()
     for frame in scene.frames[:photos]:
-        size = FULL if frame.size[1] >= frame.size[0] else FULL[::-1]
+        size = tuple(round(side * np.sqrt(1e6 * megapixels / np.prod(frame.size))) for side in frame.size)
         path = folder / Path(frame.name).name
         with Image.open(frame.image_path) as photo:
             photo.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC).save(path, quality=95)
         frames.append(dataclasses.replace(frame, image_path=path, size=size, K=resize_intrinsics(frame.K, frame.size, size),
                                           observations=frame.observations * (size[1] / frame.size[1], size[0] / frame.size[0])))
     return dataclasses.replace(scene, frames=tuple(frames))
+
+
+def crowded(scene, count: int):
+    """Return the scene with `count` points in every frame, the new ones close to those that it observes."""
+    rng, xyz, frames, total = np.random.default_rng(0), [scene.points.xyz], [], len(scene.points)
+    for frame in scene.frames:
+        near = scene.points.xyz[rng.choice(frame.point_rows, max(count - len(frame.point_rows), 0))]
+        near = near + 1e-3 * rng.normal(0, 1, near.shape) * np.ptp(near, axis=0)
+        pixels, _ = project_points(near, frame.world_to_cam, frame.K)
+        frames.append(dataclasses.replace(frame, point_rows=np.concatenate([frame.point_rows, np.arange(total, total + len(near))]),
+                                          observations=np.concatenate([frame.observations, pixels])))
+        xyz.append(near)
+        total += len(near)
+    first = np.zeros(total - len(scene.points), int)  # the rest of a new point is the first one's
+    rest = {field.name: np.concatenate([getattr(scene.points, field.name), getattr(scene.points, field.name)[first]]) for field in dataclasses.fields(scene.points) if field.name != "xyz"}
+    return dataclasses.replace(scene, frames=tuple(frames), points=dataclasses.replace(scene.points, xyz=np.concatenate(xyz), **rest))
 
 
 def timed(work) -> np.ndarray:
@@ -119,7 +135,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=518, help="long side in pixels, a multiple of 14")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--photos", type=int, default=8, help="photos of each scene that are preprocessed")
-    parser.add_argument("--full-photos", type=int, default=4, help="photos of the first scene that are enlarged to 24 megapixels; 0: none")
+    parser.add_argument("--full-photos", type=int, default=4, help="photos of the first scene that are enlarged; 0: none")
+    parser.add_argument("--megapixels", type=float, nargs="*", default=(6, 24), help="sizes that they are enlarged to; ETH3D's have 24")
+    parser.add_argument("--points", type=int, default=100_000, help="points of each photo in one more measurement at the last size; 0: none")
     parser.add_argument("--only", nargs="*", help="names of scenes")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.photos < 1:
@@ -132,11 +150,14 @@ def main() -> None:
         scene = open_scene(folder)
         preprocessing(folder.name, scene, arguments)
         loading(folder.name, scene, arguments)
-    if arguments.full_photos:
+    if arguments.full_photos and arguments.megapixels:
         with tempfile.TemporaryDirectory() as temporary:
-            scene = enlarged(open_scene(folders[0]), Path(temporary), arguments.full_photos)
-            preprocessing(f"{scene.name}, full", scene, arguments)
-            loading(f"{scene.name}, full", scene, arguments)
+            for megapixels in arguments.megapixels:
+                scene = enlarged(open_scene(folders[0]), Path(temporary) / f"{megapixels:g}", arguments.full_photos, megapixels)
+                preprocessing(f"{scene.name}, enlarged", scene, arguments)
+            if arguments.points:
+                preprocessing(f"{scene.name}, enlarged, more points", crowded(scene, arguments.points), arguments)
+            loading(f"{scene.name}, enlarged", scene, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,11 @@
 
 Covered are the pixels that dense_depth keeps. Under mask value 2 (people, trees) nothing is kept, under value 1 (glass) what is surest, so coverage is also given for each.
 "Its own points" is the agreement with the sparse points that the photo observes, photo by photo and over all.
-Nothing is asserted. Seconds are processor time of the computing of one photo's estimate (its neighbours cost the same again, once).
+"Seen by k others" counts, from the exact depth of all photos of a demo scene, the pixels that a perfect method could confirm in at least k other photos, and what is covered of them.
+Nothing is asserted. Seconds are those of one photo's estimate (its neighbours cost the same again, once), of the processor and on the clock, with --threads threads. A table at the
+end has a line for each scene: coverage of all pixels (but the sky, where exact depth is known), and agreement with the sparse points that the photos observe.
+
+    OMP_NUM_THREADS=2 python benchmarks/dense_depth.py --threads 2 --only strecha_fountain_p11 --photos 1     # seconds a photo with two cores
 """
 import argparse
 import json
@@ -17,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from vggt_lora.checks import real_scene
-from vggt_lora.scenes.dense_depth import dense_depth, dense_estimate, prepare_dense, scene_down, sparsification
+from vggt_lora.scenes.dense_depth import confirmations, dense_depth, dense_estimate, prepare_dense, scene_down, sparsification
 from vggt_lora.scenes.dense_estimate import DenseSettings, companion, estimate, main_shot
 from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.geometry import project_points
@@ -70,6 +74,17 @@ def estimated(scene, frame, size, arguments, cache):
     return dense_estimate(scene, frame, size, **options), dense_depth(scene, frame, size, **options).valid
 
 
+def seen_by(scene, frame, size, settings) -> np.ndarray:
+    """Return in how many other photos each pixel is seen (h, w): how many would confirm it if all depth were exact."""
+    def inverse(shot):
+        exact = resized(np.load(scene.root / "exact_depth" / f"{Path(shot.frame.name).stem}.npy"), shot.plan.size)
+        return torch.from_numpy(np.where(exact > 0, 1 / np.where(exact > 0, exact, 1), 1e-6).astype(np.float32))
+
+    main = main_shot(frame, size, None)
+    others = [companion(main, other) for other in scene.frames if other.name != frame.name]
+    return confirmations(main, inverse(main), [(other, inverse(other)) for other in others], settings)[0].numpy()
+
+
 def chosen(scene, photos: int) -> list:
     """Return so many frames of a scene, evenly spread."""
     count = min(photos, len(scene))
@@ -85,7 +100,7 @@ def demo(scene, arguments, cache) -> None:
     """Print what exact depth says about a demo scene."""
     size, parts = tuple(arguments.size), json.loads((scene.root / "labels" / "parts.json").read_text())
     prepared(scene, size, arguments, cache)
-    depth, truth, confidence, valid, texture, mask, part = [], [], [], [], [], [], []
+    depth, truth, confidence, valid, texture, mask, part, seen = [], [], [], [], [], [], [], []
     for frame in chosen(scene, arguments.photos):
         found, kept = estimated(scene, frame, size, arguments, cache)
         stem = Path(frame.name).stem
@@ -93,12 +108,18 @@ def demo(scene, arguments, cache) -> None:
         known = exact > 0
         for into, values in ((depth, found.depth), (truth, exact), (confidence, found.confidence), (valid, kept),
                              (texture, textured(frame, size)), (mask, photo_mask(scene, frame, size)),
-                             (part, resized(np.asarray(Image.open(scene.root / "labels" / "parts" / f"{stem}.png")), size))):
+                             (part, resized(np.asarray(Image.open(scene.root / "labels" / "parts" / f"{stem}.png")), size)),
+                             (seen, seen_by(scene, frame, size, arguments.settings))):
             into.append(values[known])
-    depth, truth, confidence, valid, texture, mask, part = map(np.concatenate, (depth, truth, confidence, valid, texture, mask, part))
+    depth, truth, confidence, valid, texture, mask, part, seen = map(np.concatenate, (depth, truth, confidence, valid, texture, mask, part, seen))
     error = np.abs(depth / truth - 1)
     print(f"{scene.name}: {arguments.photos} photos at {size[1]}x{size[0]}")
     print(line("all pixels but sky", error[valid], len(valid)))
+    for count in (1, 2, 3):
+        there = seen >= count
+        print(line(f"seen by {count} others ({there.mean():.1%} of them)", error[valid & there], int(there.sum())))
+    sure = valid & (confidence >= 0.03)
+    print(line("of confidence 0.03 and more", error[sure], len(valid)))
     for what, value in (("outside of masks", 0), ("under mask value 1 (glass)", 1), ("under mask value 2 (people, trees)", 2)):
         print(line(what, error[valid & (mask == value)], int((mask == value).sum())))
     print(line("textured pixels", error[valid & texture], int(texture.sum())))
@@ -106,6 +127,7 @@ def demo(scene, arguments, cache) -> None:
         if (part == number).sum() > 0.005 * len(part):
             print(line(f"  {name} ({(part == number).mean():.0%} of pixels)", error[valid & (part == number)], int((part == number).sum())))
     print(ranking(error, confidence))
+    arguments.table[scene.name] = {"size": size, "covered": valid.mean(), "median": np.median(error[valid])}
 
 
 def laser(scene, arguments, cache) -> None:
@@ -136,12 +158,13 @@ def laser(scene, arguments, cache) -> None:
 
 def held_out(scene, arguments, cache) -> None:
     """Print what the points of *other* photos say, which the frame itself does not observe, and its own."""
-    size = tuple(arguments.real_size)
-    results = {"its own points": [], "points of its neighbours alone": []}
+    size = tuple(arguments.real_size if scene.name not in DEMO else arguments.size)
+    results, covered = {"its own points": [], "points of its neighbours alone": []}, []
     totals = dict.fromkeys(results, 0)
     through = []
     for frame in chosen(scene, arguments.photos):
         found, kept = estimated(scene, frame, size, arguments, cache)
+        covered.append(kept.mean())
         own = np.unique(frame.point_rows)
         around = [scene.frames[n.index].point_rows for n in find_neighbours(scene, frame, arguments.settings.views)]
         others = np.setdiff1d(np.concatenate([*around, own[:0]]), own)
@@ -159,6 +182,8 @@ def held_out(scene, arguments, cache) -> None:
                 print(line(f"its own points, {Path(frame.name).name}", results[what][-1], int(inside.sum())))
     for what, parts in results.items():
         print(line(what, np.concatenate(parts), totals[what]))
+    own = np.concatenate(results["its own points"])
+    arguments.table.setdefault(scene.name, {"size": size, "covered": np.mean(covered), "median": np.nan}).update(points=len(own) / max(totals["its own points"], 1), agree=np.median(own), agree90=np.quantile(own, 0.9))
     through = np.concatenate(through)
     print(f"  {'':34} of the latter the dense depth lies 5 % behind the point at {through.mean() if len(through) else 0:.2%}; in front may be true occlusion")
 
@@ -171,8 +196,18 @@ def seconds(scene, size, arguments) -> None:
     depths = depth_range(scene, frame, arguments.settings.near, arguments.settings.far)
     start, worked = time.perf_counter(), time.process_time()
     _, _, planes = estimate(main, others, depths, arguments.settings, arguments.device, np.array(scene_down(scene)))
-    print(f"  one photo, {planes} planes, {len(others)} neighbours: {time.process_time() - worked:.1f} s of processor time, "
-          f"{time.perf_counter() - start:.1f} s passed, {torch.get_num_threads()} threads, {arguments.device}")
+    worked, passed = time.process_time() - worked, time.perf_counter() - start
+    print(f"  one photo, {planes} planes, {len(others)} neighbours: {worked:.1f} s of processor time, {passed:.1f} s passed, {torch.get_num_threads()} threads, {arguments.device}", flush=True)
+    arguments.table[scene.name].update(worked=worked, passed=passed)
+
+
+def summary(table: dict, threads: int, device: str) -> None:
+    """Print a line for each scene."""
+    print(f"\n{'scene':22} {'size':>9} {'covered':>8} {'median error':>13} {'points covered':>15} {'agreement median':>17} {'90 % below':>11} {'s worked':>9} {'s passed':>9}   {threads} threads, {device}")
+    for name, row in table.items():
+        median = "" if np.isnan(row["median"]) else f"{row['median']:.3%}"
+        print(f"{name:22} {row['size'][1]:>5}x{row['size'][0]:<3} {row['covered']:8.1%} {median:>13} {row['points']:15.1%} {row['agree']:17.3%} {row['agree90']:11.2%} "
+              f"{row['worked']:9.1f} {row['passed']:9.1f}")
 
 
 def main() -> None:
@@ -184,8 +219,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cache", help="folder that keeps estimates between calls; default: a temporary one")
     parser.add_argument("--only", nargs="*", help="names of scenes")
+    parser.add_argument("--threads", type=int, help="of the processor; default: what torch takes")
     arguments = parser.parse_args()
-    arguments.settings = DenseSettings()
+    arguments.settings, arguments.table = DenseSettings(), {}
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
         cache = Path(arguments.cache or temporary)
         wanted = not arguments.only or set(arguments.only) & set(DEMO)  # making them takes a minute
@@ -193,6 +231,7 @@ def main() -> None:
             if not arguments.only or folder.name in arguments.only:
                 scene = open_scene(folder)
                 demo(scene, arguments, cache)
+                held_out(scene, arguments, cache)
                 seconds(scene, tuple(arguments.size), arguments)
         for name in REAL:
             if arguments.only and name not in arguments.only:
@@ -207,6 +246,7 @@ def main() -> None:
                 laser(scene, arguments, cache)
             held_out(scene, arguments, cache)
             seconds(scene, tuple(arguments.real_size), arguments)
+    summary(arguments.table, torch.get_num_threads(), arguments.device)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("dense")
 
 
+@pytest.fixture(scope="module")
+def estimates(tmp_path_factory):
+    """What the tests have computed of the plane below: it is kept by content, so photos that one of them changes are estimated anew."""
+    return tmp_path_factory.mktemp("estimates")
+
+
 # --- a world that is known exactly ---------------------------------------------------------------------------------
 
 NORMAL = np.array([np.sin(0.5), 0.1, -np.cos(0.5)])
@@ -94,9 +100,9 @@ def plane_scene(folder, size=SIZE, cameras=CAMERAS, blank=()):
     return Scene("plane", folder, tuple(frames), points, True), z
 
 
-def test_the_depth_of_a_plane_has_no_bias_of_half_a_pixel(tmp_path):
+def test_the_depth_of_a_plane_has_no_bias_of_half_a_pixel(tmp_path, estimates):
     scene, z = plane_scene(tmp_path)
-    found = dense_depth(scene, scene.frames[0], SIZE, cache=tmp_path / "cache", **QUICK)
+    found = dense_depth(scene, scene.frames[0], SIZE, cache=estimates, **QUICK)
     off = found.depth[found.valid] / z[found.valid] - 1
     assert found.coverage > 0.6
     assert np.median(np.abs(off)) < 0.002 and abs(np.median(off)) < 0.0005
@@ -105,17 +111,17 @@ def test_the_depth_of_a_plane_has_no_bias_of_half_a_pixel(tmp_path):
         assert abs(np.median(found.depth[half][part] / z[half][part] - 1)) < 0.001
 
 
-def test_neighbours_of_other_sizes_shapes_and_plans_give_the_same_depth(tmp_path):
+def test_neighbours_of_other_sizes_shapes_and_plans_give_the_same_depth(tmp_path, estimates):
     scene, z = plane_scene(tmp_path, size=(98, 140))
     frame = scene.frames[0]
-    small = dense_estimate(scene, frame, (70, 98), plan_image(frame.size, target=(70, 98)), cache=None, **QUICK)
+    small = dense_estimate(scene, frame, (70, 98), plan_image(frame.size, target=(70, 98)), cache=estimates, **QUICK)
     plan = plan_image(frame.size, target=(70, 98))
     rows, columns = np.mgrid[:70, :98] + 0.5
     u, v = ((columns + plan.offset[1]) * frame.size[1] / plan.resized_size[1]).astype(int), ((rows + plan.offset[0]) * frame.size[0] / plan.resized_size[0]).astype(int)
     sure = small.confidence > 0.1
     assert sure.mean() > 0.4 and np.median(np.abs(small.depth / z[v, u] - 1)[sure]) < 0.004
     padded_plan = plan_image(frame.size, 98, mode="pad")
-    padded = dense_depth(scene, frame, padded_plan.size, padded_plan, cache=None, **QUICK)
+    padded = dense_depth(scene, frame, padded_plan.size, padded_plan, cache=estimates, **QUICK)
     top, left, bottom, right = padded_plan.content_box
     assert padded.valid.sum() == padded.valid[top:bottom, left:right].sum() > 0.3 * (bottom - top) * (right - left)
     photos = [dataclasses.replace(f, size=(140, 98)) for f in scene.frames]
@@ -146,14 +152,14 @@ def test_half_and_full_size_stay_in_register(size):
         assert (back - ramp)[2:-3, 2:-3].abs().max() < 1e-4
 
 
-def test_an_occluder_in_some_photos_does_not_move_the_wall(tmp_path):
+def test_an_occluder_in_some_photos_does_not_move_the_wall(tmp_path, estimates):
     scene, z = plane_scene(tmp_path)
     for number in (1, 3):  # a grey board hides a third of two photos
         path = scene.frames[number].image_path
         photo = np.asarray(Image.open(path)).copy()
         photo[:, 40:84] = np.random.default_rng(number).integers(0, 255, (SIZE[0], 44, 1))
         Image.fromarray(photo).save(path)
-    found = dense_depth(scene, scene.frames[0], SIZE, cache=tmp_path / "cache", **QUICK)
+    found = dense_depth(scene, scene.frames[0], SIZE, cache=estimates, **QUICK)
     off = np.abs(found.depth / z - 1)[found.valid]
     assert found.valid[:, 44:80].mean() > 0.2 and np.mean(off > 0.02) < 0.03
 
@@ -169,23 +175,32 @@ def test_a_frame_without_neighbours_is_empty_and_says_so(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_turn_on_the_spot_is_no_neighbour(tmp_path):
+def test_a_turn_on_the_spot_is_no_neighbour(tmp_path, estimates):
     scene, _ = plane_scene(tmp_path, cameras=[((0, 0, 0), 0), ((0, 0, 0), 0.05), ((1e-4, 0, 0), -0.05)])
     assert find_neighbours(scene, scene.frames[0]) == []
-    assert not dense_depth(scene, scene.frames[0], SIZE, cache=None, **QUICK).valid.any()
+    assert not dense_depth(scene, scene.frames[0], SIZE, cache=estimates, **QUICK).valid.any()
 
 
-def test_one_neighbour_is_enough_for_depth_but_not_for_much_confidence(tmp_path):
+def test_one_neighbour_is_enough_for_depth_but_not_for_much_confidence(tmp_path, estimates):
     scene, z = plane_scene(tmp_path, cameras=CAMERAS[:2])
-    found = dense_estimate(scene, scene.frames[0], SIZE, cache=None, **QUICK)
+    found = dense_estimate(scene, scene.frames[0], SIZE, cache=estimates, **QUICK)
     assert found.neighbours == 1 and found.confirmed.max() == 1 and 0 < found.confidence.max() <= 0.2
     sure = found.confidence > 0.1
     assert sure.any() and np.median(np.abs(found.depth / z - 1)[sure]) < 0.01
 
 
-def test_a_blank_wall_gets_no_depth(tmp_path):
-    scene, _ = plane_scene(tmp_path, blank=range(5))
-    found = dense_depth(scene, scene.frames[0], SIZE, cache=None, **QUICK)
+def test_more_photos_may_confirm_than_were_matched(tmp_path, estimates):
+    scene, z = plane_scene(tmp_path)
+    few, many = (dense_estimate(scene, scene.frames[0], SIZE, settings=DenseSettings(views=2, checks=checks), cache=estimates, **QUICK) for checks in (1, 9))
+    assert (few.neighbours, many.neighbours) == (2, 4) and few.confirmed.max() == 2
+    assert (many.confirmed >= few.confirmed).all() and many.confirmed.max() == 4 and np.array_equal(few.error, many.error)
+    sure = many.confirmed == 4
+    assert np.median(np.abs(many.depth / z - 1)[sure]) < 0.002
+
+
+def test_a_blank_wall_gets_no_depth(tmp_path, estimates):
+    scene, _ = plane_scene(tmp_path, cameras=CAMERAS[:3], blank=range(3))
+    found = dense_depth(scene, scene.frames[0], SIZE, cache=estimates, **QUICK)
     assert found.coverage < 0.01
     assert np.isfinite(found.depth).all() and np.isfinite(found.weight).all()
 
@@ -205,20 +220,20 @@ def test_depth_that_other_photos_contradict_is_not_confirmed(tmp_path):
     assert confirmations(shots[0], exact[0], [(behind, exact[1])], DenseSettings())[0].max() == 0
 
 
-def test_what_a_mask_covers_is_not_trained_on(tmp_path):
+def test_what_a_mask_covers_is_not_trained_on(tmp_path, estimates):
     scene, _ = plane_scene(tmp_path)
     mask = np.full(SIZE, 255, np.uint8)
     mask[:, :66] = 0
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    plain = dense_depth(scene, scene.frames[0], SIZE, cache=tmp_path / "cache", **QUICK)
-    masked = dense_depth(scene, dataclasses.replace(scene.frames[0], photo_mask_path=tmp_path / "mask.png"), SIZE, cache=tmp_path / "cache", **QUICK)
+    plain = dense_depth(scene, scene.frames[0], SIZE, cache=estimates, **QUICK)
+    masked = dense_depth(scene, dataclasses.replace(scene.frames[0], photo_mask_path=tmp_path / "mask.png"), SIZE, cache=estimates, **QUICK)
     assert not masked.valid[:, :66].any() and np.array_equal(masked.depth[:, 66:], plain.depth[:, 66:])
     assert masked.counts["masked"] == plain.valid[:, :66].sum() > 1000
 
 
-def test_glass_is_kept_on_stricter_terms_and_people_never(tmp_path, monkeypatch):
+def test_glass_is_kept_on_stricter_terms_and_people_never(tmp_path, monkeypatch, estimates):
     scene, _ = plane_scene(tmp_path)
-    found = dense_estimate(scene, scene.frames[0], SIZE, cache=None, **QUICK)
+    found = dense_estimate(scene, scene.frames[0], SIZE, cache=estimates, **QUICK)
     left = np.arange(SIZE[1]) < 66
 
     def kept(value, settings=DenseSettings(), **changes):
@@ -248,20 +263,20 @@ def test_photos_that_end_before_a_pixel_do_not_spoil_the_match_of_the_others():
     assert two < 2 * three < 0.02
 
 
-def test_a_wrong_pose_loses_coverage_instead_of_adding_errors(tmp_path):
+def test_a_wrong_pose_loses_coverage_instead_of_adding_errors(tmp_path, estimates):
     scene, z = plane_scene(tmp_path)
     moved = dataclasses.replace(scene.frames[2], world_to_cam=pose_at((0.6, 0.1, 0), -0.03))
     scene = dataclasses.replace(scene, frames=(*scene.frames[:2], moved, *scene.frames[3:]))
-    found = dense_depth(scene, scene.frames[0], SIZE, cache=None, **QUICK)
+    found = dense_depth(scene, scene.frames[0], SIZE, cache=estimates, **QUICK)
     assert np.mean(np.abs(found.depth / z - 1)[found.valid] > 0.03) < 0.05
 
 
-def test_the_scene_unit_does_not_matter(tmp_path):
+def test_the_scene_unit_does_not_matter(tmp_path, estimates):
     (tmp_path / "scaled").mkdir()
-    scene, _ = plane_scene(tmp_path, cameras=CAMERAS[:4])
+    scene, _ = plane_scene(tmp_path, cameras=CAMERAS[:3])
     large = dataclasses.replace(scene, points=dataclasses.replace(scene.points, xyz=scene.points.xyz * 1000), frames=tuple(
         dataclasses.replace(f, world_to_cam=np.block([[f.world_to_cam[:3, :3], 1000 * f.world_to_cam[:3, 3:]], [np.zeros((1, 3)), 1]])) for f in scene.frames))
-    one, thousand = (dense_estimate(s, s.frames[0], SIZE, cache=None, **QUICK) for s in (scene, large))
+    one, thousand = (dense_estimate(s, s.frames[0], SIZE, cache=estimates, **QUICK) for s in (scene, large))
     both = (one.confidence > 0.1) & (thousand.confidence > 0.1)
     assert both.sum() > 0.95 * (one.confidence > 0.1).sum()
     assert np.median(np.abs(thousand.depth / one.depth / 1000 - 1)[both]) < 1e-4
@@ -383,7 +398,7 @@ def test_training_computes_its_depth_before_the_first_step_and_never_in_between(
     seen = []
     monkeypatch.setattr("vggt_lora.train.save_figures", lambda *arguments: None)  # they cost seconds and are tested elsewhere
     config = TrainConfig(data=str(toy_scene(tmp_path, frames=6, size=(84, 126))), output=str(tmp_path / "run"), supervision="dense", strategy="a",
-                         epochs=1, frames=3, image_size=56, rank=2, lr=1e-3)
+                         epochs=1, frames=3, image_size=56, rank=2, lr=1e-3, preflight="off")
     run = train(config, hooks=[lambda event, progress: seen.append((event, len(list(own_cache.glob("*.npz")))))])
     assert {number for _, number in seen} == {6} == {len(list(own_cache.glob("*.npz")))} and seen[0][0] == "step"
     trained = [r for r in run.records if r["split"] == "train"]
@@ -465,7 +480,7 @@ def test_the_fountain_agrees_with_its_laser(tmp_path):
         pytest.skip("the fountain's photos and laser depth are absent")
     scene = open_scene(real_scene("strecha_fountain_p11"))
     frame, size = scene.frames[6], (168, 252)
-    found = dense_depth(scene, frame, size, settings=DenseSettings(views=3), cache=tmp_path, **QUICK)
+    found = dense_depth(scene, frame, size, settings=DenseSettings(views=3, checks=3), cache=tmp_path, **QUICK)
     width, height, fx, fy, cx, cy = (float(word) for text in (scene.root / "dslr_calibration_jpg" / "cameras.txt").read_text().split("\n")
                                      if text and text[0] != "#" for word in text.split()[2:8])
     laser = np.fromfile(scene.root / "ground_truth_depth" / "dslr_images" / frame.image_path.name, "<f4").reshape(int(height), int(width))
@@ -476,7 +491,7 @@ def test_the_fountain_agrees_with_its_laser(tmp_path):
     row, column = v[inside].astype(int), u[inside].astype(int)
     off = (found.depth[row, column] / laser[rows, columns][inside] - 1)[found.valid[row, column]]
     assert len(off) > 0.5 * inside.sum() and np.median(np.abs(off)) < 0.003 and abs(np.median(off)) < 0.001 and np.mean(np.abs(off) < 0.01) > 0.88
-    curves = dense_estimate(scene, frame, size, settings=DenseSettings(views=3), cache=tmp_path, **QUICK)
+    curves = dense_estimate(scene, frame, size, settings=DenseSettings(views=3, checks=3), cache=tmp_path, **QUICK)
     all_off = np.abs(curves.depth[row, column] / laser[rows, columns][inside] - 1)
     _, curve, best, area = sparsification(all_off, curves.confidence[row, column])
     assert (np.diff(curve[3:]) > 0).all() and curve[2] < 0.3 * curve[-1] and (best <= curve + 1e-9).all() and area < 0.2 * (curve[-1] - best.mean())

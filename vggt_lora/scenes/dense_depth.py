@@ -100,20 +100,24 @@ def dense_jobs(
     shots: list[Shot],
     settings: DenseSettings,
 ) -> dict[tuple, list[DenseJob]]:
-    """Return {(frame name, plan): [own job, those of its neighbours]}; an empty list for a frame without neighbours."""
+    """Return {(frame name, plan): [own job, those of the photos that may confirm it]}; an empty list for a frame without neighbours."""
     made: dict[tuple, DenseJob | None] = {}
+
+    def around(shot, count):
+        return [companion(shot, scene.frames[n.index]) for n in find_neighbours(scene, shot.frame, count)]
 
     def job(shot):
         name = shot.frame.name, shot.plan
         if name not in made:
-            others = [companion(shot, scene.frames[n.index]) for n in find_neighbours(scene, shot.frame, settings.views)]
+            others = around(shot, settings.views)
             depths = depth_range(scene, shot.frame, settings.near, settings.far) if others else None
             down = scene_down(scene) if others else None
             made[name] = DenseJob(shot, others, depths, down, estimate_key(shot, others, depths, settings, down)) if others else None
         return made[name]
 
     owns = {(shot.frame.name, shot.plan): job(shot) for shot in shots}
-    return {name: [own, *(j for other in own.others if (j := job(other)))] if own else [] for name, own in owns.items()}
+    asked = max(settings.views, settings.checks)  # the choice is greedy, so the matched ones come first
+    return {name: [own, *(j for other in around(own.shot, asked) if (j := job(other)))] if own else [] for name, own in owns.items()}
 
 
 @contextlib.contextmanager
@@ -160,7 +164,7 @@ class DenseEstimate:
     confidence: np.ndarray  # (h, w) float32 in [0, 1]
     confirmed: np.ndarray  # (h, w) uint8, number of other photos that agree
     error: np.ndarray  # (h, w) float32, expected relative error
-    neighbours: int  # photos that it was compared with
+    neighbours: int  # photos whose depth it was compared with
     planes: int  # that were swept
 
 
@@ -199,7 +203,7 @@ def dense_estimate(
         top, left, bottom, right = main.plan.content_box
         confidence[:top], confidence[bottom:], confidence[:, :left], confidence[:, right:] = 0, 0, 0, 0
     return DenseEstimate((1 / mean).cpu().numpy(), confidence.cpu().numpy(), count.cpu().numpy().astype(np.uint8), own["error"],
-                         len(jobs[0].others), int(own["planes"]))
+                         len(around), int(own["planes"]))
 
 # %% ../../nbs/scenes/dense_depth.ipynb #ea24a27b
 def in_the_pane(

@@ -30,7 +30,8 @@ VERSION = 3  # raise it whenever the same settings give other depth: what lies i
 class DenseSettings:
     """Say how dense depth is found and what of it is kept."""
 
-    views: int = 6  # photos to compare a frame with, at most
+    views: int = 6  # photos to match a frame with, at most
+    checks: int = 9  # photos whose depth may confirm it, at most; the matched ones are the first of them
     step: float = 0.9  # pixels, at half size, that a step of the sweep moves in the photo with the widest baseline
     most_planes: int = 512  # bounds memory: 4 bytes × 2 × planes × pixels / 4
     near: float = 0.5  # nearest depth to try, times the 1 % quantile of the frame's sparse points
@@ -38,11 +39,11 @@ class DenseSettings:
     reprojection: float = 1.0  # pixels that a pixel may miss itself by on the way to another photo's depth and back
     relative: float = 0.02  # depths of two photos that differ by less, as a share, agree
     agreeing: int = 2  # photos that have to confirm a pixel (fewer where the frame has fewer neighbours)
-    confidence: float = 0.03  # smallest confidence that is kept, in [0, 1]
+    confidence: float = 0.005  # smallest confidence that is kept, in [0, 1]: confidence is the weight, and what is below would hardly count
     unfit: float = 0.3  # smallest confidence that is kept under mask value 1 (colours unfit: glass), where one more photo has to confirm; 1: nothing is
 
     def __post_init__(self):
-        for name, low, high in (("views", 1, 64), ("step", 0.1, 4), ("most_planes", 8, 4096), ("near", 0.01, 1), ("far", 1, 100),
+        for name, low, high in (("views", 1, 64), ("checks", 1, 64), ("step", 0.1, 4), ("most_planes", 8, 4096), ("near", 0.01, 1), ("far", 1, 100),
                                 ("reprojection", 0.01, 100), ("relative", 1e-6, 1), ("agreeing", 1, 64), ("confidence", 0, 1), ("unfit", 0, 1)):
             value = getattr(self, name)
             if not low <= value <= high:

@@ -16,6 +16,7 @@ from ..core import SceneError
 from .distorted import grid_camera
 from .geometry import camera_centre, project_points
 from .masks import SPARSE_DROPS, mask_at
+from .scene import distinct
 
 # %% ../../nbs/scenes/sparse.ipynb #86da73cc
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ def triangulation_angles(
 
 
 def _largest_angles(scene) -> np.ndarray:
-    own = [np.unique(frame.point_rows) for frame in scene.frames]
+    own = [distinct(frame.point_rows) for frame in scene.frames]
     rows = np.concatenate([*own, np.zeros(0, np.int64)]).astype(np.int64)
     by_point = np.argsort(rows, kind="stable")
     frames = np.repeat(np.arange(len(own)), [len(r) for r in own])[by_point]
@@ -153,7 +154,7 @@ def sparse_depth(
     """
     size = tuple(int(n) for n in size)
     K, box = grid_camera(frame, size, plan)
-    own = np.unique(frame.point_rows)  # a photo may observe a point twice: that is one depth
+    own = distinct(frame.point_rows)  # a photo may observe a point twice: that is one depth
     with np.errstate(divide="ignore", invalid="ignore"):
         pixels, z = project_points(scene.points.xyz[own], frame.world_to_cam, K)
         in_photo, _ = project_points(scene.points.xyz[own], frame.world_to_cam, frame.K)

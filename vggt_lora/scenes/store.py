@@ -40,7 +40,7 @@ from .labels import label_files
 from .ply import read_alignment
 from .samples import DEPTH_SOURCES, FrameCache, FrameData
 from .scans import OCCLUSION_FILES, scan_files
-from .scene import Scene
+from .scene import Scene, distinct
 from .sparse import DepthMap, triangulation_angles, typical_error
 
 # %% ../../nbs/scenes/store.ipynb #ba5aea7e
@@ -109,7 +109,7 @@ def mask_inputs(scene, frame, drawn) -> list:
 
 def sparse_inputs(scene, frame) -> list:
     """List what `sparse_depth` reads."""
-    own, points = np.unique(frame.point_rows), scene.points
+    own, points = distinct(frame.point_rows), scene.points
     numbers = digest_of(points.xyz[own], points.error[own], points.track_length[own], triangulation_angles(scene)[own])
     return [len(frame.point_rows), numbers, typical_error(points.error), *mask_inputs(scene, frame, None)]
 
