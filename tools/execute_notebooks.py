@@ -79,6 +79,13 @@ def clean_outputs(notebook) -> None:
         if cell.cell_type != "code":
             continue
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o.get("metadata", {}).get("vggt_lora") != "progress"]
+        joined = []
+        for output in cell.outputs:  # where a kernel cuts what is printed is chance
+            if joined and output.output_type == "stream" == joined[-1].output_type and output.name == joined[-1].name:
+                joined[-1].text += output.text
+            else:
+                joined.append(output)
+        cell.outputs = joined
         for output in cell.outputs:
             if output.output_type == "stream":
                 output.text = neutral(output.text)

@@ -25,7 +25,7 @@ def cloud_picture(frame: dict, depth: np.ndarray, up) -> Image.Image:
     """Draw a depth map as coloured points, from above and beside its own camera."""
     known = frame["valid"] & (depth > 0)  # where the truth knows something too: the sky has no depth
     points, colours = depth_to_cloud(depth, frame["photo"], frame["K"], frame["world_to_cam"], known)
-    K, eye = orbit_camera(points, 28, 18, (520, 780), up=up, forward=frame["world_to_cam"][2, :3], zoom=1.5)
+    K, eye = orbit_camera(points, 28, 18, (520, 780), up=up, forward=frame["world_to_cam"][2, :3], zoom=1.2)
     return render_cloud(points, colours, K, eye, (520, 780), point_size=4.0)
 
 
