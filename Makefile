@@ -85,7 +85,7 @@ test-matrix:
 # Processes that tests start are counted too. The lines that stay out are listed in the report.
 coverage: env
 	$(BIN)/python -m coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -n 2 --dist loadfile tests
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --show-missing --skip-covered --fail-under=90
 

@@ -78,7 +78,7 @@ def effects_figure(comparison: Comparison, metric: int = 0):
 
     rows = [{"label": s.label, **comparison.against_base[s.label][metric].row()} for s in comparison.settings]
     name = comparison.against_base[comparison.settings[0].label][metric].metric
-    return effects_chart(rows, f"{NAMES.get(name, name)} against the base ({len(rows)} settings, {100 * LEVEL:g} % intervals)")
+    return effects_chart(rows, f"{NAMES.get(name, name)} against the base ({len(rows)} setting{'s' * (len(rows) != 1)}, {100 * LEVEL:g} % intervals)")
 
 
 MOST_SHOWN = 5  # settings side by side
