@@ -319,7 +319,7 @@ def test_widgets_show_names_as_text():
              tree.arrange(inputs, ipywidgets.Image(), ipywidgets.HTML())]
     widgets = [w for page in pages for w in everything_in(page)]
     texts = [w.value for w in widgets if isinstance(w, (ipywidgets.HTML, ipywidgets.HTMLMath))]
-    assert sum("&lt;img" in text for text in texts) == 4 and not [text for text in texts if asks(text) or "<img" in text]
+    assert sum("&lt;img" in text for text in texts) >= 4 and not [text for text in texts if asks(text) or "<img" in text]
     assert not [w for w in widgets if getattr(w, "description_allow_html", False)]  # descriptions are text
 
 

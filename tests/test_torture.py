@@ -104,11 +104,11 @@ def test_pruning_leaves_what_another_process_is_writing(tmp_path):
 
     store = FrameStore(56, folder=tmp_path)
     store.folder.mkdir()
-    (store.folder / "old.safetensors").write_bytes(bytes(10))
-    with atomic_path(store.folder / "new.safetensors") as temporary:
+    (store.folder / f"{'0' * 64}.safetensors").write_bytes(bytes(10))
+    with atomic_path(store.folder / f"{'1' * 64}.safetensors") as temporary:
         temporary.write_bytes(bytes(10))
         assert store.prune(0) == (1, 10) and store.sizes() == {}
-    assert (store.folder / "new.safetensors").stat().st_size == 10
+    assert (store.folder / f"{'1' * 64}.safetensors").stat().st_size == 10
 
 
 def test_a_kill_reaches_children_with_sessions_of_their_own(tmp_path):

@@ -242,7 +242,7 @@ def test_an_export_never_replaces_something_else(base, tmp_path):
             export.export_adapter(run, folder)
     assert (tmp_path / "mine" / "photo.jpg").read_bytes() == b"x" and (run / "adapter").is_dir()
     first = export.export_adapter(run, tmp_path / "out")
-    assert export.export_adapter(run, tmp_path / "out") == first and [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert export.export_adapter(run, tmp_path / "out") == first and [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [".out.lock"]
 
 
 # --- stacked and scaled ---------------------------------------------------------------------------------------------
