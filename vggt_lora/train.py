@@ -37,6 +37,7 @@ from .training.glimpse import Glimpse, begin
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.prefix import cached_feed
 from .training.processes import Team
+from .training.retreat import memory_errors
 from .training.run import RunFolder, environment, reproducible, run_path
 from .training.speed import set_speed
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
@@ -66,13 +67,20 @@ def train(
     config: TrainConfig,
     hooks=(),  # called as hook(event, progress) after steps and epochs
 ) -> Run:
-    """Run one training and return it; raises ConfigError, SceneError, WeightsError or GateError before any work is lost.
+    """Run one training and return it; raises ConfigError, SceneError, WeightsError or GateError before any work is lost,
+    DiskError and TrainingError where disk or memory do not suffice.
 
     Under `accelerate launch` or `torchrun` every process calls it; the first one writes, and measures at the end.
     """
     team, meter = Team(config), CostMeter()
-    folder, device = team.from_main(run_path(config) if team.main else None), team.device
-    scenes = open_scenes(config)
+    folder = team.from_main(run_path(config) if team.main else None)
+    with disk_errors(folder), memory_errors():
+        return _train(config, hooks, folder, team, meter)
+
+
+def _train(config: TrainConfig, hooks, folder: Path, team: Team, meter: CostMeter) -> Run:
+    """The run itself."""
+    device, scenes = team.device, open_scenes(config)
     split, audit = split_scenes(scenes, config)
     photos, train_on, held_out = photos_of(split, scenes), items_of(split.train, scenes), items_of(split.val, scenes)
     if config.resume:
@@ -100,8 +108,7 @@ def train(
             begin(hooks, run.folder, Glimpse(adapted, held_out, feed))
             fit(adapted, train_on, held_out, rated, run, feed, (clock, *hooks))
         meter.mark("training")
-        with disk_errors(folder):
-            return finish(run, adapted, held_out, truth, config, meter, team)
+        return finish(run, adapted, held_out, truth, config, meter, team)
     finally:
         run.close()
 

@@ -314,5 +314,6 @@ def merge(
 ):
     """Melt the adapter into the base and return the plain VGGT."""
     model = adapted.merge_and_unload()
+    vars(model).pop("peft_config", None)  # PEFT below 0.19 leaves its mark
     model.requires_grad_(False)
     return model.eval()
