@@ -81,7 +81,8 @@ def test_a_wrong_plan_is_one_failing_line_with_a_fix(scenes, tmp_path, no_views,
     change, what, word = BROKEN[case]
     findings = examine(Plan(**({"data": str(scenes), "model": "random"} | change(tmp_path))))
     finding = of(what, findings)
-    assert finding.status == "fail" and word in finding.found and finding.fix and "\n" not in str(finding)
+    assert [f.what for f in findings if f.status == "fail"] == [what], "one fault is said once"
+    assert word in finding.found and finding.fix and "\n" not in str(finding)
     assert of("python", findings).status == "ok", "the other checks go on"
 
 

@@ -23,7 +23,7 @@ import threading
 from importlib import metadata
 from pathlib import Path
 
-from .core import ConfigError, VggtLoraError, project_root, user_path
+from .core import ConfigError, VggtLoraError, WeightsError, project_root, user_path
 
 # %% ../nbs/doctor.ipynb #e5050063
 STATES = ("ok", "warn", "fail")
@@ -203,8 +203,6 @@ def header(
     """Every tensor of a file by name, without its numbers (on the meta device); raises WeightsError for one that is cut short."""
     import torch
 
-    from vggt_lora.core import WeightsError
-
     try:
         if path.suffix != ".safetensors":
             content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
@@ -254,7 +252,6 @@ def _compare_header(file) -> None:
     """Raise WeightsError unless a file's header is that of its network, camera and depth head included."""
     import torch
 
-    from vggt_lora.core import WeightsError
     from vggt_lora.model.vggt import VGGT
     from vggt_lora.model.weights import config_for
 
@@ -278,7 +275,7 @@ def counted(plan: Plan):
 
     shape = planned_config(plan)
     if shape is None:
-        raise ConfigError(f"{plan.model} is not on this machine, its size is unknown")
+        raise WeightsError(f"{plan.model} is not on this machine, its size is unknown")
     config = TrainConfig(strategy=plan.strategy, targets=plan.targets, full=plan.full, rank=plan.rank, frames=plan.frames, image_size=plan.image_size)
     return count(shape, config, photo_size(plan, shape.img_size), resolve_precision("auto", "cuda" if free_memory()[1] == "GPU" else "cpu"))
 
@@ -308,7 +305,10 @@ def free_memory() -> tuple[int, str]:
 
 def check_memory(plan: Plan) -> list[Finding]:
     """The estimate against what is free."""
-    found, (free, where) = counted(plan), free_memory()
+    try:
+        found, (free, where) = counted(plan), free_memory()
+    except WeightsError:  # check_weights says what is wrong
+        return [Finding("warn", "memory", "not estimated: the weights cannot be read", "mend the weights first")]
     said = (f"{amount(free)} free ({where}); strategy {plan.strategy} trains {found.trainable:,} of {found.parameters:,}: at least {amount(found.least)} with windows of "
             f"{plan.frames} photos, {amount(found.standing)} of them weights, gradients and moments")
     if free < found.standing:
