@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                      # tiny network, CPU, seconds per step
     python benchmarks/train_step.py --size 1b-small      # VGGT-1B shape, random weights, 2 frames of 140 x 182; needs 12 GB of free memory
     python benchmarks/train_step.py --size 1b            # VGGT-1B shape, 8 frames of 518 x 518 and of 518 x 350, on a GPU
+    python benchmarks/train_step.py --size 1b --shape 8x518x518 --kinds small --no-time   # its memory on a CPU; most of an hour with two cores
     python benchmarks/train_step.py --profile b          # where the time of a cached step goes
     python benchmarks/train_step.py --size 1b --count    # only counts operations, on any machine: what arithmetic allows
 
@@ -232,7 +233,7 @@ def profile(size: str, shape, strategy: str, device: str) -> None:
 def table(args, shape, strategy: str) -> None:
     """Print a line for each kind."""
     kinds, nothing = args.kinds.split(","), (float("nan"),) * 2
-    found = {} if args.count else compare(args.size, shape, strategy, args.device, args.rounds, kinds)
+    found = {} if args.count or args.no_time else compare(args.size, shape, strategy, args.device, args.rounds, kinds)
     plain, whole = found.get("plain", nothing), 0
     for kind in kinds:
         (wall, work), count = found.get(kind, nothing), count_step(SIZES[args.size][0], shape, strategy, kind)
@@ -249,8 +250,10 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind after a first one that warms up; 0: that one alone counts")
     parser.add_argument("--strategies", default="a,b,c")
+    parser.add_argument("--shape", help="frames x height x width, instead of those of the size")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument("--no-time", action="store_true", help="measure memory only")
     parser.add_argument("--count", action="store_true", help="count operations, run nothing")
     parser.add_argument("--profile", metavar="STRATEGY")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -264,7 +267,7 @@ def main() -> int:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{args.size} network on {'paper' if args.count else name}, torch {torch.__version__}")
     print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  (CPU)  by count  TFLOP/step  heads  peak GB")
-    for shape in SIZES[args.size][1]:
+    for shape in [(int(args.shape.split("x")[0]), tuple(map(int, args.shape.split("x")[1:])))] if args.shape else SIZES[args.size][1]:
         for strategy in args.strategies.split(","):
             table(args, shape, strategy)
     return 0
