@@ -80,7 +80,7 @@ def apply_lora(
     *,
     rank: int = 16,
     alpha: float = 32,  # the adapter is scaled by alpha / rank
-    dropout: float = 0.1,  # on the adapter's input, while training
+    dropout: float = 0.0,  # on the adapter's input, while training
     targets=(),  # patterns of a custom choice
     full=(),  # patterns of layers trained in full beside the adapters
     seed: int | None = None,  # of the adapters' initial values
