@@ -9,9 +9,10 @@ from vggt_lora.adapters.adapter import apply_lora
 from vggt_lora.core import ConfigError
 from vggt_lora.scenes.samples import FrameCache
 from vggt_lora.scenes.synthetic import toy_scene
-from vggt_lora.training.budget import Budget, budgeted, extrapolate, preflight, refused
+from vggt_lora.training.budget import Budget, budgeted, preflight, refused
 from vggt_lora.training.config import TrainConfig
 from vggt_lora.training.loop import fit
+from vggt_lora.training.measuring import extrapolate
 from vggt_lora.training.prefix import cached_feed
 from vggt_lora.training.run import RunFolder, without_wall
 from vggt_lora.training.setup import build_model, items_of, open_scenes, split_scenes

@@ -20,7 +20,7 @@ from vggt_lora.scenes.geometry import project_points
 from vggt_lora.scenes.panels import PARTS, UNSCANNED, Caster
 from vggt_lora.scenes.shading import photograph, pinhole_rays
 from vggt_lora.scenes.shoot import points_per_photo, prepare, undistorted
-from vggt_lora.scenes.synthetic import DEMO, DEMO_HELD_OUT, STYLES, demo_scene, demo_scenes, folder_hashes, scene_fault, toy_scene
+from vggt_lora.scenes.synthetic import DEMO, DEMO_HELD_OUT, STYLES, demo_scene, demo_scenes, folder_hashes, scene_fault
 
 try:
     import open3d

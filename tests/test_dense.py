@@ -19,7 +19,7 @@ from vggt_lora.scenes.dense_depth import bends, confidence_of, confirmations, de
 from vggt_lora.scenes.dense_estimate import DenseSettings, Shot, companion, main_shot
 from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.geometry import project_points, unproject_depth
-from vggt_lora.scenes.images import ImagePlan, plan_image
+from vggt_lora.scenes.images import plan_image
 from vggt_lora.scenes.neighbours import find_neighbours
 from vggt_lora.scenes.planesweep import Warper, half_size, plane_steps, relative_mapping, sweep, to_full_size
 from vggt_lora.scenes.samples import FrameCache, collate, depth_source, load_sample

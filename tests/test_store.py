@@ -18,7 +18,6 @@ from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.scenes import samples, store
 from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.labels import label_files
-from vggt_lora.scenes.ply import read_alignment
 from vggt_lora.scenes.samples import DEPTH_SOURCES, FrameCache, load_sample
 from vggt_lora.scenes.store import VERSION, FrameStore, entry_key
 from vggt_lora.scenes.synthetic import demo_scenes, toy_scene

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.torture.death import differences
-from tests.torture.jobs import JOBS, fault_of, half_written, make_base
+from tests.torture.jobs import JOBS, half_written, make_base
 from vggt_lora.core import ConfigError, atomic_path, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vggt_lora.adapters import export, hub, stack
 from vggt_lora.adapters.adapter import _exactly, fingerprint, load_adapter, merge, save_adapter

@@ -11,7 +11,6 @@ __all__ = ['STATES', 'INSTALL', 'LOADED', 'PACKED', 'MOST', 'CHECKS', 'Finding',
 # %% ../nbs/doctor.ipynb #34280a7b
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import platform
@@ -268,9 +267,9 @@ def _compare_header(file) -> None:
 
 # %% ../nbs/doctor.ipynb #94e99514
 def counted(plan: Plan):
-    """What the preflight's arithmetic says of a plan (training.budget.Counted), counted on the meta device; raises ConfigError or WeightsError."""
-    from vggt_lora.training.budget import count
+    """What the preflight's arithmetic says of a plan (training.counting.Counted), counted on the meta device; raises ConfigError or WeightsError."""
     from vggt_lora.training.config import TrainConfig
+    from vggt_lora.training.counting import count
     from vggt_lora.training.processes import resolve_precision
 
     shape = planned_config(plan)

@@ -25,7 +25,7 @@ from ..leftovers import take
 from ..model.config import VGGTConfig
 from ..model.embedded import SHIPPED, to_float32
 from ..model.vggt import VGGT, load_vggt
-from ..model.weights import FILE_NAMES, HEADS, MODEL_TYPE, REPOSITORY, WeightsFile, find_weights, read_tensors
+from ..model.weights import FILE_NAMES, HEADS, MODEL_TYPE, REPOSITORY, find_weights, read_tensors
 
 # %% ../../nbs/adapters/export.ipynb #6485cca7
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ __all__ = ['VERDICT_CLASSES', 'MOST_SHOWN', 'change_words', 'settings_table', 'p
 # %% ../../nbs/comparison/page.ipynb #97bfeb91
 from pathlib import Path
 
-from .summary import NAMES, Comparison, Setting
+from .summary import NAMES, Comparison
 from ..core import ConfigError, write_text
 from ..evaluation.metrics import align_depth
 from ..evaluation.pictures import read_pictures

@@ -13,7 +13,7 @@ import numpy as np
 from natsort import natsort_keygen
 
 from ..core import SceneError, read_json, unknown, user_path
-from .colmap import ColmapImage, ColmapModel, find_model, pinhole_matrix, read_model
+from .colmap import ColmapImage, ColmapModel, pinhole_matrix, read_model
 from .convention import check_convention
 from .scene import Frame, Scene
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from ..core import SceneError
 from .distorted import carry_to_grid, file_stamp, grid_camera, look_up, original_camera, pixel_centres, to_original
-from .geometry import resize_pixels
 from .images import open_photo
 
 # %% ../../nbs/scenes/masks.ipynb #e3b40923

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import torch
 
-from ..core import VggtLoraError
 from ..scenes.samples import FrameCache, Sample, collate
 from ..scenes.scene import Scene
 from ..scenes.windows import Window

@@ -8,7 +8,6 @@ __all__ = ['run_path', 'code_fingerprint', 'environment', 'reproducible', 'hold'
 
 # %% ../../nbs/training/run.ipynb #5ee9ada3
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
