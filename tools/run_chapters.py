@@ -1,0 +1,67 @@
+"""Execute the notebooks as nbdev_test does, with every exported cell in the place that it has in its module: so that the lines which a chapter's own checks run are counted.
+
+    python -m coverage run tools/run_chapters.py              all, two at a time; `make coverage` adds them to what pytest runs
+    python tools/run_chapters.py nbs/training/counting.ipynb  those named
+
+nbdev_test runs the source of a module inside its notebook, where coverage does not see which line of the module that is. The status is the number of notebooks that failed.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def places(notebook: Path) -> dict[str, tuple[str, int]]:
+    """Where the exported cells of a notebook stand: id -> (module file, number of the line before the first)."""
+    found = {}
+    for module in (ROOT / "vggt_lora").rglob("*.py"):
+        lines = module.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            cell = re.match(r"# %% (\S+\.ipynb) #(\w+)$", line)
+            if cell and (module.parent / cell[1]).resolve() == notebook:
+                found[cell[2]] = (str(module), number)
+    return found
+
+
+def execute(notebook: Path) -> None:
+    """Execute the code cells of a notebook in `__main__`, in its folder."""
+    from IPython.display import display
+
+    where, page = places(notebook), types.ModuleType("__main__")  # of its own: a parameter of a notebook may be called like something here
+    sys.modules["__main__"] = page
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    os.chdir(notebook.parent)
+    sys.argv = [str(notebook)]
+    page.display = display
+    for cell in cells:
+        lines = "".join(cell["source"]).splitlines()
+        if any(re.match(r"#\|\s*eval:\s*false", line) for line in lines):
+            continue
+        file, before = where.get(cell.get("id"), (f"{notebook}#{cell.get('id')}", 0))
+        while before and lines and re.match(r"#\|", lines[0]):
+            del lines[0]
+        exec(compile("\n" * before + "\n".join(lines) + "\n", file, "exec"), vars(page))
+
+
+def main(names: list[str]) -> int:
+    """Execute notebooks, each in a process of its own; returns how many failed."""
+    found = [Path(name).resolve() for name in names] or sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT / "nbs").parts))
+    environment = os.environ | {"IN_TEST": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
+
+    def run(notebook: Path) -> int:
+        done = subprocess.run([sys.executable, __file__, "--one", str(notebook)], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        print(f"{'FAILED' if done.returncode else 'done':6} {notebook.relative_to(ROOT)}" + (f"\n{done.stderr[-1500:]}" if done.returncode else ""), flush=True)
+        return done.returncode != 0
+
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(run, found))
+
+
+if __name__ == "__main__":
+    sys.exit(execute(Path(sys.argv[2]).resolve()) if sys.argv[1:2] == ["--one"] else main(sys.argv[1:]))
