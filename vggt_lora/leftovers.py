@@ -141,9 +141,13 @@ def put_in_place(
             aside.append(temporary_folder(folder, ".old"))
             with contextlib.suppress(FileNotFoundError):  # another process has just set it aside
                 folder.rename(aside[-1])
+    except BaseException:  # what stepped aside comes back, unless another process has put its own there
+        for old in reversed(aside):
+            with contextlib.suppress(OSError):
+                if any(old.iterdir()) and not folder.exists():
+                    old.rename(folder)
+        raise
     finally:
-        if aside and not folder.exists():
-            aside.pop().rename(folder)
         for old in aside:
             shutil.rmtree(old, ignore_errors=True)
 
