@@ -6,6 +6,7 @@
 nbdev_test runs the source of a module inside its notebook, where coverage does not see which line of the module that is. The status is the number of notebooks that failed.
 """
 import json
+import linecache
 import os
 import re
 import subprocess
@@ -46,6 +47,8 @@ def execute(notebook: Path) -> None:
         file, before = where.get(cell.get("id"), (f"{notebook}#{cell.get('id')}", 0))
         while before and lines and re.match(r"#\|", lines[0]):
             del lines[0]
+        if not before:
+            linecache.cache[file] = (0, None, [f"{line}\n" for line in lines], file)  # for those who ask for a function's source
         exec(compile("\n" * before + "\n".join(lines) + "\n", file, "exec"), vars(page))
 
 
