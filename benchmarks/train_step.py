@@ -3,7 +3,7 @@
     python benchmarks/train_step.py                      # tiny network, CPU, seconds per step
     python benchmarks/train_step.py --size 1b-small      # VGGT-1B shape, random weights, 2 frames of 140 x 182; needs 12 GB of free memory
     python benchmarks/train_step.py --size 1b            # VGGT-1B shape, 8 frames of 518 x 518 and of 518 x 350, on a GPU
-    python benchmarks/train_step.py --size 1b --shape 8x518x518 --kinds small --no-time   # its memory on a CPU; most of an hour with two cores
+    python benchmarks/train_step.py --size 1b --shape 8x518x518 --kinds small --no-time   # its memory on a CPU; slow
     python benchmarks/train_step.py --profile b          # where the time of a cached step goes
     python benchmarks/train_step.py --size 1b --count    # only counts operations, on any machine: what arithmetic allows
 
@@ -59,6 +59,12 @@ def random_sample(frames: int, size: tuple[int, int]) -> Sample:
     depth = 2 + torch.rand(frames, *size)
     return Sample(torch.rand(frames, 3, *size), K, pose, depth, depth > 0, torch.ones_like(depth), torch.zeros(depth.shape, dtype=torch.uint8),
                   tuple(map(str, range(frames))), "noise", True)
+
+
+def shape_of(text: str) -> tuple[int, tuple[int, int]]:
+    """(frames, (height, width)) of a text such as 8x518x518; raises ValueError for another."""
+    frames, height, width = map(int, text.split("x"))
+    return frames, (height, width)
 
 
 def set_way(model, kind: str) -> None:
@@ -250,7 +256,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind after a first one that warms up; 0: that one alone counts")
     parser.add_argument("--strategies", default="a,b,c")
-    parser.add_argument("--shape", help="frames x height x width, instead of those of the size")
+    parser.add_argument("--shape", type=shape_of, metavar="FxHxW", help="frames x height x width, instead of those of the size")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--no-time", action="store_true", help="measure memory only")
@@ -267,7 +273,7 @@ def main() -> int:
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{args.size} network on {'paper' if args.count else name}, torch {torch.__version__}")
     print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  (CPU)  by count  TFLOP/step  heads  peak GB")
-    for shape in [(int(args.shape.split("x")[0]), tuple(map(int, args.shape.split("x")[1:])))] if args.shape else SIZES[args.size][1]:
+    for shape in [args.shape] if args.shape else SIZES[args.size][1]:
         for strategy in args.strategies.split(","):
             table(args, shape, strategy)
     return 0

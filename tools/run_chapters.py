@@ -18,25 +18,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def places(notebook: Path) -> dict[str, tuple[str, int]]:
-    """Where the exported cells of a notebook stand: id -> (module file, number of the line before the first)."""
-    found = {}
-    for module in (ROOT / "vggt_lora").rglob("*.py"):
-        lines = module.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            cell = re.match(r"# %% (\S+\.ipynb) #(\w+)$", line)
-            if cell and (module.parent / cell[1]).resolve() == notebook:
-                found[cell[2]] = (str(module), number)
-    return found
+def places(cells: list[dict]) -> tuple[str, dict[str, int]]:
+    """The module that cells are exported to, and the number of the line there before each: by its id. A page of the guide has none."""
+    name = next((found[1] for cell in cells if (found := re.match(r"#\|\s*default_exp (\S+)", "".join(cell["source"])))), None)
+    if name is None:
+        return "", {}
+    module = ROOT / "vggt_lora" / f"{name.replace('.', '/')}.py"
+    marks = (re.match(r"# %% \S+\.ipynb #(\w+)$", line) for line in module.read_text(encoding="utf-8").splitlines())
+    return str(module), {mark[1]: number for number, mark in enumerate(marks, 1) if mark}
 
 
 def execute(notebook: Path) -> None:
     """Execute the code cells of a notebook in `__main__`, in its folder."""
     from IPython.display import display
 
-    where, page = places(notebook), types.ModuleType("__main__")  # of its own: a parameter of a notebook may be called like something here
-    sys.modules["__main__"] = page
+    page = sys.modules["__main__"] = types.ModuleType("__main__")  # of its own: a parameter of a notebook may be called like something here
     cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    module, before_cell = places(cells)
     os.chdir(notebook.parent)
     sys.argv = [str(notebook)]
     page.display = display
@@ -44,7 +42,8 @@ def execute(notebook: Path) -> None:
         lines = "".join(cell["source"]).splitlines()
         if any(re.match(r"#\|\s*eval:\s*false", line) for line in lines):
             continue
-        file, before = where.get(cell.get("id"), (f"{notebook}#{cell.get('id')}", 0))
+        before = before_cell.get(cell["id"], 0)
+        file = module if before else f"{notebook}#{cell['id']}"
         while before and lines and re.match(r"#\|", lines[0]):
             del lines[0]
         if not before:
@@ -54,7 +53,9 @@ def execute(notebook: Path) -> None:
 
 def main(names: list[str]) -> int:
     """Execute notebooks, each in a process of its own; returns how many failed."""
-    found = [Path(name).resolve() for name in names] or sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT / "nbs").parts))
+    from nbdev.doclinks import nbglob
+
+    found = [Path(name).resolve() for name in names or nbglob(str(ROOT / "nbs"))]
     environment = os.environ | {"IN_TEST": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 
     def run(notebook: Path) -> int:
