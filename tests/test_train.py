@@ -1,5 +1,6 @@
 """The main job as a user meets it: every strategy learns on held-out frames, the adapter is what was measured."""
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.scenes.windows import LeakError
 from vggt_lora.train import TrainConfig, train
-from vggt_lora.training.checkpoint import CheckpointError, checkpoint_files
+from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
+from vggt_lora.training.guard import TrainingError
 from vggt_lora.training.setup import build_model
 
 
@@ -43,6 +45,18 @@ def test_every_strategy_learns_and_its_file_reproduces_the_numbers(scene, tmp_pa
     assert {"drift", "warnings"} <= set(run.results)
     with pytest.raises(LeakError, match="was trained on"):
         evaluate(run, scene)  # all photos of the scene, and so those of the training
+
+
+@pytest.mark.parametrize("fault, kind, words", [(OSError(errno.EFBIG, "File too large"), DiskError, "no space to write .*nothing was saved yet"),
+                                                (RuntimeError("could not create a primitive"), TrainingError, "not enough memory .*take fewer frames"),
+                                                (RuntimeError("can't start new thread"), TrainingError, "not enough memory")])
+def test_too_little_disk_or_memory_before_the_first_step_is_said_in_words(scene, tmp_path, monkeypatch, fault, kind, words):
+    def fails(*_, **__):
+        raise fault
+
+    monkeypatch.setattr("vggt_lora.train.build_model", fails)
+    with pytest.raises(kind, match=words):
+        train(quick(scene, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", ["strecha_fountain_p11", "sceaux_castle", "eth3d_pipes"])

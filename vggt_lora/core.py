@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VggtLoraError', 'SceneError', 'WeightsError', 'ConfigError', 'unknown', 'in_markdown', 'given_parameters',
-           'project_root', 'user_path', 'leads_out', 'system_errors', 'out_of_memory', 'atomic_path', 'write_text',
-           'read_json', 'write_json']
+           'project_root', 'user_path', 'leads_out', 'system_errors', 'out_of_memory', 'short_of_memory', 'atomic_path',
+           'write_text', 'read_json', 'write_json']
 
 # %% ../nbs/core.ipynb #c1519743
 import contextlib
@@ -123,6 +123,14 @@ def out_of_memory(
     """Whether an allocator gave up: Python's, CUDA's, or that of torch or oneDNN on the CPU, who have words and no kind for it."""
     texts = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive", "bad_alloc", "bad allocation")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or any(t in str(error) for t in texts))
+
+
+def short_of_memory(
+    error: BaseException,
+) -> bool:
+    """Whether memory was lacking at all: as `out_of_memory`, or where the system refused a thread, a library or a mapped file, which no smaller step mends."""
+    texts = ("can't start new thread", "failed to map segment", "Cannot allocate memory")
+    return out_of_memory(error) or isinstance(error, (RuntimeError, ImportError)) and any(t in str(error) for t in texts)
 
 
 _UMASK = threading.Lock()  # a process has one mask, and it can only be read by setting it

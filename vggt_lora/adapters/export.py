@@ -20,7 +20,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 
 from .adapter import BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge, whole_folder
-from ..core import ConfigError, VggtLoraError, WeightsError, atomic_path, out_of_memory, user_path, write_json, write_text
+from ..core import ConfigError, VggtLoraError, WeightsError, atomic_path, short_of_memory, user_path, write_json, write_text
 from ..leftovers import take
 from ..model.config import VGGTConfig
 from ..model.embedded import SHIPPED, to_float32
@@ -254,8 +254,8 @@ def _only_one(folder: Path):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise WeightsError(f"{folder}: the export cannot be written ({error.strerror}): free some space or give another folder, then export again") from error
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+    except (RuntimeError, MemoryError, ImportError) as error:
+        if not short_of_memory(error):
             raise
         raise WeightsError(f"{folder}: there is not enough memory to merge; an export needs the base in memory once ({error})") from error
     finally:

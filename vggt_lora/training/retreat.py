@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..core import out_of_memory
+from ..core import out_of_memory, short_of_memory
 from .checkpoint import random_state, set_random_state
 from .guard import TrainingError
 
@@ -86,7 +86,7 @@ def memory_errors():
     try:
         yield
     except (RuntimeError, MemoryError, ImportError) as error:
-        if not out_of_memory(error) and not any(text in str(error) for text in ("can't start new thread", "failed to map segment", "Cannot allocate memory")):  # the system's words for it
+        if not short_of_memory(error):
             raise
         raise TrainingError(f"not enough memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}): take fewer frames or a smaller image_size; "
                             "vggt_lora_doctor says how much a strategy needs") from error
