@@ -4,13 +4,15 @@
     python benchmarks/train_step.py --size 1b-small      # VGGT-1B shape, random weights, 2 frames of 140 x 182; needs 12 GB of free memory
     python benchmarks/train_step.py --size 1b            # VGGT-1B shape, 8 frames of 518 x 518 and of 518 x 350, on a GPU
     python benchmarks/train_step.py --size 1b --shape 8x518x518 --kinds small --no-time   # its memory on a CPU; slow
+    python benchmarks/train_step.py --size 1b --shape 2x518x518 --precision bf16 --kinds plain,cache,half --rounds 1 --no-memory   # CPU with bf16
     python benchmarks/train_step.py --profile b          # where the time of a cached step goes
     python benchmarks/train_step.py --size 1b --count    # only counts operations, on any machine: what arithmetic allows
 
-plain    whole forward from the photos, every aggregator block checkpointed, heads in float32, no cache
+plain    whole forward from the photos, every aggregator block checkpointed, heads in float32, no cache; the aggregator in --precision, as all kinds
 off      this project without the cache: nothing recomputed, frozen layers record nothing
 cache    the state after the frozen layers read from disk (float32, or bf16 on a GPU)
-small    the same with checkpointing and one frame at a time in the depth head (memory before time)
+half     "cache" with the depth head in bf16 up to its last convolutions (head_precision="bf16")
+small    "cache" with checkpointing and one frame at a time in the depth head (memory before time)
 
 A step is forward, loss, backward, AdamW on one window. The kinds are run one after the other in every round and the median of the rounds is
 taken, so that a busy machine slows all of them alike. CPU time is this process's own. Peak memory: on a GPU what the allocator held; on the
@@ -43,11 +45,12 @@ from vggt_lora.training.fold import fold_adapters
 from vggt_lora.training.loop import loss_config, window_loss
 from vggt_lora.training.optimizer import make_optimizer
 from vggt_lora.training.prefix_store import PrefixStore
+from vggt_lora.training.processes import resolve_precision
 from vggt_lora.training.speed import halve_frozen, set_checkpointing
 
 SIZES = {"tiny": (VGGTConfig.tiny(), [(4, (154, 224))]), "1b-small": (VGGTConfig.vggt_1b(track_head=False), [(2, (140, 182))]),
          "1b": (VGGTConfig.vggt_1b(track_head=False), [(8, (518, 518)), (8, (350, 518))])}
-KINDS = ("plain", "off", "cache", "small")
+KINDS = ("plain", "off", "cache", "half", "small")
 
 
 def random_sample(frames: int, size: tuple[int, int]) -> Sample:
@@ -75,22 +78,23 @@ def set_way(model, kind: str) -> None:
     else:
         set_checkpointing(model, kind == "small")
         bare.depth_head.frames_chunk = 1 if kind == "small" else None
+        bare.depth_head.body_dtype = torch.bfloat16 if kind == "half" else None
         fold_adapters(model)
 
 
 class Stepper:
     """One way to run a training step."""
 
-    def __init__(self, base, strategy: str, kind: str, sample: Sample, device: str, folder: Path, free: bool):
+    def __init__(self, base, strategy: str, kind: str, sample: Sample, device: str, precision: str, folder: Path, free: bool):
         self.model = apply_lora(base, strategy, seed=0, dropout=TrainConfig().dropout)[0].train()
         self.kind, self.sample, self.device, self.store = kind, sample, device, None
-        self.precision = "bf16" if device == "cuda" else "float32"
+        self.precision = precision
         set_way(self.model, kind)
         if kind != "plain" and self.precision == "bf16":
             halve_frozen(self.model)
         self.losses = loss_config(TrainConfig(strategy=strategy))
         self.optimizer = make_optimizer(self.model, TrainConfig(strategy=strategy))
-        if kind in ("cache", "small"):
+        if kind in ("cache", "half", "small"):
             layer = find_boundary(self.model).layer
             self.store = PrefixStore(self.model, layer, self.precision, precision=self.precision, folder=folder)
             self.digests = tuple(map(str, range(len(sample.names))))
@@ -141,10 +145,10 @@ def count_step(config: VGGTConfig, shape, strategy: str, kind: str) -> tuple[int
 
     with torch.device("meta"):
         model = apply_lora(VGGT(dataclasses.replace(config, point_head=False)).requires_grad_(False), strategy, dropout=TrainConfig().dropout)[0].train()
-    set_way(model, kind)
+    set_way(model, "cache" if kind == "half" else kind)  # as many operations; autocast knows no meta device
     layer, last = find_boundary(model).layer, model.get_base_model().config.depth - 1
     images = torch.empty(1, shape[0], 3, *shape[1], device="meta")
-    whole = {"state": blank_state(model, layer, shape, False)} if kind in ("cache", "small") else {"images": images}
+    whole = {"state": blank_state(model, layer, shape, False)} if kind in ("cache", "half", "small") else {"images": images}
     counts = []
     for start in (whole, {"state": blank_state(model, last, shape, layer < last)}):
         with FlopCounterMode(display=False) as counter:
@@ -174,18 +178,18 @@ class Resident:
         self.thread.join()
 
 
-def memory_of(size: str, shape, strategy: str, kind: str, device: str) -> float:
+def memory_of(size: str, shape, strategy: str, kind: str, device: str, precision: str) -> float:
     """Peak GB of two steps, in a process of its own on the CPU."""
-    command = [sys.executable, __file__, "--memory", json.dumps([size, shape, strategy, kind, device])]
+    command = [sys.executable, __file__, "--memory", json.dumps([size, shape, strategy, kind, device, precision])]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def measure_memory(size: str, shape, strategy: str, kind: str, device: str) -> None:
+def measure_memory(size: str, shape, strategy: str, kind: str, device: str, precision: str) -> None:
     """Print the peak of two steps in GB."""
     import ctypes
 
     with tempfile.TemporaryDirectory() as folder:
-        stepper = Stepper(new_base(SIZES[size][0], device), strategy, kind, random_sample(shape[0], tuple(shape[1])), device, Path(folder), True)
+        stepper = Stepper(new_base(SIZES[size][0], device), strategy, kind, random_sample(shape[0], tuple(shape[1])), device, precision, Path(folder), True)
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -200,12 +204,12 @@ def measure_memory(size: str, shape, strategy: str, kind: str, device: str) -> N
         print(resident.peak / 1e9)
 
 
-def compare(size: str, shape, strategy: str, device: str, rounds: int, kinds) -> dict:
+def compare(size: str, shape, strategy: str, device: str, precision: str, rounds: int, kinds) -> dict:
     """Seconds and CPU seconds of a step for each kind, interleaved; kinds share the frozen weights."""
     base, sample = new_base(SIZES[size][0], device), random_sample(*shape)
     wall, work = {k: [] for k in kinds}, {k: [] for k in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        steppers = {kind: Stepper(twin(base), strategy, kind, sample, device, Path(folder), False) for kind in kinds}
+        steppers = {kind: Stepper(twin(base), strategy, kind, sample, device, precision, Path(folder), False) for kind in kinds}
         for number in range(rounds + 1):
             for kind, stepper in steppers.items():
                 began, worked = time.perf_counter(), time.process_time()
@@ -221,13 +225,13 @@ def twin(base: VGGT) -> VGGT:
     return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
-def profile(size: str, shape, strategy: str, device: str) -> None:
+def profile(size: str, shape, strategy: str, device: str, precision: str) -> None:
     """Print the operations that take the time of a cached step."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     with tempfile.TemporaryDirectory() as folder:
-        stepper = Stepper(new_base(SIZES[size][0], device), strategy, "cache", random_sample(*shape), device, Path(folder), False)
+        stepper = Stepper(new_base(SIZES[size][0], device), strategy, "cache", random_sample(*shape), device, precision, Path(folder), False)
         stepper.step()
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
         with record(activities=kinds) as found:
@@ -239,12 +243,12 @@ def profile(size: str, shape, strategy: str, device: str) -> None:
 def table(args, shape, strategy: str) -> None:
     """Print a line for each kind."""
     kinds, nothing = args.kinds.split(","), (float("nan"),) * 2
-    found = {} if args.count or args.no_time else compare(args.size, shape, strategy, args.device, args.rounds, kinds)
+    found = {} if args.count or args.no_time else compare(args.size, shape, strategy, args.device, args.precision, args.rounds, kinds)
     plain, whole = found.get("plain", nothing), 0
     for kind in kinds:
         (wall, work), count = found.get(kind, nothing), count_step(SIZES[args.size][0], shape, strategy, kind)
         whole = count[0] if kind == "plain" else whole
-        peak = "" if args.no_memory or args.count else f"{memory_of(args.size, shape, strategy, kind, args.device):7.2f}"
+        peak = "" if args.no_memory or args.count else f"{memory_of(args.size, shape, strategy, kind, args.device, args.precision):7.2f}"
         print(f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<5} {kind:6} {wall:7.3f}  {work:10.3f}  {plain[0] / wall:17.2f}  {plain[1] / work:5.2f}  "
               f"{whole / count[0] or float('nan'):8.2f}  {count[0] / 1e12:10.4f}  {count[1] / count[0]:4.0%}  {peak}", flush=True)
 
@@ -254,6 +258,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bf16"), help="of the aggregator; auto: bf16 on a GPU")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind after a first one that warms up; 0: that one alone counts")
     parser.add_argument("--strategies", default="a,b,c")
     parser.add_argument("--shape", type=shape_of, metavar="FxHxW", help="frames x height x width, instead of those of the size")
@@ -264,14 +269,15 @@ def main() -> int:
     parser.add_argument("--profile", metavar="STRATEGY")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.precision = resolve_precision(args.precision, args.device)
     if args.memory:
         measure_memory(*json.loads(args.memory))
         return 0
     if args.profile:
-        profile(args.size, SIZES[args.size][1][0], args.profile, args.device)
+        profile(args.size, args.shape or SIZES[args.size][1][0], args.profile, args.device, args.precision)
         return 0
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{args.size} network on {'paper' if args.count else name}, torch {torch.__version__}")
+    print(f"{args.size} network on {'paper' if args.count else name}, {args.precision}, torch {torch.__version__}")
     print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  (CPU)  by count  TFLOP/step  heads  peak GB")
     for shape in [args.shape] if args.shape else SIZES[args.size][1]:
         for strategy in args.strategies.split(","):

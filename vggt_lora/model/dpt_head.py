@@ -59,12 +59,13 @@ def add_uv(
     aspect: float,  # width over height of the image
 ) -> torch.Tensor:
     """Add a tenth of the uv embedding to every map, in place."""
-    size, count = tuple(maps.shape[-2:]), maps.shape[1] // 2
-    y, x = uv_axes(size, aspect, maps.device)
+    count = maps.shape[1] // 2
+    y, x = uv_axes(tuple(maps.shape[-2:]), aspect, maps.device)
     across, down = (0.1 * sines(axis, count) for axis in (x, y))
-    # channels lie side by side in memory, as convolutions of token pictures leave them
-    tenth = torch.cat([across[None].expand(size[0], -1, -1), down[:, None].expand(-1, size[1], -1)], dim=-1)
-    return maps.add_(tenth.permute(2, 0, 1))
+    with torch.no_grad():  # a constant changes no gradient, and nothing before needs the values that are overwritten
+        maps[:, :count].add_(across.T[:, None, :])
+        maps[:, count:].add_(down.T[:, :, None])
+    return maps
 
 # %% ../../nbs/model/dpt_head.ipynb #f64965d6
 class ResidualConvUnit(nn.Module):
@@ -227,7 +228,8 @@ class DPTHead(nn.Module):
         grid = tuple(side // self.config.patch_size for side in image_size)
         levels = []
         for level, project, resize in zip(tokens, self.projects, self.resize_layers):
-            maps = project(self.norm(level.flatten(0, 1)).transpose(1, 2).unflatten(2, grid))
+            # channels stay side by side, also for a single frame: other layouts cost a fifth more
+            maps = project(self.norm(level.flatten(0, 1)).unflatten(1, grid).permute(0, 3, 1, 2))
             if self.output_dim is not None:  # the tracker's feature maps carry no uv embedding
                 maps = add_uv(maps, image_size[1] / image_size[0])
             levels.append(resize(maps))
