@@ -234,7 +234,7 @@ def test_out_of_memory_is_answered_by_smaller_pieces_and_the_run_goes_on(scene, 
     run, progress, model = run_fit(config)
     log = (run.folder / "train.log").read_text()
     assert log.count("out of memory: dense heads now take 1 frame at once") == 1 and log.count("all blocks now recompute") == 1
-    assert model.get_base_model().depth_head.recompute and model.get_base_model().depth_head.config.frame_chunk == 1
+    assert model.get_base_model().depth_head.recompute and model.get_base_model().depth_head.frames_chunk == 1
     ours, theirs = (without_wall(r.records) for r in (run, plain))
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
     assert [r["grad_norm"] for r in ours if "lr" in r] == pytest.approx([r["grad_norm"] for r in theirs if "lr" in r], rel=1e-3)

@@ -121,7 +121,8 @@ def out_of_memory(
     error: BaseException,
 ) -> bool:
     """Whether an allocator gave up: Python's, CUDA's, or that of torch or oneDNN on the CPU, who have words and no kind for it."""
-    texts = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive", "bad_alloc", "bad allocation")
+    texts = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
+             "CUDNN_STATUS_ALLOC_FAILED", "could not create a primitive", "bad_alloc", "bad allocation")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or any(t in str(error) for t in texts))
 
 

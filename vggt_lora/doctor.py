@@ -151,7 +151,7 @@ def check_torch(plan: Plan) -> list[Finding]:
     try:
         a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
         worst = float(((a.cuda() @ a.cuda()).cpu() - a @ a).abs().max())
-        half = torch.cuda.is_bf16_supported() and bool(torch.isfinite((a.cuda().bfloat16() @ a.cuda().bfloat16()).float()).all())
+        half = torch.cuda.is_bf16_supported(including_emulation=False) and bool(torch.isfinite((a.cuda().bfloat16() @ a.cuda().bfloat16()).float()).all())
     except RuntimeError as fault:  # no kernels for this GPU in this build, or a driver that lies
         return [Finding("fail", "torch", f"{found}: cannot compute ({str(fault).splitlines()[0]})", "install a torch built for this GPU (make env TORCH_ARGS=...)")]
     if worst > 0.5:

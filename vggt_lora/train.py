@@ -34,12 +34,13 @@ from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
 from .training.glimpse import Glimpse, begin
+from .training.measuring import untouched
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
 from .training.prefix import cached_feed
 from .training.processes import Team
 from .training.retreat import memory_errors
 from .training.run import RunFolder, environment, reproducible, run_path
-from .training.speed import set_speed
+from .training.speed import set_checkpointing, set_speed
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
                                       split_scenes, truth_source, with_rate)
 
@@ -99,13 +100,14 @@ def _train(config: TrainConfig, hooks, folder: Path, team: Team, meter: CostMete
             run.log(frames.about())
         rated = with_rate(config, model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
-        run.log(set_speed(adapted, config, resolve_precision(config.precision, device)))
+        precision = resolve_precision(config.precision, device)
+        run.log(set_speed(adapted, config, precision))
         budget = None if config.preflight == "off" else lambda: refused(predicted(adapted, train_on, held_out, cache, config), config.preflight, run.log)
         with summed_once(), budgeted(budget and budget(), run) as clock:
             with team.accelerator.main_process_first():
                 feed = cached_feed(adapted, cache, config, train_on, held_out, run.log, reload=lambda: build_model(config).state_dict())
             meter.mark("preparation")
-            begin(hooks, run.folder, Glimpse(adapted, held_out, feed))
+            begin(hooks, run.folder, Glimpse(adapted, held_out, feed, precision=precision))
             fit(adapted, train_on, held_out, rated, run, feed, (clock, *hooks))
         meter.mark("training")
         return finish(run, adapted, held_out, truth, config, meter, team)
@@ -136,14 +138,13 @@ def gated_adapter(model, items, cache, config: TrainConfig):
 
 def unreached_by_loss(adapted, sample, config: TrainConfig) -> None:
     """One backward pass of the training loss; raises ConfigError if a trained tensor gets no gradient from it."""
-    import torch
-
-    with torch.random.fork_rng():
+    with untouched(adapted):
+        set_checkpointing(adapted, True, config.names("heads"))  # a proof before the run may not take more memory than the run
+        adapted.get_base_model().depth_head.frames_chunk = 1
         result = window_loss(adapted, sample, loss_config(config), resolve_device(config.device))
         if result.total.requires_grad:
             result.total.backward()
-    deaf = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
-    adapted.zero_grad(set_to_none=True)
+        deaf = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
     if deaf:
         raise ConfigError(f"with these loss weights no gradient reaches {len(deaf)} of the tensors that strategy {config.strategy} trains, "
                           f"for instance {deaf[0]}; give the loss of that head a weight, or choose other targets")
@@ -200,6 +201,7 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
         team.wait()
         return Run(run.folder, config, json.loads((run.folder / "results.json").read_text(encoding="utf-8")), run.records, [])
     folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(dataclasses.replace(config, resume=False))})
+    adapted.to("meta")  # its numbers are in the file, and their memory is for the two that are compared
     results, maps = measure(folder, held_out, cache, config)
     losses = [r["loss"] for r in run.records if r["split"] == "val"]
     results["held_out_loss"] = {"before": losses[0], "after": min(losses) if config.keep == "best" else losses[-1], "best": min(losses)}

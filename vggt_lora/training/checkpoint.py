@@ -36,8 +36,9 @@ def set_random_state(
 ) -> None:
     """Bring the random streams back."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available():
+        for number, one in zip(range(torch.cuda.device_count()), state["cuda"]):  # there may be fewer GPUs than when it was kept
+            torch.cuda.set_rng_state(one, number)
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     version, numbers, gauss = state["python"]

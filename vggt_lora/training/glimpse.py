@@ -20,10 +20,11 @@ class Glimpse:
         items,  # (scene, window) pairs that are held out
         feed,  # Feed or FrameCache
         most: int = 4,  # photos of the window that are looked at: a look has to be cheap
+        precision: str = "float32",  # of the training: float32, or bf16 for autocast
     ):
         self.model, self.items, self.feed, self.most = model, list(items), feed_of(feed), most
         self._sample = self._state = None
-        self._row = 0
+        self._row, self._half = 0, precision == "bf16"
 
     def _choose(self) -> None:
         for scene, window in self.items:
@@ -44,10 +45,11 @@ class Glimpse:
         device = next(self.model.parameters()).device
         try:
             self.model.eval()
-            if self._state is not None:
-                found = self.model(state=self._state.to(device), heads=("depth",))
-            else:
-                found = self.model(self._sample.images[None, : self.most].to(device), heads=("depth",))
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._half):  # as in training, where frozen weights may lie in bf16
+                if self._state is not None:
+                    found = self.model(state=self._state.to(device), heads=("depth",))
+                else:
+                    found = self.model(self._sample.images[None, : self.most].to(device), heads=("depth",))
         finally:
             for module in training:
                 module.training = True

@@ -73,7 +73,7 @@ class Guard:
             reason = f"not finite: {', '.join(faults)}"
         elif not math.isfinite(norm):
             reason = "the gradient is not finite in " + ", ".join(p for p, n in parts.items() if not math.isfinite(n))
-        elif self.explode and norm > self.explode * usual:
+        elif self.explode and norm > self.explode * usual > 0:  # windows without truth have no gradient, and say nothing of what is usual
             reason = f"the gradient is {norm / usual:.0f} times its median, most of it in {max(parts, key=parts.get)}"
         if reason:
             self.in_row, self.skipped = self.in_row + 1, self.skipped + 1
@@ -132,22 +132,26 @@ def replay(
     """Compute the losses of a skipped step again, window by window: scene, photos, loss, terms and what is not finite."""
     from vggt_lora.adapters.adapter import apply_lora
     from vggt_lora.training.config import read_config
-    from vggt_lora.training.fold import fold_adapters
     from vggt_lora.training.loop import loss_config, window_loss
-    from vggt_lora.training.processes import resolve_device
+    from vggt_lora.training.processes import resolve_device, resolve_precision
     from vggt_lora.training.setup import build_model
+    from vggt_lora.training.speed import set_speed
 
     config, (content, batches) = read_config(run), read_bad(file)
     device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
     model, _ = apply_lora(build_model(config), config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.names("targets"),
                           full=config.names("full"), seed=config.seed, rslora=config.rslora, dora=config.dora, heads=config.names("heads"))
-    model.load_state_dict(content["weights"], strict=False)
-    model.to(device).train()
-    fold_adapters(model)  # as a run does
+    own = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+    if own != {n: t.shape for n, t in content["weights"].items()}:
+        raise CheckpointError(f"{file}: its weights are not those that the run in {run} trains")
+    model.load_state_dict(content["weights"], strict=False)  # the frozen ones come from the base
+    set_speed(model.to(device).train(), dataclasses.replace(config, compile=False), precision)  # as in the run
     found, kept = [], random_state()
     set_random_state(content["random"])
     for sample, state in batches:
-        result = window_loss(model, sample, loss_config(config), device, state)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            result = window_loss(model, sample, loss_config(config), device, state)
         found.append({"scene": sample.scene, "photos": sample.names, "loss": float(result.total.detach()), "faults": faults_of(result),
                       "terms": {n: float(t.detach()) for n, t in result.terms.items()}})
     set_random_state(kept)

@@ -7,6 +7,7 @@ __all__ = ['VERSION', 'CODE', 'DTYPES', 'prefix_folder', 'code_digest', 'prefix_
            'write_tensors', 'read_tensors', 'PrefixReport', 'folder_files', 'PrefixStore']
 
 # %% ../../nbs/training/prefix_store.ipynb #0fe09c66
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -247,8 +248,9 @@ class PrefixStore:
         if known is None:
             self.report.reused += 1
             self.report.used += about.st_size
-            os.utime(path)  # used: it is not the next to make room
-            about = path.stat()
+            with contextlib.suppress(OSError):  # another's file, or just removed: the numbers are here already
+                os.utime(path)  # used: it is not the next to make room
+                about = path.stat()
         self._verified[path] = (about.st_size, about.st_mtime_ns, about.st_ino)
         return tensors
 

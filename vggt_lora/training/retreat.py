@@ -7,7 +7,6 @@ __all__ = ['Retreat', 'memory_errors']
 
 # %% ../../nbs/training/retreat.ipynb #16be5671
 import contextlib
-import dataclasses
 import gc
 from collections.abc import Callable
 
@@ -28,7 +27,8 @@ class Retreat:
         log: Callable[[str], None] = print,
     ):
         self.model, self.log = model.get_base_model() if hasattr(model, "get_base_model") else model, log
-        self.chunk = min(frames, self.model.config.frame_chunk)  # frames that the dense heads see at once
+        given = self.model.depth_head and self.model.depth_head.frames_chunk
+        self.chunk = min(frames, given or self.model.config.frame_chunk)  # frames that the dense heads see at once
         self.head, self.blocks = False, False  # do heads and blocks recompute?
 
     def step(self) -> bool:
@@ -48,7 +48,7 @@ class Retreat:
         """Bring the model to where the ladder stands."""
         for head in (self.model.depth_head, self.model.point_head) if self.head else ():
             if head is not None:
-                head.config, head.recompute = dataclasses.replace(head.config, frame_chunk=self.chunk), True
+                head.frames_chunk, head.recompute = self.chunk, True
         if self.blocks:
             self.model.set_gradient_checkpointing(True)
 
@@ -61,7 +61,7 @@ class Retreat:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                said = str(error).splitlines()[0]
+                said = (str(error).splitlines() or [type(error).__name__])[0]
             gc.collect()  # outside of the except block, or the traceback would keep the tensors
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -76,7 +76,8 @@ class Retreat:
 
     def restore(self, state: dict) -> None:
         """Take over what a checkpoint kept."""
-        self.chunk, self.head, self.blocks = state["chunk"], state["head"], state["blocks"]
+        self.head, self.blocks = state["head"], state["blocks"]
+        self.chunk = min(self.chunk, state["chunk"]) if self.head else self.chunk
         self.apply()
 
 # %% ../../nbs/training/retreat.ipynb #f1966f33
