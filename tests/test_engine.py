@@ -15,6 +15,7 @@ import torch
 
 from vggt_lora.adapters.adapter import apply_lora
 from vggt_lora.core import ConfigError
+from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.scenes.samples import FrameCache
 from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.train import train
@@ -24,6 +25,7 @@ from vggt_lora.training.config import TrainConfig
 from vggt_lora.training.feed import Feed
 from vggt_lora.training.guard import TrainingError, replay
 from vggt_lora.training.loop import Stopped, fit
+from vggt_lora.training.retreat import Retreat
 from vggt_lora.training.run import RunFolder, without_wall
 from vggt_lora.training.setup import build_model, items_of, open_scenes, split_scenes
 
@@ -191,9 +193,10 @@ def test_a_step_that_is_not_finite_is_skipped_kept_and_replayed(scene, tmp_path)
     assert {float(s["step"]) for s in optimizer["state"].values()} == {len(train) - 1}
 
 
-def test_replay_gives_the_number_of_the_step(scene, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_replay_gives_the_number_of_the_step(scene, tmp_path, precision):
     """A step skipped for its gradient has a finite loss: the file must give it again, with dropout where it fell."""
-    config = settings(scene, tmp_path / "run", epochs=4, dropout=0.3, explode=1.0001, max_bad=1000)
+    config = settings(scene, tmp_path / "run", epochs=4, dropout=0.3, explode=1.0001, max_bad=1000, precision=precision)
     losses = {}
 
     def skip(loop, chunk, said, *rest):
@@ -239,6 +242,24 @@ def test_out_of_memory_is_answered_by_smaller_pieces_and_the_run_goes_on(scene, 
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
     assert [r["grad_norm"] for r in ours if "lr" in r] == pytest.approx([r["grad_norm"] for r in theirs if "lr" in r], rel=1e-3)
     assert newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["retreat"] == {"chunk": 1, "head": True, "blocks": True}
+
+
+def test_frames_at_once_that_were_set_become_fewer_too_and_an_error_without_words_is_one():
+    model = VGGT(VGGTConfig.golden())
+    model.depth_head.frames_chunk, seen, said = 4, [], []
+    group, outputs = model.depth_head._group, {layer: torch.randn(1, 8, 5 + 6, 128) for layer in model.config.dpt_layers}
+    model.depth_head._group = lambda levels, size: (seen.append(levels[0].shape[1]), group(levels, size))[1]
+
+    def work():
+        seen.clear()
+        with torch.no_grad():
+            model.depth_head(outputs, (28, 42))
+        if max(seen) > 1:
+            raise MemoryError
+        return list(seen)
+
+    assert Retreat(model, 8, said.append).attempt(work) == [1] * 8
+    assert [line.split(";")[0] for line in said] == [f"out of memory: dense heads now take {n} at once" for n in ("2 frames", "1 frame")]
 
 
 @pytest.mark.parametrize("real", [True, False], ids=["tmpfs", "simulated"])
