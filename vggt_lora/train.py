@@ -34,8 +34,8 @@ from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
 from .training.glimpse import Glimpse, begin
-from .training.measuring import untouched
 from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
+from .training.measuring import untouched
 from .training.prefix import cached_feed
 from .training.processes import Team
 from .training.retreat import memory_errors
