@@ -162,6 +162,48 @@ def test_a_hook_stops_after_the_step_measures_and_the_run_can_go_on(scene, tmp_p
     same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
 
 
+def in_validation(monkeypatch, epoch: int, act) -> None:
+    """Let something happen in the middle of the validation after an epoch; 0: of the one before training."""
+    measure, calls = loop_module.held_out_loss, []
+
+    def interrupted(*arguments):
+        calls.append(0)
+        if len(calls) == epoch + 1:
+            act()
+        return measure(*arguments)
+
+    monkeypatch.setattr(loop_module, "held_out_loss", interrupted)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_validation_stops_the_run_too(scene, tmp_path, whole, monkeypatch, number, epoch):
+    """It comes when no step runs: the run must neither go on nor be taken for finished, and no epoch may count twice for the patience."""
+    config, events, step = settings(scene, tmp_path / "run", save_every=0), [], epoch * whole[1].step // 2
+    with monkeypatch.context() as patch:
+        in_validation(patch, epoch, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Stopped, match=f"{number.name} after step {step} of .*resume=True"):
+            run_fit(config, (lambda event, p: events.append(event),))
+    assert "end" not in events and events.count("step") == step
+    counters = newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["counters"]
+    assert (counters["step"], counters["epoch"], counters["position"], counters["stale"]) == (step, epoch, 0, 0)
+    same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
+def test_a_signal_in_the_last_validation_comes_too_late(scene, tmp_path, whole, monkeypatch):
+    in_validation(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    same(run_fit(settings(scene, tmp_path / "run"))[0], whole[0])
+
+
+def test_a_hook_that_stops_after_an_epoch_says_so(scene, tmp_path, whole):
+    """The validation has measured these weights already: no second record of them."""
+    config = settings(scene, tmp_path / "run", save_every=0)
+    run, progress, _ = run_fit(config, (lambda event, p: setattr(p, "stop", event == "epoch" and p.epoch == 1),))
+    assert progress.epoch == 1 and progress.stale == 0 and [r["epoch"] for r in run.records if r["split"] == "val"] == [0, 1]
+    assert f"stopped on request after step {progress.step} of {progress.total_steps}, held-out {progress.held_out:.4f}" in (run.folder / "train.log").read_text()
+    same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
 def test_only_the_last_checkpoints_stay(whole):
     names = sorted(p.name for p in (whole[0].folder / "checkpoints").iterdir())
     assert len([n for n in names if n.startswith("step-")]) == 3 and {"last.pt", "best.pt"} <= set(names)

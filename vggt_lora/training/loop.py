@@ -189,7 +189,7 @@ class Progress:
     loss: float = math.nan  # of the last step
     held_out: float = math.nan  # after the last epoch
     stop: bool = False
-    signal: str = ""  # that asked to stop
+    signal: str = ""  # that asks to stop
 
     def counters(self) -> dict:
         """What a checkpoint keeps."""
@@ -200,14 +200,14 @@ Hook = Callable[[str, Progress], None]
 
 
 class Stopped(TrainingError):
-    """A signal ended the run after a step; everything is saved."""
+    """A signal ended the run after a step or a validation; everything is saved."""
 
 
 @contextlib.contextmanager
 def stop_signals(progress: Progress):
-    """While inside, SIGINT and SIGTERM set `progress.stop`; a second SIGINT is a KeyboardInterrupt as usual."""
+    """While inside, SIGINT and SIGTERM leave their name in `progress.signal`; a second SIGINT is a KeyboardInterrupt as usual."""
     def ask(number, frame):
-        progress.stop, progress.signal = True, signal.Signals(number).name
+        progress.signal = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -245,6 +245,12 @@ class Loop:
         """Optimiser steps in an epoch."""
         return math.ceil(len(self.train) / (self.config.accumulate * self.team.size))
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether an epoch is left, and the patience to train it."""
+        patience = self.config.patience
+        return self.progress.epoch < self.config.epochs and not (patience and self.progress.stale >= patience)
+
 
 def fit(
     model,  # from apply_lora, on the CPU; accelerate moves it
@@ -260,12 +266,13 @@ def fit(
     The model ends with the weights of the last step, or of the lowest held-out loss with keep="best". Raises TrainingError, Stopped, DiskError.
     """
     loop = _prepare(model, train, held_out, config, run, feed_of(feed, config, train), hooks)
-    progress, per_epoch, patience = loop.progress, loop.per_epoch, config.patience
+    progress, per_epoch = loop.progress, loop.per_epoch
     with disk_errors(run.folder), stop_signals(progress):
         _begin(loop)
+        _agree(loop)
         started, first = time.monotonic(), progress.step
         with _bar(loop) as bar:
-            while progress.epoch < config.epochs and not (progress.stop or patience and progress.stale >= patience):
+            while loop.unfinished and not progress.stop:
                 loop.model.train()
                 for chunk in _chunks(loop)[progress.position :]:
                     _step(loop, chunk)
@@ -276,10 +283,10 @@ def fit(
                         break
                     if config.save_every and progress.step % config.save_every == 0 and progress.position < per_epoch:
                         _save(loop)
-                if progress.stop:
-                    _stop(loop)
-                    break
-                _end_epoch(loop, (time.monotonic() - started) / max(1, progress.step - first))
+                else:
+                    _end_epoch(loop, (time.monotonic() - started) / max(1, progress.step - first))
+        if progress.stop and loop.unfinished:
+            _stop(loop)
         _finish(loop)
     return progress
 
@@ -440,12 +447,13 @@ def _end_epoch(loop: Loop, seconds: float) -> None:
 def _stop(loop: Loop) -> None:
     """Save where the loop stands. After a signal say how to go on; after a hook measure what there is, beside the course of the run."""
     progress, run = loop.progress, loop.run
-    _save(loop)
+    if progress.position:  # after a validation all is saved and measured; a second save would count its epoch as one without progress
+        _save(loop)
     how = f"continue with resume=True, output={str(run.folder)!r}"
     if progress.signal:
         run.log(f"stopped by {progress.signal} after step {progress.step} of {progress.total_steps}, everything is saved; {how}")
         raise Stopped(f"stopped by {progress.signal} after step {progress.step} of {progress.total_steps}; {how}")
-    value = _validate(loop, stopped=True)  # a resumed run forgets this record
+    value = _validate(loop, stopped=True) if progress.position else progress.held_out  # a resumed run forgets this record
     run.log(f"stopped on request after step {progress.step} of {progress.total_steps}, held-out {value:.4f}; {how}")
 
 
@@ -471,12 +479,17 @@ def _report_left_out(run: RunFolder, epoch: int) -> None:
 
 
 def _tell(loop: Loop, event: str) -> None:
-    """Call the hooks, in the first process; all processes agree whether to stop."""
+    """Call the hooks, in the first process; then decide whether to stop."""
     for hook in loop.hooks if loop.team.main else ():
         hook(event, loop.progress)
-    if loop.team.size > 1:
-        asked = loop.team.share([(loop.progress.stop, loop.progress.signal)])
-        loop.progress.stop, loop.progress.signal = any(stop for stop, _ in asked), next((s for _, s in asked if s), "")
+    _agree(loop)
+
+
+def _agree(loop: Loop) -> None:
+    """Decide whether to stop, from what hooks and signals have asked of any process so far: the same in all of them, wherever a signal arrived."""
+    asked = loop.team.share([(loop.progress.stop, loop.progress.signal)])
+    loop.progress.stop = any(stop or name for stop, name in asked)
+    loop.progress.signal = loop.progress.signal or next((name for _, name in asked if name), "")
 
 
 def _bar(loop: Loop):
