@@ -259,6 +259,54 @@ def test_bad_steps_in_a_row_end_the_run_and_name_head_and_term(scene, tmp_path):
         run_fit(config, spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
 
 
+def spoil_validations(monkeypatch, bad) -> None:
+    """Let one pixel that the depth head predicts be NaN, in the first window of the validations with these numbers; 0: the one before training."""
+    measure, loss, seen = loop_module.held_out_loss, loop_module.training_loss, [-1, 0]
+
+    def counted(*arguments):
+        seen[:] = seen[0] + 1, 0
+        return measure(*arguments)
+
+    def spoiled(predictions, batch, losses):
+        if not torch.is_grad_enabled():
+            seen[1] += 1
+            if seen[0] in bad and seen[1] == 1:
+                row, y, x = batch["valid"][0].nonzero()[0].tolist()
+                predictions["depth"][0, row, y, x] = math.nan
+        return loss(predictions, batch, losses)
+
+    monkeypatch.setattr(loop_module, "held_out_loss", counted)
+    monkeypatch.setattr(loop_module, "training_loss", spoiled)
+
+
+def test_a_validation_that_is_not_finite_is_recorded_and_the_run_goes_on(scene, tmp_path, whole, monkeypatch):
+    """Nothing else changes: not the steps, not the other validations; it is never the best, and counts for the patience."""
+    spoil_validations(monkeypatch, {1})
+    events, config = [], settings(scene, tmp_path / "run", keep="best")
+    run, progress, _ = run_fit(config, (lambda event, p: events.append((event, p.stale, p.best)),))
+    ours, theirs = without_wall(run.metrics_path), without_wall(whole[0].metrics_path)
+    at = next(i for i, r in enumerate(theirs) if r["split"] == "val" and r["epoch"] == 1)
+    assert ours[:at] == theirs[:at] and ours[at + 1 :] == theirs[at + 1 :]
+    assert ours[at]["loss"] is None and "depth_nonfinite_pixels (depth head) on " in ours[at]["not_finite"] and ".JPG" in ours[at]["not_finite"]
+    assert ours[at]["not_finite"] in (run.folder / "train.log").read_text() and "NaN" not in run.metrics_path.read_text()
+    assert next((stale, best) for event, stale, best in events if event == "epoch") == (1, theirs[0]["loss"]) and (progress.stale, progress.best) == (0, theirs[-1]["loss"])
+    assert [step for step, _ in curves(run.folder)["val/loss"]] == [0, progress.step]
+
+
+def test_validations_that_stay_not_finite_end_by_patience_with_the_best_weights(scene, tmp_path, monkeypatch):
+    spoil_validations(monkeypatch, range(2, 9))
+    run, progress, model = run_fit(settings(scene, tmp_path / "run", epochs=8, patience=2, keep="best"))
+    best = read_checkpoint(run.folder / "checkpoints" / "best.pt")
+    assert progress.epoch == 3 and progress.held_out == math.inf and best["counters"]["epoch"] == 1
+    assert all(torch.equal(p.detach(), best["weights"][n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_base_that_is_not_finite_is_refused_before_the_first_step(scene, tmp_path, monkeypatch):
+    spoil_validations(monkeypatch, {0})
+    with pytest.raises(TrainingError, match=r"before any training .* not finite: depth_nonfinite_pixels \(depth head\) on .*\.JPG"):
+        run_fit(settings(scene, tmp_path / "run"))
+
+
 # --- memory and disk ------------------------------------------------------------------------------------------------
 
 def test_out_of_memory_is_answered_by_smaller_pieces_and_the_run_goes_on(scene, tmp_path, monkeypatch):

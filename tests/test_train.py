@@ -86,6 +86,21 @@ def evaluate_model(run):
     return load_adapter(build_model(run.config), run.adapter)
 
 
+def test_an_adapter_whose_held_out_loss_is_not_finite_is_reported_as_such(scene, tmp_path):
+    """The worst case: the last weights overflow the depth head, and they are those to be kept."""
+    def spoil(event, progress):
+        if event == "step" and progress.step == progress.total_steps:
+            with torch.no_grad():
+                next(p for n, p in model[0].named_parameters() if p.requires_grad and "depth_head" in n).fill_(1e38)
+
+    model = []
+    spoil.begin = lambda folder, look: model.append(look.model)
+    run = train(quick(scene, tmp_path / "run", strategy="c"), hooks=[spoil])
+    loss = json.loads((run.folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))["held_out_loss"]
+    assert loss["after"] is None and loss["best"] <= loss["before"]
+    assert ", not finite after" in (run.folder / "report.md").read_text() and (run.folder / "figures" / "losses.png").is_file() and (run.folder / "report.html").is_file()
+
+
 # --- resume (kills: tests/test_engine.py) ---------------------------------------------------------------------------
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):

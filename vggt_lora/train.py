@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'Run', 'train', 'first_frames', 'gated_adapter', 'unreached_by_loss', 'open_run', 'describe', 'truth_cache',
-           'check_same', 'finish', 'measure', 'in_detail', 'drift_of', 'report', 'save_page', 'save_figures', 'main',
-           'TrainConfig', 'read_config']
+           'check_same', 'finish', 'losses_of', 'measure', 'in_detail', 'drift_of', 'report', 'save_page',
+           'save_figures', 'main', 'TrainConfig', 'read_config']
 
 # %% ../nbs/03_train.ipynb #ed1bc3c5
 import dataclasses
@@ -201,8 +201,7 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
         return Run(run.folder, config, json.loads((run.folder / "results.json").read_text(encoding="utf-8")), run.records, [])
     folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(dataclasses.replace(config, resume=False))})
     results, maps = measure(folder, held_out, cache, config)
-    losses = [r["loss"] for r in run.records if r["split"] == "val"]
-    results["held_out_loss"] = {"before": losses[0], "after": min(losses) if config.keep == "best" else losses[-1], "best": min(losses)}
+    results["held_out_loss"] = loss = losses_of(run.records, config.keep)
     run.write("results.json", results)
     run.write("report.md", report(config, results, run.folder))
     save_figures(run, maps)
@@ -210,9 +209,20 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
     meter.mark("evaluation")
     run.write("cost.json", meter.cost(adapted, resumed=config.resume))
     save_page(run)
-    run.log(f"held-out loss {losses[0]:.4f} -> {results['held_out_loss']['after']:.4f}; results in {run.folder}")
+    run.log(f"held-out loss {_loss(loss['before'])} -> {_loss(loss['after'])}; results in {run.folder}")
     team.wait()
     return Run(run.folder, config, results, run.records, maps)
+
+
+def losses_of(records: list[dict], keep: str) -> dict:
+    """Held-out loss of the base, of the weights that were kept, and the lowest; None where it is not finite."""
+    losses = [r["loss"] for r in records if r["split"] == "val"]
+    best = min(v for v in losses if v is not None)  # the first is finite, or there were no run
+    return {"before": losses[0], "after": best if keep == "best" else losses[-1], "best": best}
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def measure(adapter: Path, held_out, cache, config: TrainConfig) -> tuple[dict, list[dict]]:
@@ -251,7 +261,7 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
     note = "\n**The base is random:** these numbers prove that the line works, not that the depth is good.\n" if config.model == "random" else ""
     lines = [f"# Strategy {config.strategy} on {in_markdown(config.data)}", note,
              *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
-             f"Held-out loss: {loss['before']:.4f} before, {loss['after']:.4f} after {config.epochs} epochs (best {loss['best']:.4f}).", "",
+             f"Held-out loss: {_loss(loss['before'])} before, {_loss(loss['after'])} after {config.epochs} epochs (best {_loss(loss['best'])}).", "",
              "| protocol | model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 | inliers |", "|---|---|---|---|---|---|---|---|---|"]
     lines += [f"| {r['protocol']} | {r['model']} | {r['alignment']} | {r['frames']} | "
               + " | ".join("–" if r[k] is None else f"{r[k]:.4f}" for k in ("absrel", "mae", "rmse", "d1", "inlier")) + " |" for r in results["table"]]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'Item', 'NEEDED', 'Hook', 'learning_rate', 'epoch_order', 'frame_order', 'loss_config', 'heads_read',
-           'window_loss', 'coverage_of', 'held_out_loss', 'Progress', 'Stopped', 'stop_signals', 'Loop', 'fit',
-           'TrainingError', 'resolve_device', 'resolve_precision']
+           'window_loss', 'NotFinite', 'coverage_of', 'held_out_loss', 'Progress', 'Stopped', 'stop_signals', 'Loop',
+           'fit', 'TrainingError', 'resolve_device', 'resolve_precision']
 
 # %% ../../nbs/training/loop.ipynb #63e9d941
 import contextlib
@@ -117,12 +117,12 @@ def window_loss(
     return training_loss(predictions, batch, losses)
 
 # %% ../../nbs/training/loop.ipynb #9315d425
-def _finite(result, sample: Sample) -> float:
-    faults = faults_of(result)
-    if faults:
-        raise TrainingError(f"the loss is not finite: {', '.join(faults)} on scene {sample.scene}, photos {', '.join(sample.names)}; "
-                            "lower lr, or look at the depth of these photos in notebook 01")
-    return float(result.total.detach())
+class NotFinite(TrainingError):
+    """A held-out loss is not finite; the message names terms, heads and photos."""
+
+
+def _where(sample: Sample) -> str:
+    return f"{sample.scene}: {', '.join(sample.names)}"
 
 
 def _numbers(result) -> dict:
@@ -151,18 +151,21 @@ def held_out_loss(
 ) -> dict:
     """Mean loss and terms over the held-out windows that have truth; counts are summed, terms left out are named.
 
-    Raises TrainingError if no window has truth: an average of nothing would read as a perfect 0.
+    Raises TrainingError if no window has truth: an average of nothing would read as a perfect 0. Raises NotFinite.
     """
     feed, training, _ = feed_of(feed), model.training, model.eval()
     found = []
     for number, (scene, window) in enumerate(items) if team is None else team.own(items):
         sample, state = feed.load(scene, window)
         result = window_loss(model, sample, losses, device, state)
-        value = _finite(result, sample)
-        found.append((number, {"loss": value} | _numbers(result), result.left_out))
+        faults = [f"{', '.join(faults)} on {_where(sample)}"] if (faults := faults_of(result)) else []
+        found.append((number, {"loss": float(result.total)} | _numbers(result), result.left_out, faults))
     model.train(training)
+    found = sorted(found if team is None else team.share(found), key=lambda f: f[0])  # summed in one order, whoever computed them
+    if wrong := [fault for *_, faults in found for fault in faults]:
+        raise NotFinite(f"{'; '.join(wrong[:3])}{f'; and in {len(wrong) - 3} more windows' if len(wrong) > 3 else ''}")
     total, left_out, used = {}, {}, 0
-    for _, numbers, absent in sorted(found if team is None else team.share(found), key=lambda f: f[0]):  # summed in one order, whoever computed them
+    for _, numbers, absent, _ in found:
         left_out |= absent
         usable = not NEEDED & absent.keys()
         used += usable
@@ -342,7 +345,7 @@ def _backward(loop: Loop, chunk) -> list[dict]:
         result = window_loss(loop.model, sample, loop.losses, loop.team.device, state)
         loop.team.accelerator.backward(result.total / len(chunk))
         said.append({"number": number, "values": {"loss": float(result.total.detach())} | _numbers(result), "left_out": result.left_out,
-                     "faults": faults_of(result), "coverage": coverage_of(result, sample), "where": f"{sample.scene}: {', '.join(sample.names)}"})
+                     "faults": faults_of(result), "coverage": coverage_of(result, sample), "where": _where(sample)})
     return said
 
 
@@ -407,11 +410,21 @@ def _skip(loop: Loop, chunk, said, reason: str, randoms: dict, record: dict) -> 
 
 # %% ../../nbs/training/loop.ipynb #55e7b6c3
 def _validate(loop: Loop, **more) -> float:
-    numbers = loop.retreat.attempt(lambda: held_out_loss(loop.model, loop.held_out, loop.feed, loop.losses, loop.team.device, loop.team))
-    loop.run.record(step=loop.progress.step, epoch=loop.progress.epoch, split="val", **numbers, **more)
+    """Measure and record the held-out loss; inf, and null in the record, where it is not finite: never the best, but no end of the run. Raises NotFinite before the first step."""
+    progress, run = loop.progress, loop.run
+    try:
+        numbers = loop.retreat.attempt(lambda: held_out_loss(loop.model, loop.held_out, loop.feed, loop.losses, loop.team.device, loop.team))
+    except NotFinite as fault:
+        if not progress.step:
+            raise NotFinite(f"before any training the held-out loss is not finite: {fault}; nothing could be judged by it: "
+                            "look at the depth of these photos in notebook 01, try precision='float32', or take another base") from None
+        run.log(f"the held-out loss after step {progress.step} is not finite: {fault}; these weights cannot be the best, and training goes on")
+        numbers = {"loss": None, "not_finite": str(fault)}
+    run.record(step=progress.step, epoch=progress.epoch, split="val", **numbers, **more)
+    value = math.inf if numbers["loss"] is None else numbers["loss"]
     if not more:
-        loop.progress.held_out = numbers["loss"]
-    return numbers["loss"]
+        progress.held_out = value
+    return value
 
 
 def _save(loop: Loop) -> None:
