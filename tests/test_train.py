@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vggt_lora.adapters.adapter import load_adapter
 from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError
 from vggt_lora.evaluate import evaluate, largest_difference
@@ -15,7 +16,8 @@ from vggt_lora.scenes.windows import LeakError
 from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
 from vggt_lora.training.guard import TrainingError
-from vggt_lora.training.setup import build_model
+from vggt_lora.training.loop import held_out_loss, loss_config
+from vggt_lora.training.setup import build_model, frame_cache, items_of, open_scenes, split_scenes
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,22 @@ def evaluate_model(run):
     return load_adapter(build_model(run.config), run.adapter)
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_run_that_was_stopped_reports_the_loss_of_the_weights_it_kept(scene, tmp_path, keep):
+    """Stopped in the middle of an epoch, where the loss is lower than any before: with keep="best" those weights are given up."""
+    def stop(event, progress):
+        progress.stop |= event == "step" and progress.epoch == 1 and progress.position == 2
+
+    run = train(quick(scene, tmp_path / "run", keep=keep), hooks=[stop])
+    stopped, loss = run.records[-1], run.results["held_out_loss"]
+    assert stopped["stopped"] and stopped["loss"] < min(r["loss"] for r in run.records[:-1] if r["split"] == "val"), "the case shows nothing"
+    model, scenes = load_adapter(build_model(run.config), run.adapter), open_scenes(run.config)
+    items = items_of(split_scenes(scenes, run.config)[0].val, scenes)
+    measured = held_out_loss(model, items, frame_cache(run.config, model), loss_config(run.config), "cpu")["loss"]
+    assert loss["after"] == loss["best"] == pytest.approx(measured, rel=1e-6) and (loss["after"] == stopped["loss"]) == (keep == "last")
+    assert f"{loss['after']:.4f} with the adapter" in (run.folder / "report.md").read_text()
+
+
 def test_an_adapter_whose_held_out_loss_is_not_finite_is_reported_as_such(scene, tmp_path):
     """The worst case: the last weights overflow the depth head, and they are those to be kept."""
     def spoil(event, progress):
@@ -98,7 +116,7 @@ def test_an_adapter_whose_held_out_loss_is_not_finite_is_reported_as_such(scene,
     run = train(quick(scene, tmp_path / "run", strategy="c"), hooks=[spoil])
     loss = json.loads((run.folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))["held_out_loss"]
     assert loss["after"] is None and loss["best"] <= loss["before"]
-    assert ", not finite after" in (run.folder / "report.md").read_text() and (run.folder / "figures" / "losses.png").is_file() and (run.folder / "report.html").is_file()
+    assert ", not finite with the adapter" in (run.folder / "report.md").read_text() and (run.folder / "figures" / "losses.png").is_file() and (run.folder / "report.html").is_file()
 
 
 # --- resume (kills: tests/test_engine.py) ---------------------------------------------------------------------------

@@ -215,10 +215,11 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
 
 
 def losses_of(records: list[dict], keep: str) -> dict:
-    """Held-out loss of the base, of the weights that were kept, and the lowest; None where it is not finite."""
-    losses = [r["loss"] for r in records if r["split"] == "val"]
-    best = min(v for v in losses if v is not None)  # the first is finite, or there were no run
-    return {"before": losses[0], "after": best if keep == "best" else losses[-1], "best": best}
+    """Held-out loss of the base, of the weights that were kept, and the lowest of weights that can be had; None where it is not finite."""
+    found = [r for r in records if r["split"] == "val"]
+    best = min(r["loss"] for r in found if r["loss"] is not None and not r.get("stopped"))  # of best.pt; the first is finite, or there were no run
+    after = best if keep == "best" else found[-1]["loss"]
+    return {"before": found[0]["loss"], "after": after, "best": best if after is None else min(best, after)}
 
 
 def _loss(value: float | None) -> str:
@@ -261,7 +262,7 @@ def report(config: TrainConfig, results: dict, folder: Path) -> str:
     note = "\n**The base is random:** these numbers prove that the line works, not that the depth is good.\n" if config.model == "random" else ""
     lines = [f"# Strategy {config.strategy} on {in_markdown(config.data)}", note,
              *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
-             f"Held-out loss: {_loss(loss['before'])} before, {_loss(loss['after'])} after {config.epochs} epochs (best {_loss(loss['best'])}).", "",
+             f"Held-out loss: {_loss(loss['before'])} before, {_loss(loss['after'])} with the adapter (best {_loss(loss['best'])}).", "",
              "| protocol | model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 | inliers |", "|---|---|---|---|---|---|---|---|---|"]
     lines += [f"| {r['protocol']} | {r['model']} | {r['alignment']} | {r['frames']} | "
               + " | ".join("–" if r[k] is None else f"{r[k]:.4f}" for k in ("absrel", "mae", "rmse", "d1", "inlier")) + " |" for r in results["table"]]
