@@ -255,8 +255,10 @@ def test_replay_gives_the_number_of_the_step(scene, tmp_path):
 
 def test_bad_steps_in_a_row_end_the_run_and_name_head_and_term(scene, tmp_path):
     config = settings(scene, tmp_path / "run", epochs=2, max_bad=2)
-    with pytest.raises(TrainingError, match=r"2 steps in a row .*step 4.*depth_nonfinite_pixels \(depth head\).*replay"):
+    with pytest.raises(TrainingError, match=r"2 steps in a row .*step 4.*depth_nonfinite_pixels \(depth head\).*replay.*a higher max_bad"):
         run_fit(config, spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
+    run, progress, _ = run_fit(dataclasses.replace(config, max_bad=3, resume=True), spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
+    assert progress.step == progress.total_steps and [r["step"] for r in run.records if "skipped" in r] == [3, 4]  # the advice was good
 
 
 def spoil_validations(monkeypatch, bad) -> None:

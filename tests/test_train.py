@@ -17,6 +17,7 @@ from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
 from vggt_lora.training.guard import TrainingError
 from vggt_lora.training.loop import held_out_loss, loss_config
+from vggt_lora.training.run import without_wall
 from vggt_lora.training.setup import build_model, frame_cache, items_of, open_scenes, split_scenes
 
 
@@ -139,6 +140,18 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
         path.unlink()
     with pytest.raises(ConfigError, match="holds no run to resume"):
         train(dataclasses.replace(config, resume=True))
+
+
+def test_a_run_given_up_for_its_gradients_goes_on_as_its_error_says(scene, tmp_path):
+    """What is written stays, and what follows is that of a run that was never given up."""
+    config = quick(scene, tmp_path / "run", epochs=4, explode=1.0001, max_bad=1, store=False)
+    with pytest.raises(TrainingError, match="times its median.*resume=True.*explode=0"):
+        train(config)
+    with pytest.raises(ConfigError, match="lr was 0.001, now 0.0001"):
+        train(dataclasses.replace(config, lr=1e-4, resume=True))
+    run = train(dataclasses.replace(config, explode=0.0, resume=True))
+    assert "explode is 0.0 from here on, the run began with 1.0001" in (run.folder / "train.log").read_text()
+    assert without_wall(run.records) == without_wall(train(dataclasses.replace(config, explode=0.0, output=str(tmp_path / "never"))).records)
 
 
 # --- what must not happen -------------------------------------------------------------------------------------------
