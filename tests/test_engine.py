@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
-from vggt_lora.core import ConfigError
+from vggt_lora.core import STOP, ConfigError
 from vggt_lora.scenes.samples import FrameCache
 from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.train import train
@@ -26,6 +27,7 @@ from vggt_lora.training.guard import TrainingError, replay
 from vggt_lora.training.loop import Stopped, fit
 from vggt_lora.training.run import RunFolder, without_wall
 from vggt_lora.training.setup import build_model, items_of, open_scenes, split_scenes
+from vggt_lora.views.widgets_run import read_metrics, watch_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,6 +162,44 @@ def test_a_hook_stops_after_the_step_measures_and_the_run_can_go_on(scene, tmp_p
     run, progress, _ = run_fit(config, (lambda event, p: setattr(p, "stop", event == "step" and p.step == 3),))
     assert progress.step == 3 and run.records[-1]["split"] == "val" and run.records[-1]["stopped"]
     same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
+def test_the_file_stop_ends_a_run_without_hooks_as_a_hook_does(scene, tmp_path, whole, monkeypatch):
+    config, step, steps = settings(scene, tmp_path / "run", save_every=0), loop_module._step, []
+
+    def ask(loop, chunk):
+        step(loop, chunk)
+        steps.append(loop.progress.step)
+        if steps == [1, 2, 3]:
+            (tmp_path / "run" / STOP).touch()
+
+    monkeypatch.setattr(loop_module, "_step", ask)
+    run, progress, _ = run_fit(config)
+    assert progress.step == 3 and run.records[-1]["stopped"] and not (run.folder / STOP).exists()
+    (run.folder / STOP).touch()  # pressed too late: it was meant for the run that has ended
+    same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
+def test_a_watching_notebook_stops_a_run_started_from_a_shell(scene, tmp_path):
+    """The button of watch_run, and a process of its own in which nobody draws."""
+    folder = tmp_path / "run"
+    config = {"strategy": "a", "model": "random", "data": scene, "output": folder, "epochs": 500, "frames": 3, "image_size": 56, "rank": 2, "device": "cpu", "preflight": "off"}
+    log = open(tmp_path / "log", "w")
+    process = subprocess.Popen([sys.executable, "-m", "vggt_lora.train", *(f"--{n.replace('_', '-')}={v}" for n, v in config.items())], stdout=log, stderr=log,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        until = time.monotonic() + 300
+        while not any(r["split"] == "train" for r in read_metrics(folder)):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-1500:]
+            time.sleep(0.1)
+        watch = watch_run(folder, interactive=False)
+        watch.stop()
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()[-1500:]
+    finally:
+        process.kill()
+        log.close()
+    assert "stopped on request after step" in (folder / "train.log").read_text() and (folder / "adapter").is_dir() and not (folder / STOP).exists()
+    assert not watch.refresh() and watch.step < 500 and watch.words().startswith("stopped at ")
 
 
 def in_validation(monkeypatch, epoch: int, act) -> None:

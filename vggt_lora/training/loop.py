@@ -493,9 +493,12 @@ def _report_left_out(run: RunFolder, epoch: int) -> None:
 
 
 def _tell(loop: Loop, event: str) -> None:
-    """Call the hooks, in the first process; then decide whether to stop."""
+    """Look for the file `stop` and call the hooks, in the first process; then decide whether to stop."""
+    asked = loop.run.asked_to_stop()
+    loop.progress.stop |= asked  # before the hooks, which may show it
     for hook in loop.hooks if loop.team.main else ():
         hook(event, loop.progress)
+    loop.progress.stop |= asked  # whatever a hook has written there
     _agree(loop)
 
 
