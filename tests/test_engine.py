@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
-from vggt_lora.core import ConfigError
+from vggt_lora.core import STOP, ConfigError
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.scenes.samples import FrameCache
 from vggt_lora.scenes.synthetic import toy_scene
@@ -28,6 +29,7 @@ from vggt_lora.training.loop import Stopped, fit
 from vggt_lora.training.retreat import Retreat
 from vggt_lora.training.run import RunFolder, without_wall
 from vggt_lora.training.setup import build_model, items_of, open_scenes, split_scenes
+from vggt_lora.views.widgets_run import read_metrics, watch_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,6 +166,86 @@ def test_a_hook_stops_after_the_step_measures_and_the_run_can_go_on(scene, tmp_p
     same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
 
 
+def test_the_file_stop_ends_a_run_without_hooks_as_a_hook_does(scene, tmp_path, whole, monkeypatch):
+    config, step, steps = settings(scene, tmp_path / "run", save_every=0), loop_module._step, []
+
+    def ask(loop, chunk):
+        step(loop, chunk)
+        steps.append(loop.progress.step)
+        if steps == [1, 2, 3]:
+            (tmp_path / "run" / STOP).touch()
+
+    monkeypatch.setattr(loop_module, "_step", ask)
+    run, progress, _ = run_fit(config)
+    assert progress.step == 3 and run.records[-1]["stopped"] and not (run.folder / STOP).exists()
+    (run.folder / STOP).touch()  # pressed too late: it was meant for the run that has ended
+    same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
+def test_a_watching_notebook_stops_a_run_started_from_a_shell(scene, tmp_path):
+    """The button of watch_run, and a process of its own in which nobody draws."""
+    folder = tmp_path / "run"
+    config = {"strategy": "a", "model": "random", "data": scene, "output": folder, "epochs": 500, "frames": 3, "image_size": 56, "rank": 2, "device": "cpu", "preflight": "off"}
+    log = open(tmp_path / "log", "w")
+    process = subprocess.Popen([sys.executable, "-m", "vggt_lora.train", *(f"--{n.replace('_', '-')}={v}" for n, v in config.items())], stdout=log, stderr=log,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        until = time.monotonic() + 300
+        while not any(r["split"] == "train" for r in read_metrics(folder)):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()[-1500:]
+            time.sleep(0.1)
+        watch = watch_run(folder, interactive=False)
+        watch.stop()
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()[-1500:]
+    finally:
+        process.kill()
+        log.close()
+    assert "stopped on request after step" in (folder / "train.log").read_text() and (folder / "adapter").is_dir() and not (folder / STOP).exists()
+    assert not watch.refresh() and watch.step < 500 and watch.words().startswith("stopped at ")
+
+
+def in_validation(monkeypatch, epoch: int, act) -> None:
+    """Let something happen in the middle of the validation after an epoch; 0: of the one before training."""
+    measure, calls = loop_module.held_out_loss, []
+
+    def interrupted(*arguments):
+        calls.append(0)
+        if len(calls) == epoch + 1:
+            act()
+        return measure(*arguments)
+
+    monkeypatch.setattr(loop_module, "held_out_loss", interrupted)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_validation_stops_the_run_too(scene, tmp_path, whole, monkeypatch, number, epoch):
+    """It comes when no step runs: the run must neither go on nor be taken for finished, and no epoch may count twice for the patience."""
+    config, events, step = settings(scene, tmp_path / "run", save_every=0), [], epoch * whole[1].step // 2
+    with monkeypatch.context() as patch:
+        in_validation(patch, epoch, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(Stopped, match=f"{number.name} after step {step} of .*resume=True"):
+            run_fit(config, (lambda event, p: events.append(event),))
+    assert "end" not in events and events.count("step") == step
+    counters = newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["counters"]
+    assert (counters["step"], counters["epoch"], counters["position"], counters["stale"]) == (step, epoch, 0, 0)
+    same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
+def test_a_signal_in_the_last_validation_comes_too_late(scene, tmp_path, whole, monkeypatch):
+    in_validation(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    same(run_fit(settings(scene, tmp_path / "run"))[0], whole[0])
+
+
+def test_a_hook_that_stops_after_an_epoch_says_so(scene, tmp_path, whole):
+    """The validation has measured these weights already: no second record of them."""
+    config = settings(scene, tmp_path / "run", save_every=0)
+    run, progress, _ = run_fit(config, (lambda event, p: setattr(p, "stop", event == "epoch" and p.epoch == 1),))
+    assert progress.epoch == 1 and progress.stale == 0 and [r["epoch"] for r in run.records if r["split"] == "val"] == [0, 1]
+    assert f"stopped on request after step {progress.step} of {progress.total_steps}, held-out {progress.held_out:.4f}" in (run.folder / "train.log").read_text()
+    same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
+
+
 def test_only_the_last_checkpoints_stay(whole):
     names = sorted(p.name for p in (whole[0].folder / "checkpoints").iterdir())
     assert len([n for n in names if n.startswith("step-")]) == 3 and {"last.pt", "best.pt"} <= set(names)
@@ -216,8 +298,58 @@ def test_replay_gives_the_number_of_the_step(scene, tmp_path, precision):
 
 def test_bad_steps_in_a_row_end_the_run_and_name_head_and_term(scene, tmp_path):
     config = settings(scene, tmp_path / "run", epochs=2, max_bad=2)
-    with pytest.raises(TrainingError, match=r"2 steps in a row .*step 4.*depth_nonfinite_pixels \(depth head\).*replay"):
+    with pytest.raises(TrainingError, match=r"2 steps in a row .*step 4.*depth_nonfinite_pixels \(depth head\).*replay.*a higher max_bad"):
         run_fit(config, spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
+    run, progress, _ = run_fit(dataclasses.replace(config, max_bad=3, resume=True), spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
+    assert progress.step == progress.total_steps and [r["step"] for r in run.records if "skipped" in r] == [3, 4]  # the advice was good
+
+
+def spoil_validations(monkeypatch, bad) -> None:
+    """Let one pixel that the depth head predicts be NaN, in the first window of the validations with these numbers; 0: the one before training."""
+    measure, loss, seen = loop_module.held_out_loss, loop_module.training_loss, [-1, 0]
+
+    def counted(*arguments):
+        seen[:] = seen[0] + 1, 0
+        return measure(*arguments)
+
+    def spoiled(predictions, batch, losses):
+        if not torch.is_grad_enabled():
+            seen[1] += 1
+            if seen[0] in bad and seen[1] == 1:
+                row, y, x = batch["valid"][0].nonzero()[0].tolist()
+                predictions["depth"][0, row, y, x] = math.nan
+        return loss(predictions, batch, losses)
+
+    monkeypatch.setattr(loop_module, "held_out_loss", counted)
+    monkeypatch.setattr(loop_module, "training_loss", spoiled)
+
+
+def test_a_validation_that_is_not_finite_is_recorded_and_the_run_goes_on(scene, tmp_path, whole, monkeypatch):
+    """Nothing else changes: not the steps, not the other validations; it is never the best, and counts for the patience."""
+    spoil_validations(monkeypatch, {1})
+    events, config = [], settings(scene, tmp_path / "run", keep="best")
+    run, progress, _ = run_fit(config, (lambda event, p: events.append((event, p.stale, p.best)),))
+    ours, theirs = without_wall(run.metrics_path), without_wall(whole[0].metrics_path)
+    at = next(i for i, r in enumerate(theirs) if r["split"] == "val" and r["epoch"] == 1)
+    assert ours[:at] == theirs[:at] and ours[at + 1 :] == theirs[at + 1 :]
+    assert ours[at]["loss"] is None and "depth_nonfinite_pixels (depth head) on " in ours[at]["not_finite"] and ".JPG" in ours[at]["not_finite"]
+    assert ours[at]["not_finite"] in (run.folder / "train.log").read_text() and "NaN" not in run.metrics_path.read_text()
+    assert next((stale, best) for event, stale, best in events if event == "epoch") == (1, theirs[0]["loss"]) and (progress.stale, progress.best) == (0, theirs[-1]["loss"])
+    assert [step for step, _ in curves(run.folder)["val/loss"]] == [0, progress.step]
+
+
+def test_validations_that_stay_not_finite_end_by_patience_with_the_best_weights(scene, tmp_path, monkeypatch):
+    spoil_validations(monkeypatch, range(2, 9))
+    run, progress, model = run_fit(settings(scene, tmp_path / "run", epochs=8, patience=2, keep="best"))
+    best = read_checkpoint(run.folder / "checkpoints" / "best.pt")
+    assert progress.epoch == 3 and progress.held_out == math.inf and best["counters"]["epoch"] == 1
+    assert all(torch.equal(p.detach(), best["weights"][n]) for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_base_that_is_not_finite_is_refused_before_the_first_step(scene, tmp_path, monkeypatch):
+    spoil_validations(monkeypatch, {0})
+    with pytest.raises(TrainingError, match=r"before any training .* not finite: depth_nonfinite_pixels \(depth head\) on .*\.JPG"):
+        run_fit(settings(scene, tmp_path / "run"))
 
 
 # --- memory and disk ------------------------------------------------------------------------------------------------

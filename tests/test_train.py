@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vggt_lora.adapters.adapter import load_adapter
 from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError
 from vggt_lora.evaluate import evaluate, largest_difference
@@ -15,7 +16,9 @@ from vggt_lora.scenes.windows import LeakError
 from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
 from vggt_lora.training.guard import TrainingError
-from vggt_lora.training.setup import build_model
+from vggt_lora.training.loop import held_out_loss, loss_config
+from vggt_lora.training.run import without_wall
+from vggt_lora.training.setup import build_model, frame_cache, items_of, open_scenes, split_scenes
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,37 @@ def evaluate_model(run):
     return load_adapter(build_model(run.config), run.adapter)
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_run_that_was_stopped_reports_the_loss_of_the_weights_it_kept(scene, tmp_path, keep):
+    """Stopped in the middle of an epoch, where the loss is lower than any before: with keep="best" those weights are given up."""
+    def stop(event, progress):
+        progress.stop |= event == "step" and progress.epoch == 1 and progress.position == 2
+
+    run = train(quick(scene, tmp_path / "run", keep=keep), hooks=[stop])
+    stopped, loss = run.records[-1], run.results["held_out_loss"]
+    assert stopped["stopped"] and stopped["loss"] < min(r["loss"] for r in run.records[:-1] if r["split"] == "val"), "the case shows nothing"
+    model, scenes = load_adapter(build_model(run.config), run.adapter), open_scenes(run.config)
+    items = items_of(split_scenes(scenes, run.config)[0].val, scenes)
+    measured = held_out_loss(model, items, frame_cache(run.config, model), loss_config(run.config), "cpu")["loss"]
+    assert loss["after"] == loss["best"] == pytest.approx(measured, rel=1e-6) and (loss["after"] == stopped["loss"]) == (keep == "last")
+    assert f"{loss['after']:.4f} with the adapter" in (run.folder / "report.md").read_text()
+
+
+def test_an_adapter_whose_held_out_loss_is_not_finite_is_reported_as_such(scene, tmp_path):
+    """The worst case: the last weights overflow the depth head, and they are those to be kept."""
+    def spoil(event, progress):
+        if event == "step" and progress.step == progress.total_steps:
+            with torch.no_grad():
+                next(p for n, p in model[0].named_parameters() if p.requires_grad and "depth_head" in n).fill_(1e38)
+
+    model = []
+    spoil.begin = lambda folder, look: model.append(look.model)
+    run = train(quick(scene, tmp_path / "run", strategy="c"), hooks=[spoil])
+    loss = json.loads((run.folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))["held_out_loss"]
+    assert loss["after"] is None and loss["best"] <= loss["before"]
+    assert ", not finite with the adapter" in (run.folder / "report.md").read_text() and (run.folder / "figures" / "losses.png").is_file() and (run.folder / "report.html").is_file()
+
+
 # --- resume (kills: tests/test_engine.py) ---------------------------------------------------------------------------
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
@@ -106,6 +140,18 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
         path.unlink()
     with pytest.raises(ConfigError, match="holds no run to resume"):
         train(dataclasses.replace(config, resume=True))
+
+
+def test_a_run_given_up_for_its_gradients_goes_on_as_its_error_says(scene, tmp_path):
+    """What is written stays, and what follows is that of a run that was never given up."""
+    config = quick(scene, tmp_path / "run", epochs=4, explode=1.0001, max_bad=1, store=False)
+    with pytest.raises(TrainingError, match="times its median.*resume=True.*explode=0"):
+        train(config)
+    with pytest.raises(ConfigError, match="lr was 0.001, now 0.0001"):
+        train(dataclasses.replace(config, lr=1e-4, resume=True))
+    run = train(dataclasses.replace(config, explode=0.0, resume=True))
+    assert "explode is 0.0 from here on, the run began with 1.0001" in (run.folder / "train.log").read_text()
+    assert without_wall(run.records) == without_wall(train(dataclasses.replace(config, explode=0.0, output=str(tmp_path / "never"))).records)
 
 
 # --- what must not happen -------------------------------------------------------------------------------------------

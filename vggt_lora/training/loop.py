@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'Item', 'NEEDED', 'Hook', 'learning_rate', 'epoch_order', 'frame_order', 'loss_config', 'heads_read',
-           'window_loss', 'coverage_of', 'held_out_loss', 'Progress', 'Stopped', 'stop_signals', 'Loop', 'fit',
-           'TrainingError', 'resolve_device', 'resolve_precision']
+           'window_loss', 'NotFinite', 'coverage_of', 'held_out_loss', 'Progress', 'Stopped', 'stop_signals', 'Loop',
+           'fit', 'TrainingError', 'resolve_device', 'resolve_precision']
 
 # %% ../../nbs/training/loop.ipynb #63e9d941
 import contextlib
@@ -117,12 +117,12 @@ def window_loss(
     return training_loss(predictions, batch, losses)
 
 # %% ../../nbs/training/loop.ipynb #9315d425
-def _finite(result, sample: Sample) -> float:
-    faults = faults_of(result)
-    if faults:
-        raise TrainingError(f"the loss is not finite: {', '.join(faults)} on scene {sample.scene}, photos {', '.join(sample.names)}; "
-                            "lower lr, or look at the depth of these photos in notebook 01")
-    return float(result.total.detach())
+class NotFinite(TrainingError):
+    """A held-out loss is not finite; the message names terms, heads and photos."""
+
+
+def _where(sample: Sample) -> str:
+    return f"{sample.scene}: {', '.join(sample.names)}"
 
 
 def _numbers(result) -> dict:
@@ -151,18 +151,21 @@ def held_out_loss(
 ) -> dict:
     """Mean loss and terms over the held-out windows that have truth; counts are summed, terms left out are named.
 
-    Raises TrainingError if no window has truth: an average of nothing would read as a perfect 0.
+    Raises TrainingError if no window has truth: an average of nothing would read as a perfect 0. Raises NotFinite.
     """
     feed, training, _ = feed_of(feed), model.training, model.eval()
     found = []
     for number, (scene, window) in enumerate(items) if team is None else team.own(items):
         sample, state = feed.load(scene, window)
         result = window_loss(model, sample, losses, device, state)
-        value = _finite(result, sample)
-        found.append((number, {"loss": value} | _numbers(result), result.left_out))
+        faults = [f"{', '.join(faults)} on {_where(sample)}"] if (faults := faults_of(result)) else []
+        found.append((number, {"loss": float(result.total)} | _numbers(result), result.left_out, faults))
     model.train(training)
+    found = sorted(found if team is None else team.share(found), key=lambda f: f[0])  # summed in one order, whoever computed them
+    if wrong := [fault for *_, faults in found for fault in faults]:
+        raise NotFinite(f"{'; '.join(wrong[:3])}{f'; and in {len(wrong) - 3} more windows' if len(wrong) > 3 else ''}")
     total, left_out, used = {}, {}, 0
-    for _, numbers, absent in sorted(found if team is None else team.share(found), key=lambda f: f[0]):  # summed in one order, whoever computed them
+    for _, numbers, absent, _ in found:
         left_out |= absent
         usable = not NEEDED & absent.keys()
         used += usable
@@ -189,7 +192,7 @@ class Progress:
     loss: float = math.nan  # of the last step
     held_out: float = math.nan  # after the last epoch
     stop: bool = False
-    signal: str = ""  # that asked to stop
+    signal: str = ""  # that asks to stop
 
     def counters(self) -> dict:
         """What a checkpoint keeps."""
@@ -200,14 +203,14 @@ Hook = Callable[[str, Progress], None]
 
 
 class Stopped(TrainingError):
-    """A signal ended the run after a step; everything is saved."""
+    """A signal ended the run after a step or a validation; everything is saved."""
 
 
 @contextlib.contextmanager
 def stop_signals(progress: Progress):
-    """While inside, SIGINT and SIGTERM set `progress.stop`; a second SIGINT is a KeyboardInterrupt as usual."""
+    """While inside, SIGINT and SIGTERM leave their name in `progress.signal`; a second SIGINT is a KeyboardInterrupt as usual."""
     def ask(number, frame):
-        progress.stop, progress.signal = True, signal.Signals(number).name
+        progress.signal = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -245,6 +248,12 @@ class Loop:
         """Optimiser steps in an epoch."""
         return math.ceil(len(self.train) / (self.config.accumulate * self.team.size))
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether an epoch is left, and the patience to train it."""
+        patience = self.config.patience
+        return self.progress.epoch < self.config.epochs and not (patience and self.progress.stale >= patience)
+
 
 def fit(
     model,  # from apply_lora, on the CPU; accelerate moves it
@@ -260,12 +269,13 @@ def fit(
     The model ends with the weights of the last step, or of the lowest held-out loss with keep="best". Raises TrainingError, Stopped, DiskError.
     """
     loop = _prepare(model, train, held_out, config, run, feed_of(feed, config, train), hooks)
-    progress, per_epoch, patience = loop.progress, loop.per_epoch, config.patience
+    progress, per_epoch = loop.progress, loop.per_epoch
     with disk_errors(run.folder), stop_signals(progress):
         _begin(loop)
+        _agree(loop)
         started, first = time.monotonic(), progress.step
         with _bar(loop) as bar:
-            while progress.epoch < config.epochs and not (progress.stop or patience and progress.stale >= patience):
+            while loop.unfinished and not progress.stop:
                 loop.model.train()
                 for chunk in _chunks(loop)[progress.position :]:
                     _step(loop, chunk)
@@ -276,10 +286,10 @@ def fit(
                         break
                     if config.save_every and progress.step % config.save_every == 0 and progress.position < per_epoch:
                         _save(loop)
-                if progress.stop:
-                    _stop(loop)
-                    break
-                _end_epoch(loop, (time.monotonic() - started) / max(1, progress.step - first))
+                else:
+                    _end_epoch(loop, (time.monotonic() - started) / max(1, progress.step - first))
+        if progress.stop and loop.unfinished:
+            _stop(loop)
         _finish(loop)
     return progress
 
@@ -335,7 +345,7 @@ def _backward(loop: Loop, chunk) -> list[dict]:
         result = window_loss(loop.model, sample, loop.losses, loop.team.device, state)
         loop.team.accelerator.backward(result.total / len(chunk))
         said.append({"number": number, "values": {"loss": float(result.total.detach())} | _numbers(result), "left_out": result.left_out,
-                     "faults": faults_of(result), "coverage": coverage_of(result, sample), "where": f"{sample.scene}: {', '.join(sample.names)}"})
+                     "faults": faults_of(result), "coverage": coverage_of(result, sample), "where": _where(sample)})
     return said
 
 
@@ -396,15 +406,26 @@ def _skip(loop: Loop, chunk, said, reason: str, randoms: dict, record: dict) -> 
                  + (f"what it saw is in bad/{name}" if guard.skipped <= MOST_FILES else f"bad/ has {MOST_FILES} files, this one was not kept"))
     if guard.in_row >= guard.most:
         raise TrainingError(f"{guard.in_row} steps in a row were skipped, the last at step {step}: {reason}, on {where}; "
-                            f"look at these photos in notebook 01, replay {loop.run.folder / 'bad'}, lower lr, or raise explode")
+                            f"look at these photos in notebook 01 and replay {loop.run.folder / 'bad'}; to pass them, continue with resume=True, "
+                            f"output={str(loop.run.folder)!r} and a higher max_bad, or explode=0 if the gradient is only large; another lr needs a run of its own")
 
 # %% ../../nbs/training/loop.ipynb #55e7b6c3
 def _validate(loop: Loop, **more) -> float:
-    numbers = loop.retreat.attempt(lambda: held_out_loss(loop.model, loop.held_out, loop.feed, loop.losses, loop.team.device, loop.team))
-    loop.run.record(step=loop.progress.step, epoch=loop.progress.epoch, split="val", **numbers, **more)
+    """Measure and record the held-out loss; inf, and null in the record, where it is not finite: never the best, but no end of the run. Raises NotFinite before the first step."""
+    progress, run = loop.progress, loop.run
+    try:
+        numbers = loop.retreat.attempt(lambda: held_out_loss(loop.model, loop.held_out, loop.feed, loop.losses, loop.team.device, loop.team))
+    except NotFinite as fault:
+        if not progress.step:
+            raise NotFinite(f"before any training the held-out loss is not finite: {fault}; nothing could be judged by it: "
+                            "look at the depth of these photos in notebook 01, try precision='float32', or take another base") from None
+        run.log(f"the held-out loss after step {progress.step} is not finite: {fault}; these weights cannot be the best, and training goes on")
+        numbers = {"loss": None, "not_finite": str(fault)}
+    run.record(step=progress.step, epoch=progress.epoch, split="val", **numbers, **more)
+    value = math.inf if numbers["loss"] is None else numbers["loss"]
     if not more:
-        loop.progress.held_out = numbers["loss"]
-    return numbers["loss"]
+        progress.held_out = value
+    return value
 
 
 def _save(loop: Loop) -> None:
@@ -440,12 +461,13 @@ def _end_epoch(loop: Loop, seconds: float) -> None:
 def _stop(loop: Loop) -> None:
     """Save where the loop stands. After a signal say how to go on; after a hook measure what there is, beside the course of the run."""
     progress, run = loop.progress, loop.run
-    _save(loop)
+    if progress.position:  # after a validation all is saved and measured; a second save would count its epoch as one without progress
+        _save(loop)
     how = f"continue with resume=True, output={str(run.folder)!r}"
     if progress.signal:
         run.log(f"stopped by {progress.signal} after step {progress.step} of {progress.total_steps}, everything is saved; {how}")
         raise Stopped(f"stopped by {progress.signal} after step {progress.step} of {progress.total_steps}; {how}")
-    value = _validate(loop, stopped=True)  # a resumed run forgets this record
+    value = _validate(loop, stopped=True) if progress.position else progress.held_out  # a resumed run forgets this record
     run.log(f"stopped on request after step {progress.step} of {progress.total_steps}, held-out {value:.4f}; {how}")
 
 
@@ -471,12 +493,20 @@ def _report_left_out(run: RunFolder, epoch: int) -> None:
 
 
 def _tell(loop: Loop, event: str) -> None:
-    """Call the hooks, in the first process; all processes agree whether to stop."""
+    """Look for the file `stop` and call the hooks, in the first process; then decide whether to stop."""
+    asked = loop.run.asked_to_stop()
+    loop.progress.stop |= asked  # before the hooks, which may show it
     for hook in loop.hooks if loop.team.main else ():
         hook(event, loop.progress)
-    if loop.team.size > 1:
-        asked = loop.team.share([(loop.progress.stop, loop.progress.signal)])
-        loop.progress.stop, loop.progress.signal = any(stop for stop, _ in asked), next((s for _, s in asked if s), "")
+    loop.progress.stop |= asked  # whatever a hook has written there
+    _agree(loop)
+
+
+def _agree(loop: Loop) -> None:
+    """Decide whether to stop, from what hooks and signals have asked of any process so far: the same in all of them, wherever a signal arrived."""
+    asked = loop.team.share([(loop.progress.stop, loop.progress.signal)])
+    loop.progress.stop = any(stop or name for stop, name in asked)
+    loop.progress.signal = loop.progress.signal or next((name for _, name in asked if name), "")
 
 
 def _bar(loop: Loop):

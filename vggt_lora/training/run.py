@@ -18,7 +18,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from ..core import ConfigError, project_root, user_path, write_json, write_text
+from ..core import STOP, ConfigError, project_root, user_path, write_json, write_text
 from ..leftovers import take
 from .checkpoint import CheckpointError, checkpoint_files, load_checkpoint, read_checkpoint, save_checkpoint
 from .config import TrainConfig
@@ -120,6 +120,7 @@ class RunFolder:
             self._lock.release()
             raise ConfigError(f"{self.folder} holds a run already; give resume=True to continue it, or another output")
         remove_remainders(self.folder)
+        self.asked_to_stop()  # an earlier run was meant
         write_text(self.metrics_path, "".join(json.dumps(r) + "\n" for r in self.records))
         self._metrics = open(self.metrics_path, "a", encoding="utf-8")
         self._log = open(self.folder / "train.log", "a", encoding="utf-8")
@@ -171,6 +172,14 @@ class RunFolder:
         for name, value in (values | {f"wall/{n}": v for n, v in values.get("wall", {}).items()}).items():
             if isinstance(value, (int, float)) and name not in ("step", "epoch"):
                 self._board.add_scalar(f"{values['split']}/{name}", value, values["step"])
+
+    def asked_to_stop(self) -> bool:
+        """Whether there is a file `stop`; asking takes it away."""
+        path = self.folder / STOP
+        if not (self.writes and path.exists()):
+            return False
+        path.unlink(missing_ok=True)
+        return True
 
     def sync(self) -> None:
         """Bring records and curves to the disk, before a checkpoint counts on them."""
