@@ -128,7 +128,7 @@ def gated_adapter(model, items, cache, config: TrainConfig):
     gate = BaseGate(model, few.images[None].to(device))
     adapted, targets = apply_lora(model, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
                                   targets=config.names("targets"), full=config.names("full"), seed=config.seed,
-                                  rslora=config.rslora, dora=config.dora, heads=config.names("heads"))
+                                  rslora=config.rslora, dora=config.dora, heads=config.trained_heads)
     report = gate.check(adapted, targets)
     unreached_by_loss(adapted.to(device), few, config)
     return adapted, targets, report

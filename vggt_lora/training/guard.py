@@ -140,7 +140,7 @@ def replay(
     config, (content, batches) = read_config(run), read_bad(file)
     device = resolve_device(config.device)
     model, _ = apply_lora(build_model(config), config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.names("targets"),
-                          full=config.names("full"), seed=config.seed, rslora=config.rslora, dora=config.dora, heads=config.names("heads"))
+                          full=config.names("full"), seed=config.seed, rslora=config.rslora, dora=config.dora, heads=config.trained_heads)
     model.load_state_dict(content["weights"], strict=False)
     model.to(device).train()
     fold_adapters(model)  # as a run does
