@@ -28,7 +28,8 @@ class Retreat:
         log: Callable[[str], None] = print,
     ):
         self.model, self.log = model.get_base_model() if hasattr(model, "get_base_model") else model, log
-        self.chunk = min(frames, self.model.config.frame_chunk)  # frames that the dense heads see at once
+        heads = [head for head in (self.model.depth_head, self.model.point_head) if head is not None]
+        self.chunk = min([frames, *(head.frames_chunk or head.config.frame_chunk for head in heads)])  # frames that the dense heads see at once
         self.head, self.blocks = False, False  # do heads and blocks recompute?
 
     def step(self) -> bool:
@@ -49,6 +50,7 @@ class Retreat:
         for head in (self.model.depth_head, self.model.point_head) if self.head else ():
             if head is not None:
                 head.config, head.recompute = dataclasses.replace(head.config, frame_chunk=self.chunk), True
+                head.frames_chunk = None  # the run's own choice did not do
         if self.blocks:
             self.model.set_gradient_checkpointing(True)
 
