@@ -64,7 +64,7 @@ def run_fit(config, hooks=(), spoil=None):
     base, scenes = build_model(config), open_scenes(config)
     split, _ = split_scenes(scenes, config)
     adapted, _ = apply_lora(base, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, seed=config.seed, dora=config.dora,
-                            rslora=config.rslora, heads=config.names("heads"), targets=config.names("targets"))
+                            rslora=config.rslora, heads=config.trained_heads, targets=config.names("targets"))
     folder = Path(config.output)
     counters = newest_checkpoint(folder / "checkpoints")[1]["counters"] if config.resume else {"step": None, "records": None}
     run = RunFolder(folder, counters["step"], counters["records"])

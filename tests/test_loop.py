@@ -190,6 +190,10 @@ def test_every_loss_setting_reaches_the_loss(scene, tmp_path):
     config = settings(scene, tmp_path)
     wanted = dataclasses.replace(LossConfig(), **WEIGHTS, depth_range=(0.2, 9.0))
     assert dataclasses.asdict(loss_config(config)) == dataclasses.asdict(wanted)
+    more = settings(scene, tmp_path, camera_kind="l2", camera_translation_weight=0.3, camera_rotation_weight=0.4, camera_view_weight=0.6, depth_gradient="grad_conf",
+                    point_conf_weight=0.7, point_reg_weight=0.8, point_grad_weight=0.9, point_gradient="normal_conf")
+    wanted = dataclasses.replace(wanted, camera_kind="l2", camera_weights=(0.3, 0.4, 0.6), gradient="grad_conf", point_conf=0.7, point_reg=0.8, point_grad=0.9, point_gradient="normal_conf")
+    assert dataclasses.asdict(loss_config(more)) == dataclasses.asdict(wanted)
 
 
 def test_every_adapter_setting_reaches_peft(scene, tmp_path):

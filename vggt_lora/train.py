@@ -27,6 +27,7 @@ from .evaluation.statistics import effects, in_words
 from .scenes.samples import load_sample
 from .scenes.windows import Window
 from .settings import command
+from .training.boundary import dense_heads
 from .training.budget import budgeted, refused
 from .training.budget import preflight as predicted
 from .training.checkpoint import disk_errors, newest_checkpoint
@@ -130,7 +131,7 @@ def gated_adapter(model, items, cache, config: TrainConfig):
     gate = BaseGate(model, few.images[None].to(device))
     adapted, targets = apply_lora(model, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
                                   targets=config.names("targets"), full=config.names("full"), seed=config.seed,
-                                  rslora=config.rslora, dora=config.dora, heads=config.names("heads"))
+                                  rslora=config.rslora, dora=config.dora, heads=config.trained_heads)
     report = gate.check(adapted, targets)
     unreached_by_loss(adapted.to(device), few, config)
     return adapted, targets, report
@@ -139,8 +140,9 @@ def gated_adapter(model, items, cache, config: TrainConfig):
 def unreached_by_loss(adapted, sample, config: TrainConfig) -> None:
     """One backward pass of the training loss; raises ConfigError if a trained tensor gets no gradient from it."""
     with untouched(adapted):
-        set_checkpointing(adapted, True, config.names("heads"))  # a proof before the run may not take more memory than the run
-        adapted.get_base_model().depth_head.frames_chunk = 1
+        set_checkpointing(adapted, True, config.trained_heads)  # a proof before the run may not take more memory than the run
+        for head in dense_heads(adapted).values():
+            head.frames_chunk = 1
         result = window_loss(adapted, sample, loss_config(config), resolve_device(config.device))
         if result.total.requires_grad:
             result.total.backward()

@@ -103,11 +103,12 @@ def _about_results(results: dict) -> list[str]:
 def _how_to_load(source: Trained, repo: str, merged: bool) -> list[str]:
     """Code that loads it, here and with the official class."""
     base = public_name(source.base) or "path/to/the/base"
+    point = bool((source.about.get("base_config") or {}).get("point_head"))  # the fingerprint covers all heads that are loaded
     if merged:
         return ["```python", "from vggt_lora.model.vggt import VGGT", f"model = VGGT.from_pretrained({repo!r})", "```",
                 "The keys are those of the official checkpoint: the official class loads the file likewise."]
     lines = ["```python", "from huggingface_hub import snapshot_download", "from vggt_lora.lora import load_adapter", "from vggt_lora.model.vggt import VGGT",
-             f"model = VGGT.from_pretrained({base!r}, point_head=False, track_head=False)", f"model = load_adapter(model, snapshot_download({repo!r}))", "```"]
+             f"model = VGGT.from_pretrained({base!r}, point_head={point}, track_head=False)", f"model = load_adapter(model, snapshot_download({repo!r}))", "```"]
     if base != "tiny":
         lines += ["With the official code and PEFT, without this project:", "```python", "from peft import PeftModel", "from vggt.models.vggt import VGGT",
                   f"model = PeftModel.from_pretrained(VGGT.from_pretrained({base!r}), {repo!r})", "```"]

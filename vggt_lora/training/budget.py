@@ -24,7 +24,7 @@ import torch
 from ..adapters.adapter import apply_lora
 from ..core import ConfigError
 from ..scenes.samples import FrameCache, Sample, load_sample
-from .boundary import EMBEDDING, network, part
+from .boundary import EMBEDDING, dense_heads, network, part
 from .config import TrainConfig, drawn_sizes
 from .counting import count
 from .measuring import PHASES, Point, Watch, extrapolate, measure_window, settle, untouched
@@ -174,9 +174,9 @@ def first_of(
 
 def _choose(model, config: TrainConfig) -> None:
     """The choices of training.speed that cost time for memory."""
-    set_checkpointing(model, config.checkpointing, config.names("heads"))
-    if network(model).depth_head is not None:
-        network(model).depth_head.frames_chunk = config.frames_chunk or None
+    set_checkpointing(model, config.checkpointing, config.trained_heads)
+    for head in dense_heads(model).values():
+        head.frames_chunk = config.frames_chunk or None
 
 # %% ../../nbs/training/budget.ipynb #85b43fb0
 def _largest(train, held_out, frames: FrameCache, config: TrainConfig) -> Sample:
@@ -344,7 +344,7 @@ def budgets(
         base = build_model(one).to(device)
         frames = frames or frame_cache(one, base, items=[*train, *held_out])
         model, _ = apply_lora(base, name, rank=one.rank, alpha=one.alpha, dropout=one.dropout, full=one.names("full"), seed=one.seed, rslora=one.rslora, dora=one.dora,
-                              heads=one.names("heads"))
+                              heads=one.trained_heads)
         set_speed(model.to(device), one, resolve_precision(one.precision, device))
         found[name] = preflight(model, train, held_out, frames, one, folder=folder)
         del base, model

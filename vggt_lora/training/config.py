@@ -72,10 +72,19 @@ class TrainConfig:
     mix_share: float = 0.3  # share of training windows that mixup or cutmix change
     variants: int = 4  # different first frames, and draws of augment and image_sizes, of a window; they come round epoch by epoch; 0: new ones in every epoch, and no complete cache
     camera_weight: float = 2.0  # loss weights
+    camera_kind: str = "l1"  # errors of a camera: their mean size (l1), or the length of each part's error vector (l2)
+    camera_translation_weight: float = 1.0  # of the camera loss's parts
+    camera_rotation_weight: float = 1.0
+    camera_view_weight: float = 0.5  # of the field of view
     depth_conf_weight: float = 5.0
     depth_reg_weight: float = 5.0
     depth_grad_weight: float = 5.0
+    depth_gradient: str = "grad"  # neighbouring differences of depth: as they are, or weighed by the confidence (grad_conf)
     depth_normal_weight: float = 0.0  # of the surface normals of depth
+    point_conf_weight: float = 0.0  # the same three for points; above 0 the point head is loaded and trained, which needs weights that hold one
+    point_reg_weight: float = 0.0
+    point_grad_weight: float = 0.0
+    point_gradient: str = "normal"  # edges of points: surface normals or differences (grad), each also weighed by the confidence (normal_conf, grad_conf)
     confidence_error: str = "absolute"  # the confidence term weighs errors as they are, or relative to the depth
     window_weight: float = 0.0  # pixels labelled as a window count 1 + this
     keep_base: float = 0.0  # weight of staying near the base where nothing supervises
@@ -84,8 +93,8 @@ class TrainConfig:
     depth_max: float = 100.0  # m; likewise farther depth
     precision: str = "auto"  # auto (bf16 on a GPU, float32 else), float32 or bf16
     checkpointing: bool = False  # recompute activations in the backward pass: a third more time, most of the memory
-    frames_chunk: int = 0  # frames that the depth head handles at once; 0: the model's own (8)
-    head_precision: str = "float32"  # of the depth head in training: float32, or bf16 up to its last convolutions
+    frames_chunk: int = 0  # frames that a dense head handles at once; 0: the model's own (8)
+    head_precision: str = "float32"  # of the dense heads in training: float32, or bf16 up to its last convolutions
     compile: bool = False  # compile what is trained: minutes at first, for each image size anew
     preflight: str = "refuse"  # before the run, predict memory, disk and time: refuse what does not fit, only warn, or off
     device: str = "auto"  # auto, cpu or cuda
@@ -115,6 +124,16 @@ class TrainConfig:
         return self.lr or (STRATEGIES[self.strategy].lr if self.strategy in STRATEGIES else STRATEGIES["b"].lr)
 
     @property
+    def trained_heads(self) -> tuple[str, ...]:
+        """The heads that learn: those of `heads`, and the point head where a weight asks for it."""
+        return self.names("heads") + ("point",) * any((self.point_conf_weight, self.point_reg_weight, self.point_grad_weight))
+
+    @property
+    def camera_parts(self) -> tuple[float, float, float]:
+        """The weights of translation, rotation and field of view."""
+        return self.camera_translation_weight, self.camera_rotation_weight, self.camera_view_weight
+
+    @property
     def varies(self) -> bool:
         """Whether training windows are changed on their way to the network."""
         return bool(self.augment.strip() or self.image_sizes.strip())
@@ -128,6 +147,9 @@ CHOICES = {
     "metric": ("auto", "yes", "no"),
     "image_mode": ("aspect", "crop", "pad", "squash"),
     "windows": ("order", "covisible"),
+    "camera_kind": ("l1", "l2"),
+    "depth_gradient": ("grad", "grad_conf"),
+    "point_gradient": ("normal", "normal_conf", "grad", "grad_conf"),
     "confidence_error": ("absolute", "relative"),
     "normalise": ("points", "base"),
     "precision": ("auto", "float32", "bf16"),
@@ -143,6 +165,8 @@ RANGES = {
     "image_size": (0, 8_400), "rank": (1, 4_096), "alpha": (1e-6, 1e6), "dropout": (0, 0.95), "lr": (0, 1),
     "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
+    "camera_translation_weight": (0, 1e4), "camera_rotation_weight": (0, 1e4), "camera_view_weight": (0, 1e4),
+    "point_conf_weight": (0, 1e4), "point_reg_weight": (0, 1e4), "point_grad_weight": (0, 1e4),
     "depth_normal_weight": (0, 1e4), "window_weight": (0, 1e4), "keep_base": (0, 1e4),
     "crop_share": (0.1, 1), "colour_strength": (0, 1), "colour_per_frame": (0, 1), "tilt_degrees": (0, 45), "mix_share": (0, 1),
     "save_every": (0, 10**9), "keep_last": (1, 1_000), "patience": (0, 100_000), "lora_plus": (0, 1e4), "explode": (0, 1e9), "max_bad": (1, 10**6),
@@ -194,8 +218,9 @@ def _check_together(config) -> None:
         raise ConfigError(f"targets are for strategy 'custom'; strategy {config.strategy!r} brings its own")
     if config.resume and not config.output:
         raise ConfigError("resume needs output: the folder of the run to continue")
-    weights = {"camera": (config.camera_weight,), "depth": (config.depth_conf_weight, config.depth_reg_weight, config.depth_grad_weight)}
-    if not any(any(weights[head]) for head in config.names("heads")):
+    weights = {"camera": (config.camera_weight * any(config.camera_parts),), "point": (1,),  # a point head is among the trained ones by its weights
+               "depth": (config.depth_conf_weight, config.depth_reg_weight, config.depth_grad_weight)}
+    if not any(any(weights[head]) for head in config.trained_heads):
         raise ConfigError("all loss weights are 0" + (f" for heads={config.heads!r}" if len(config.names("heads")) == 1 else "") + ": nothing would be learnt")
     if 0 < config.explode <= 1:
         raise ConfigError(f"explode must be above 1 (times the usual gradient), or 0 for no limit, got {config.explode}")

@@ -85,7 +85,7 @@ def count(
     precision: str = "float32",  # that the run computes in: float32 or bf16
 ) -> Counted:
     """Count a run on a network that has shapes only; raises ConfigError where its adapter cannot be put on."""
-    heads, frames, item = config.names("heads"), config.frames, 2 if precision == "bf16" else 4
+    heads, frames, item = config.trained_heads, config.frames, 2 if precision == "bf16" else 4
     with torch.device("meta"):
         model, targets = apply_lora(VGGT(shape), config.strategy, rank=config.rank, targets=config.names("targets"), full=config.names("full"), heads=heads,
                                     dropout=config.dropout, rslora=config.rslora, dora=config.dora)

@@ -141,7 +141,7 @@ def replay(
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     model, _ = apply_lora(build_model(config), config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.names("targets"),
-                          full=config.names("full"), seed=config.seed, rslora=config.rslora, dora=config.dora, heads=config.names("heads"))
+                          full=config.names("full"), seed=config.seed, rslora=config.rslora, dora=config.dora, heads=config.trained_heads)
     own = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
     if own != {n: t.shape for n, t in content["weights"].items()}:
         raise CheckpointError(f"{file}: its weights are not those that the run in {run} trains")

@@ -78,16 +78,19 @@ def frame_order(
     return [first, *(i for i in range(frames) if i != first)]
 
 # %% ../../nbs/training/loop.ipynb #610a5801
-HEADS = ("camera", "depth")
+HEADS = ("camera", "depth", "point")
 
 
 def loss_config(
     config: TrainConfig,
 ) -> LossConfig:
     """The loss settings of a training configuration; heads that it leaves out weigh nothing."""
-    camera, depth = ("camera" in config.names("heads")), ("depth" in config.names("heads"))
-    return LossConfig(camera=camera * config.camera_weight, depth_conf=depth * config.depth_conf_weight, depth_reg=depth * config.depth_reg_weight,
-                      depth_grad=depth * config.depth_grad_weight, depth_range=(config.depth_min, config.depth_max),
+    camera, depth = ("camera" in config.names("heads") and any(config.camera_parts)), ("depth" in config.names("heads"))
+    return LossConfig(camera=camera * config.camera_weight, camera_kind=config.camera_kind, camera_weights=config.camera_parts,
+                      depth_conf=depth * config.depth_conf_weight, depth_reg=depth * config.depth_reg_weight,
+                      depth_grad=depth * config.depth_grad_weight, gradient=config.depth_gradient,
+                      point_conf=config.point_conf_weight, point_reg=config.point_reg_weight, point_grad=config.point_grad_weight,
+                      point_gradient=config.point_gradient, depth_range=(config.depth_min, config.depth_max),
                       depth_normal=depth * config.depth_normal_weight, confidence_error=config.confidence_error, window=config.window_weight,
                       keep_base=depth * config.keep_base, scale=config.normalise)
 
@@ -97,7 +100,8 @@ def heads_read(
 ) -> tuple[str, ...]:
     """The heads that a loss reads: those with a weight."""
     depth = losses.depth_conf or losses.depth_reg or losses.depth_grad or losses.depth_normal or losses.needs_base
-    return tuple(h for h in HEADS if losses.camera and h == "camera" or h == "depth" and depth)
+    read = {"camera": losses.camera, "depth": depth, "point": losses.point_conf or losses.point_reg or losses.point_grad}
+    return tuple(h for h in HEADS if read[h])
 
 
 def window_loss(
@@ -137,7 +141,7 @@ def coverage_of(result, sample: Sample) -> float:
 
 # %% ../../nbs/training/loop.ipynb #9e86e608
 Item = tuple[Scene, Window]
-NEEDED = {"camera", "depth_conf", "depth_reg"}  # a window without these terms has no truth
+NEEDED = {"camera", "depth_conf", "depth_reg", "point_conf", "point_reg"}  # a window without these terms has no truth
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def set_rate(
 
 # %% ../../nbs/training/optimizer.ipynb #c88ceb80
 PARTS = {"patch_embed": "aggregator.patch_embed.", "frame_blocks": "aggregator.frame_blocks.", "global_blocks": "aggregator.global_blocks.",
-         "tokens": "aggregator.", "camera_head": "camera_head.", "depth_head": "depth_head."}
+         "tokens": "aggregator.", "camera_head": "camera_head.", "depth_head": "depth_head.", "point_head": "point_head."}
 
 
 def part_of(

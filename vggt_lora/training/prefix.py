@@ -119,7 +119,7 @@ def predict(
     rounds = min(config.variants or math.inf, config.epochs)
 
     def one(count: int, scene: Scene, window: Window) -> int:
-        return state_bytes(model, layer, count, frames.size(scene, window.frames[0]), item, config.names("heads"))
+        return state_bytes(model, layer, count, frames.size(scene, window.frames[0]), item, config.trained_heads)
 
     if layer == EMBEDDING:
         photos: dict = {}
@@ -151,7 +151,7 @@ def plan_cache(
     dtype = {"auto": precision}.get(config.cache, config.cache)
     if config.cache == "off":
         return CachePlan(None, dtype, 0, 0, "off, the whole network runs in every step"), None
-    heads = config.names("heads")
+    heads = config.trained_heads
     boundary = find_boundary(model, heads)
     if boundary.layer is None:
         return CachePlan(None, dtype, 0, 0, str(boundary)), None

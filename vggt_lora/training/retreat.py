@@ -27,8 +27,8 @@ class Retreat:
         log: Callable[[str], None] = print,
     ):
         self.model, self.log = model.get_base_model() if hasattr(model, "get_base_model") else model, log
-        given = self.model.depth_head and self.model.depth_head.frames_chunk
-        self.chunk = min(frames, given or self.model.config.frame_chunk)  # frames that the dense heads see at once
+        heads = [head for head in (self.model.depth_head, self.model.point_head) if head is not None]
+        self.chunk = min([frames, *(head.frames_chunk or head.config.frame_chunk for head in heads)])  # frames that the dense heads see at once
         self.head, self.blocks = False, False  # do heads and blocks recompute?
 
     def step(self) -> bool:

@@ -90,17 +90,21 @@ def check_photos(
 def build_model(
     config: TrainConfig,
 ):
-    """The base model of a run, on the CPU, frozen and in eval mode; raises WeightsError."""
+    """The base model of a run, on the CPU, frozen and in eval mode; raises WeightsError, and ConfigError where points have a weight and the weights no point head."""
     import torch
 
     from vggt_lora.model.vggt import VGGT, VGGTConfig
 
+    point = "point" in config.trained_heads
     if config.model == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = VGGT(VGGTConfig.tiny())
+            model = VGGT(dataclasses.replace(VGGTConfig.tiny(), point_head=point))
     else:
-        model = VGGT.from_pretrained(config.model, camera_head=True, depth_head=True, track_head=False, point_head=False)
+        model = VGGT.from_pretrained(config.model, camera_head=True, depth_head=True, track_head=False, point_head=None if point else False)
+        if point and model.point_head is None:
+            raise ConfigError(f"point_conf_weight, point_reg_weight or point_grad_weight is above 0, but {config.model} has no point head; "
+                              "set them to 0, or give weights that have one, such as facebook/VGGT-1B")
     model.requires_grad_(False)
     return model.eval()
 

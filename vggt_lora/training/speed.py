@@ -9,7 +9,7 @@ __all__ = ['set_checkpointing', 'halve_frozen', 'compile_blocks', 'set_speed']
 import torch
 from torch import nn
 
-from .boundary import find_boundary, network
+from .boundary import dense_heads, find_boundary, network
 from .fold import fold_adapters
 
 # %% ../../nbs/training/speed.ipynb #a87f3351
@@ -18,14 +18,14 @@ def set_checkpointing(
     on: bool,
     heads: tuple[str, ...] = ("camera", "depth"),  # heads that training reads
 ) -> int:
-    """Recompute the blocks that gradients pass, and the dense head group by group of frames; returns the number of aggregator layers."""
+    """Recompute the blocks that gradients pass, and the dense heads group by group of frames; returns the number of aggregator layers."""
     bare = network(model)
     frozen = find_boundary(model, heads).layer
     layers = bare.config.depth - 1 - (-1 if frozen is None else frozen)
     bare.set_gradient_checkpointing(layers if on else False)
     bare.aggregator.patch_embed.recompute = on and frozen is None
-    if bare.depth_head is not None:
-        bare.depth_head.recompute = on
+    for head in dense_heads(bare).values():
+        head.recompute = on
     return layers if on else 0
 
 # %% ../../nbs/training/speed.ipynb #b48cdbad
@@ -48,11 +48,11 @@ def compile_blocks(
     heads: tuple[str, ...] = ("camera", "depth"),  # heads that training reads
     **settings,  # of torch.compile
 ) -> int:
-    """Compile the aggregator blocks behind the boundary and the depth head's convolutions, in place; returns their number."""
+    """Compile the aggregator blocks behind the boundary and the dense heads' convolutions, in place; returns their number."""
     bare, frozen = network(model), find_boundary(model, heads).layer
     first = 0 if frozen is None else frozen + 1
     modules = [*bare.aggregator.frame_blocks[first:], *bare.aggregator.global_blocks[first:]]
-    modules += [bare.depth_head.scratch] if bare.depth_head is not None else []
+    modules += [head.scratch for name, head in dense_heads(bare).items() if name in heads]
     for module in modules:
         module.compile(**settings)
     return len(modules)
@@ -60,17 +60,17 @@ def compile_blocks(
 # %% ../../nbs/training/speed.ipynb #e395bf36
 def set_speed(
     model,  # the adapted model, on its device
-    config,  # TrainConfig: reads checkpointing, frames_chunk, head_precision, dropout, compile, heads
+    config,  # TrainConfig: reads checkpointing, frames_chunk, head_precision, dropout, compile, trained_heads
     precision: str,  # that the run uses: float32 or bf16
 ) -> str:
     """Apply the choices of a configuration and say them in one line."""
-    bare, heads, said = network(model), config.names("heads"), []
+    bare, heads, dense, said = network(model), config.trained_heads, dense_heads(model), []
     layers = set_checkpointing(model, config.checkpointing, heads)
-    said.append(f"{layers} of {bare.config.depth} layers and the depth head recompute" if config.checkpointing else "nothing is recomputed")
-    if bare.depth_head is not None:
-        bare.depth_head.frames_chunk = config.frames_chunk or None
-        bare.depth_head.body_dtype = torch.bfloat16 if config.head_precision == "bf16" else None
-        said.append(f"depth head: {config.frames_chunk or bare.config.frame_chunk} frames at once in {config.head_precision}")
+    said.append(f"{layers} of {bare.config.depth} layers and the {' and '.join(dense)} head recompute" if config.checkpointing else "nothing is recomputed")
+    for name, head in dense.items():
+        head.frames_chunk = config.frames_chunk or None
+        head.body_dtype = torch.bfloat16 if config.head_precision == "bf16" else None
+        said.append(f"{name} head: {config.frames_chunk or bare.config.frame_chunk} frames at once in {config.head_precision}")
     folded = fold_adapters(model)
     said.append(f"{folded} adapters of convolutions join their weight" if folded and not config.dropout else "adapters beside their weights")
     if precision == "bf16":

@@ -286,7 +286,8 @@ def dense_loss(
         terms[name] = zero + (fix(values[kept]) * trust[kept] * factor[kept]).sum() / trust[kept].sum()
         counts["pixels_filtered"] = max(counts["pixels_filtered"], int((~kept).sum()))
     terms["grad"] = zero + edges
-    left_out = {"grad": "no two valid pixels are neighbours"} if gradient and not counts["gradient_pairs"] else {}
+    reason = "fewer than 10 corners of three valid pixels" if "normal" in gradient else "no two valid pixels are neighbours"
+    left_out = {"grad": reason} if gradient and not counts["gradient_pairs"] else {}
     return LossResult(sum(terms.values()), terms, counts, left_out)
 
 # %% ../../nbs/training/terms.ipynb #cfdec3aa
