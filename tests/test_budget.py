@@ -171,9 +171,25 @@ def test_frozen_weights_are_summed_once(scene, tmp_path, monkeypatch):
 def test_doctor_and_preflight_name_the_same_number(scene, tmp_path, by_law, monkeypatch):
     from vggt_lora import doctor
 
-    monkeypatch.setattr(doctor, "free_memory", lambda: (10**12, "CPU"))
+    monkeypatch.setattr(doctor, "free_memory", lambda device: (10**12, "CPU"))
     config = settings(scene, tmp_path / "run")
     found = preflight(*ready(config), config, folder=tmp_path / "cache")
     plan = doctor.Plan(data=str(scene), model="random", strategy=config.strategy, rank=config.rank, frames=config.frames, image_size=config.image_size)
     assert doctor.counted(plan).least == found.counted > 0
     assert doctor.amount(found.counted) in doctor.check_memory(plan)[0].found
+
+
+def test_a_run_on_the_cpu_asks_the_host_although_there_is_a_gpu(monkeypatch):
+    """A GPU with a thousand terabytes beside a host with less: what may be held is the host's."""
+    from vggt_lora import doctor
+    from vggt_lora.training import budget as module
+
+    for name, value in {"is_available": True, "is_bf16_supported": True, "mem_get_info": (10**15, 10**15), "memory_reserved": 7, "memory_allocated": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    assert module.free_memory("cuda") == (10**15, "GPU") and module._room("cuda", 100, None) == 10**15 + 105
+    free, where = module.free_memory("cpu")
+    assert where == "CPU" and 0 < free < 10**15 and module._room("cpu", 0, None) < 10**15
+    found = {device: doctor.check_memory(doctor.Plan(device=device))[0].found for device in ("auto", "cpu")}
+    assert "1000000.0 GB free (GPU)" in found["auto"] and "free (CPU)" in found["cpu"]
+    counted = {device: doctor.counted(doctor.Plan(device=device)).least for device in ("auto", "cpu")}
+    assert counted["auto"] < counted["cpu"]  # bf16 on the GPU, float32 beside it

@@ -225,9 +225,11 @@ def _unread(train, held_out, frames: FrameCache) -> int:
     return 13 * sum(new[-max(0, frames.capacity - len(frames._frames)):]) if len(frames._frames) < frames.capacity else 0  # colour 3, depth 4, valid 1, weight 4, label 1
 
 
-def free_memory() -> tuple[int, str]:
-    """(bytes that are free, where): of the GPU if there is one, else of this machine, or of this container."""
-    if torch.cuda.is_available():
+def free_memory(
+    device: str,  # cpu or cuda
+) -> tuple[int, str]:
+    """(bytes that are free, where): of the GPU for a run there, else of this machine, or of this container, whatever GPU stands beside it."""
+    if device == "cuda":
         return torch.cuda.mem_get_info()[0], "GPU"
     import psutil
 
@@ -242,7 +244,7 @@ def free_memory() -> tuple[int, str]:
 
 def _room(device: str, now: int, free: int | None) -> int:
     if free is None:
-        free = free_memory()[0] + (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if device == "cuda" else 0)
+        free = free_memory(device)[0] + (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if device == "cuda" else 0)
     return now + free // (1 if device == "cuda" else _team()[1])
 
 # %% ../../nbs/training/budget.ipynb #a0c28df1
