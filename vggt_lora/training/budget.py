@@ -28,7 +28,7 @@ from .boundary import EMBEDDING, network, part
 from .config import TrainConfig, drawn_sizes
 from .counting import count
 from .measuring import PHASES, Point, Watch, extrapolate, measure_window, settle, untouched
-from .prefix import CachePlan, amount, plan_cache, predict
+from .prefix import CachePlan, amount, plan_cache
 from .prefix_store import PrefixReport
 from .processes import resolve_device, resolve_precision
 from .retreat import out_of_memory
@@ -202,15 +202,6 @@ def _seconds(points: list[Point], phase: str, windows, frames: FrameCache, confi
                for scene, w in windows for ratio in ratios) / len(ratios) if points else math.nan
 
 
-def _on_disk(model, plan: CachePlan, held_out, frames: FrameCache, config: TrainConfig) -> int:
-    """The plan's bytes, with training windows at the sizes that they are drawn at."""
-    sizes = drawn_sizes(config.image_sizes, frames.long_side)
-    if plan.layer is None or not sizes:
-        return plan.bytes
-    own = predict(model, plan.layer, plan.dtype, [], held_out, frames, config)[1]
-    return round(own + (plan.bytes - own) * sum(size**2 for size in sizes) / len(sizes) / frames.long_side**2)
-
-
 def _team() -> tuple[int, int]:
     """(processes of the run, of them on this machine)."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -280,7 +271,7 @@ def preflight(
     epoch = training / processes + validation
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     evaluation = now - bench.freed + weights + max(peaks.get("fill", 0), peaks.get("validate", 0), now) - now
-    return Budget(device, now, bench.room, bench.full, tuple(sample.images.shape[-2:]), basis, peaks, evaluation, _on_disk(model, plan, held_out, frames, config), plan.entries,
+    return Budget(device, now, bench.room, bench.full, tuple(sample.images.shape[-2:]), basis, peaks, evaluation, plan.bytes, plan.entries,
                   training / processes / max(1, steps), epoch, epoch + loading + validation + filling, proposal, proposed, steps, processes, floor)
 
 
