@@ -139,7 +139,7 @@ def test_a_disk_that_is_full_and_a_memory_that_is_small(scenes, tmp_path, monkey
         assert doctor.check_output(plan)[0].status == status
     asked = doctor.counted(plan)
     for free, status in ((asked.standing - 1, "fail"), (asked.least - 1, "warn"), (asked.least, "ok")):
-        monkeypatch.setattr(doctor, "free_memory", lambda: (free, "CPU"))
+        monkeypatch.setattr(doctor, "free_memory", lambda device: (free, "CPU"))
         finding = doctor.check_memory(plan)[0]
         assert finding.status == status and "7,717,920 of 1,157,941,492" in finding.found and doctor.amount(asked.least) in finding.found
 

@@ -60,6 +60,7 @@ class Plan:
     output: str = ""
     frames: int = 8
     image_size: int = 0
+    device: str = "auto"
     unread: tuple[str, ...] = ()  # arguments that may hold settings and were not read
 
     def read_papermill(
@@ -270,13 +271,13 @@ def counted(plan: Plan):
     """What the preflight's arithmetic says of a plan (training.counting.Counted), counted on the meta device; raises ConfigError or WeightsError."""
     from vggt_lora.training.config import TrainConfig
     from vggt_lora.training.counting import count
-    from vggt_lora.training.processes import resolve_precision
+    from vggt_lora.training.processes import resolve_device, resolve_precision
 
     shape = planned_config(plan)
     if shape is None:
         raise WeightsError(f"{plan.model} is not on this machine, its size is unknown")
     config = TrainConfig(strategy=plan.strategy, targets=plan.targets, full=plan.full, rank=plan.rank, frames=plan.frames, image_size=plan.image_size)
-    return count(shape, config, photo_size(plan, shape.img_size), resolve_precision("auto", "cuda" if free_memory()[1] == "GPU" else "cpu"))
+    return count(shape, config, photo_size(plan, shape.img_size), resolve_precision("auto", resolve_device(plan.device)))
 
 
 def photo_size(plan: Plan, own: int) -> tuple[int, int]:
@@ -295,17 +296,20 @@ def photo_size(plan: Plan, own: int) -> tuple[int, int]:
         return long_side, long_side
 
 
-def free_memory() -> tuple[int, str]:
-    """(bytes that are free, where), as the preflight of a run asks."""
+def free_memory(
+    name: str,  # auto, cpu or cuda
+) -> tuple[int, str]:
+    """(bytes that are free, where), as the preflight of a run on this device asks."""
     from vggt_lora.training.budget import free_memory as found
+    from vggt_lora.training.processes import resolve_device
 
-    return found()
+    return found(resolve_device(name))
 
 
 def check_memory(plan: Plan) -> list[Finding]:
     """The estimate against what is free."""
     try:
-        found, (free, where) = counted(plan), free_memory()
+        found, (free, where) = counted(plan), free_memory(plan.device)
     except WeightsError:  # check_weights says what is wrong
         return [Finding("warn", "memory", "not estimated: the weights cannot be read", "mend the weights first")]
     said = (f"{amount(free)} free ({where}); strategy {plan.strategy} trains {found.trainable:,} of {found.parameters:,}: at least {amount(found.least)} with windows of "
@@ -462,6 +466,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
     p.add_argument("--frames", type=int, default=8, help="photos in a window (default: 8)")
     p.add_argument("--image-size", type=int, default=0, help="long side in px (default: the model's own)")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the run computes (default: auto, a GPU if there is one)")
     p.add_argument("--output", default="", help="run folder (default: below outputs/)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     p.add_argument("--papermill", nargs=argparse.REMAINDER, default=[], metavar="...", help="last: the rest are papermill's arguments, of which -p NAME VALUE are read")
@@ -473,7 +478,8 @@ def main(
 ) -> int:
     """Run the command and return its exit status: 0 training can start, 1 it cannot."""
     options = parser().parse_args(arguments)
-    plan = Plan(options.data, options.model, options.strategy, options.targets, rank=options.rank, output=options.output, frames=options.frames, image_size=options.image_size)
+    plan = Plan(options.data, options.model, options.strategy, options.targets, rank=options.rank, output=options.output, frames=options.frames, image_size=options.image_size,
+                device=options.device)
     plan.read_papermill(options.papermill)
     findings = examine(plan, say=(lambda finding: None) if options.json else lambda finding: print(finding, flush=True))
     count = {status: sum(f.status == status for f in findings) for status in STATES}

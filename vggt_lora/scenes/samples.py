@@ -153,9 +153,9 @@ class FrameCache:
         return {name: sum(PREPARED[name](scene, list(frames.values()), device=device) for scene, frames in wanted.items())
                 for name in self.sources if name in PREPARED}
 
-    def size(self, scene: Scene, index: int) -> tuple[int, int]:
-        """The (height, width) that frame `index` would have on its own."""
-        return plan_image(scene.frames[index].size, self.long_side, self.mode).size
+    def size(self, scene: Scene, index: int, long_side: int = 0) -> tuple[int, int]:
+        """The (height, width) that frame `index` would have on its own; 0: at the cache's long side."""
+        return plan_image(scene.frames[index].size, long_side or self.long_side, self.mode).size
 
     def about(self) -> str:
         """Say in one line where frames come from."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATCH', 'MAPS', 'ONE_SURFACE', 'CHANGES', 'with_maps', 'crop', 'flip', 'turn', 'tilt_camera', 'resample_depth',
            'tilt', 'recoloured', 'draw_colours', 'colour', 'mixup', 'mean_distance', 'cutmix', 'window_number',
-           'generator', 'augment', 'mixed', 'Variation', 'variation_of']
+           'generator', 'drawn_side', 'augment', 'mixed', 'Variation', 'variation_of']
 
 # %% ../../nbs/training/augment.ipynb #b477465e
 import dataclasses
@@ -258,6 +258,16 @@ def generator(
     return np.random.default_rng([config.seed, purpose, epoch % config.variants if config.variants else epoch, index])
 
 
+def drawn_side(
+    config: TrainConfig,
+    sizes: tuple[int, ...],  # long sides to draw from, px
+    epoch: int,
+    index: int,  # number of the window
+) -> int:
+    """The long side, px, at which a window is loaded in an epoch."""
+    return sizes[int(generator(config, epoch, index, 2).integers(len(sizes)))]
+
+
 def augment(
     sample: Sample,
     config: TrainConfig,
@@ -319,7 +329,7 @@ class Variation:
     ) -> Sample:
         """The window as this epoch sees it."""
         index = window_number(scene, window)
-        cache = self.caches[self.sizes[int(generator(self.config, epoch, index, 2).integers(len(self.sizes)))]]
+        cache = self.caches[drawn_side(self.config, self.sizes, epoch, index)]
 
         def another(r: float) -> Sample:
             return load_sample(*self.items[int(r * len(self.items))], cache)

@@ -28,7 +28,7 @@ from .boundary import EMBEDDING, dense_heads, network, part
 from .config import TrainConfig, drawn_sizes
 from .counting import count
 from .measuring import PHASES, Point, Watch, extrapolate, measure_window, settle, untouched
-from .prefix import CachePlan, amount, plan_cache, predict
+from .prefix import CachePlan, amount, plan_cache
 from .prefix_store import PrefixReport
 from .processes import resolve_device, resolve_precision
 from .retreat import out_of_memory
@@ -202,15 +202,6 @@ def _seconds(points: list[Point], phase: str, windows, frames: FrameCache, confi
                for scene, w in windows for ratio in ratios) / len(ratios) if points else math.nan
 
 
-def _on_disk(model, plan: CachePlan, held_out, frames: FrameCache, config: TrainConfig) -> int:
-    """The plan's bytes, with training windows at the sizes that they are drawn at."""
-    sizes = drawn_sizes(config.image_sizes, frames.long_side)
-    if plan.layer is None or not sizes:
-        return plan.bytes
-    own = predict(model, plan.layer, plan.dtype, [], held_out, frames, config)[1]
-    return round(own + (plan.bytes - own) * sum(size**2 for size in sizes) / len(sizes) / frames.long_side**2)
-
-
 def _team() -> tuple[int, int]:
     """(processes of the run, of them on this machine)."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -225,9 +216,11 @@ def _unread(train, held_out, frames: FrameCache) -> int:
     return 13 * sum(new[-max(0, frames.capacity - len(frames._frames)):]) if len(frames._frames) < frames.capacity else 0  # colour 3, depth 4, valid 1, weight 4, label 1
 
 
-def free_memory() -> tuple[int, str]:
-    """(bytes that are free, where): of the GPU if there is one, else of this machine, or of this container."""
-    if torch.cuda.is_available():
+def free_memory(
+    device: str,  # cpu or cuda
+) -> tuple[int, str]:
+    """(bytes that are free, where): of the GPU for a run there, else of this machine, or of this container, whatever GPU stands beside it."""
+    if device == "cuda":
         return torch.cuda.mem_get_info()[0], "GPU"
     import psutil
 
@@ -242,7 +235,7 @@ def free_memory() -> tuple[int, str]:
 
 def _room(device: str, now: int, free: int | None) -> int:
     if free is None:
-        free = free_memory()[0] + (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if device == "cuda" else 0)
+        free = free_memory(device)[0] + (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if device == "cuda" else 0)
     return now + free // (1 if device == "cuda" else _team()[1])
 
 # %% ../../nbs/training/budget.ipynb #a0c28df1
@@ -278,7 +271,7 @@ def preflight(
     epoch = training / processes + validation
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     evaluation = now - bench.freed + weights + max(peaks.get("fill", 0), peaks.get("validate", 0), now) - now
-    return Budget(device, now, bench.room, bench.full, tuple(sample.images.shape[-2:]), basis, peaks, evaluation, _on_disk(model, plan, held_out, frames, config), plan.entries,
+    return Budget(device, now, bench.room, bench.full, tuple(sample.images.shape[-2:]), basis, peaks, evaluation, plan.bytes, plan.entries,
                   training / processes / max(1, steps), epoch, epoch + loading + validation + filling, proposal, proposed, steps, processes, floor)
 
 

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..adapters.adapter import apply_lora
 from ..model.aggregator import AggregatorState
@@ -43,13 +45,22 @@ def saved_bytes(
         kept[storage._cdata] = storage  # held, or its address would be given to the next
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if layer is None:
             result = model(torch.empty(1, frames, 3, *size, device="meta"), heads=heads)
         else:
             result = model(state=_empty_state(bare, layer, frames, size, heads), heads=heads)
     del result
     return sum(storage.nbytes() for name, storage in kept.items() if name not in own)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as the fused kernel, which the meta device knows by name but does not choose; for this thread alone."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **(kwargs or {}))[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _empty_state(bare, layer: int, frames: int, size: tuple[int, int], heads) -> AggregatorState:
