@@ -118,7 +118,7 @@ def test_out_of_memory_makes_both_dense_heads_take_smaller_pieces(scene, weights
     monkeypatch.setattr(loop_module, "window_loss", fails)
     found = train(settings(scene, weights, tmp_path / "run", preflight="off", **POINTS))
     assert "dense heads now take 1 frame at once" in (found.folder / "train.log").read_text()
-    assert [(h.recompute, h.config.frame_chunk) for h in dense_heads(models[0]).values()] == [(True, 1)] * 2
+    assert [(h.recompute, h.frames_chunk) for h in dense_heads(models[0]).values()] == [(True, 1)] * 2
     assert [r["loss"] for r in found.records] == pytest.approx([r["loss"] for r in run.records], rel=1e-3)
 
 
