@@ -228,7 +228,7 @@ class DPTHead(nn.Module):
         grid = tuple(side // self.config.patch_size for side in image_size)
         levels = []
         for level, project, resize in zip(tokens, self.projects, self.resize_layers):
-            # channels stay side by side, also for a single frame: other layouts cost a fifth more
+            # channels stay side by side in memory, also for a single frame, which torch would lay out otherwise: convolutions want them so
             maps = project(self.norm(level.flatten(0, 1)).unflatten(1, grid).permute(0, 3, 1, 2))
             if self.output_dim is not None:  # the tracker's feature maps carry no uv embedding
                 maps = add_uv(maps, image_size[1] / image_size[0])
