@@ -184,7 +184,7 @@ def test_a_run_on_the_cpu_asks_the_host_although_there_is_a_gpu(monkeypatch):
     from vggt_lora.training import budget as module
 
     for name, value in {"is_available": True, "is_bf16_supported": True, "mem_get_info": (10**15, 10**15), "memory_reserved": 7, "memory_allocated": 2}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     assert module.free_memory("cuda") == (10**15, "GPU") and module._room("cuda", 100, None) == 10**15 + 105
     free, where = module.free_memory("cpu")
     assert where == "CPU" and 0 < free < 10**15 and module._room("cpu", 0, None) < 10**15
