@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from .adapters.adapter import apply_lora, load_adapter, save_adapter, summed_once
+from .adapters.adapter import load_adapter, save_adapter, summed_once
 from .adapters.gate import BaseGate
 from .core import ConfigError, atomic_path, given_parameters, in_markdown
 from .evaluation.protocols import DEFAULT
@@ -42,7 +42,7 @@ from .training.processes import Team
 from .training.retreat import memory_errors
 from .training.run import RunFolder, environment, reproducible, run_path
 from .training.speed import set_checkpointing, set_speed
-from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
+from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of, put_adapter,
                                       split_scenes, truth_source, with_rate)
 
 # %% ../nbs/03_train.ipynb #b6a02645
@@ -129,9 +129,7 @@ def gated_adapter(model, items, cache, config: TrainConfig):
     """Put the adapter on and prove that the base is exact and the loss reaches it; returns (adapted, targets, gate report)."""
     few, device = first_frames(items, cache), resolve_device(config.device)
     gate = BaseGate(model, few.images[None].to(device))
-    adapted, targets = apply_lora(model, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
-                                  targets=config.names("targets"), full=config.names("full"), seed=config.seed,
-                                  rslora=config.rslora, dora=config.dora, heads=config.trained_heads)
+    adapted, targets = put_adapter(model, config)
     report = gate.check(adapted, targets)
     unreached_by_loss(adapted.to(device), few, config)
     return adapted, targets, report

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 # %% ../../nbs/training/budget.ipynb #62309792
-from ..adapters.adapter import apply_lora
 from ..core import ConfigError
 from ..scenes.samples import FrameCache, Sample, load_sample
 from .boundary import EMBEDDING, dense_heads, network, part
@@ -32,7 +31,7 @@ from .prefix import CachePlan, amount, plan_cache
 from .prefix_store import PrefixReport
 from .processes import resolve_device, resolve_precision
 from .retreat import out_of_memory
-from .setup import build_model, frame_cache, items_of, open_scenes, split_scenes
+from .setup import build_model, frame_cache, items_of, open_scenes, put_adapter, split_scenes
 from .speed import set_checkpointing, set_speed
 
 # %% ../../nbs/training/budget.ipynb #4d4141ca
@@ -336,8 +335,7 @@ def budgets(
         one = dataclasses.replace(config, strategy=name, targets="")
         base = build_model(one).to(device)
         frames = frames or frame_cache(one, base, items=[*train, *held_out])
-        model, _ = apply_lora(base, name, rank=one.rank, alpha=one.alpha, dropout=one.dropout, full=one.names("full"), seed=one.seed, rslora=one.rslora, dora=one.dora,
-                              heads=one.trained_heads)
+        model, _ = put_adapter(base, one)
         set_speed(model.to(device), one, resolve_precision(one.precision, device))
         found[name] = preflight(model, train, held_out, frames, one, folder=folder)
         del base, model

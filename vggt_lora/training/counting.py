@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..adapters.adapter import apply_lora
 from ..model.aggregator import AggregatorState
 from ..model.vggt import VGGT
 from .boundary import EMBEDDING, find_boundary, network, part, state_bytes
 from .config import TrainConfig
+from .setup import put_adapter
 
 # %% ../../nbs/training/counting.ipynb #f560a683
 def standing_bytes(
@@ -98,8 +98,7 @@ def count(
     """Count a run on a network that has shapes only; raises ConfigError where its adapter cannot be put on."""
     heads, frames, item = config.trained_heads, config.frames, 2 if precision == "bf16" else 4
     with torch.device("meta"):
-        model, targets = apply_lora(VGGT(shape), config.strategy, rank=config.rank, targets=config.names("targets"), full=config.names("full"), heads=heads,
-                                    dropout=config.dropout, rslora=config.rslora, dora=config.dora)
+        model, targets = put_adapter(VGGT(shape), config)
     model.train()
     saved, boundary = saved_bytes(model, frames, size, heads), find_boundary(model, heads).layer
     if item == 2:

@@ -130,18 +130,16 @@ def replay(
     file: Path | str,  # of its bad/
 ) -> list[dict]:
     """Compute the losses of a skipped step again, window by window: scene, photos, loss, terms and what is not finite."""
-    from vggt_lora.adapters.adapter import apply_lora
     from vggt_lora.training.config import read_config
     from vggt_lora.training.loop import loss_config, window_loss
     from vggt_lora.training.processes import resolve_device, resolve_precision
-    from vggt_lora.training.setup import build_model
+    from vggt_lora.training.setup import build_model, put_adapter
     from vggt_lora.training.speed import set_speed
 
     config, (content, batches) = read_config(run), read_bad(file)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    model, _ = apply_lora(build_model(config), config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.names("targets"),
-                          full=config.names("full"), seed=config.seed, rslora=config.rslora, dora=config.dora, heads=config.trained_heads)
+    model, _ = put_adapter(build_model(config), config)
     own = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
     if own != {n: t.shape for n, t in content["weights"].items()}:
         raise CheckpointError(f"{file}: its weights are not those that the run in {run} trains")

@@ -100,7 +100,7 @@ class Watch:
 
 # %% ../../nbs/training/measuring.ipynb #4e35aa18
 PHASES = ("fill", "train", "validate")
-ENOUGH = 0.5  # s: short steps are repeated, five times at most, until they have taken as long; one alone can be off by a third
+ENOUGH = 0.5  # s: short steps are repeated, five times at most, until they have taken as long: one alone says little
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ def resolve_precision(
     return name
 
 # %% ../../nbs/training/processes.ipynb #e43c8441
-PATIENCE = datetime.timedelta(days=1)  # the others wait while one process fills a cache or measures; the backends' own limit is 10 minutes
+PATIENCE = datetime.timedelta(days=1)  # the others wait while one process fills a cache or measures; NCCL's own limit is 10 minutes
 
 
 class Team:

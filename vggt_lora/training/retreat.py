@@ -13,10 +13,15 @@ from collections.abc import Callable
 import torch
 
 from ..core import out_of_memory, short_of_memory
+from .boundary import dense_heads, network
 from .checkpoint import random_state, set_random_state
 from .guard import TrainingError
 
 # %% ../../nbs/training/retreat.ipynb #c9dde32e
+def _words(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Retreat:
     """The ladder of a model: where it stands, and one rung further down."""
 
@@ -26,9 +31,8 @@ class Retreat:
         frames: int,  # in a window
         log: Callable[[str], None] = print,
     ):
-        self.model, self.log = model.get_base_model() if hasattr(model, "get_base_model") else model, log
-        heads = [head for head in (self.model.depth_head, self.model.point_head) if head is not None]
-        self.chunk = min([frames, *(head.frames_chunk or head.config.frame_chunk for head in heads)])  # frames that the dense heads see at once
+        self.model, self.log = network(model), log
+        self.chunk = min([frames, *(head.frames_chunk or head.config.frame_chunk for head in dense_heads(model).values())])  # frames that the dense heads see at once
         self.head, self.blocks = False, False  # do heads and blocks recompute?
 
     def step(self) -> bool:
@@ -46,9 +50,8 @@ class Retreat:
 
     def apply(self) -> None:
         """Bring the model to where the ladder stands."""
-        for head in (self.model.depth_head, self.model.point_head) if self.head else ():
-            if head is not None:
-                head.frames_chunk, head.recompute = self.chunk, True
+        for head in dense_heads(self.model).values() if self.head else ():
+            head.frames_chunk, head.recompute = self.chunk, True
         if self.blocks:
             self.model.set_gradient_checkpointing(True)
 
@@ -61,7 +64,7 @@ class Retreat:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                said = (str(error).splitlines() or [type(error).__name__])[0]
+                said = _words(error)
             gc.collect()  # outside of the except block, or the traceback would keep the tensors
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -89,6 +92,6 @@ def memory_errors():
     except (RuntimeError, MemoryError, ImportError) as error:
         if not short_of_memory(error):
             raise
-        raise TrainingError(f"not enough memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}): take fewer frames or a smaller image_size; "
+        raise TrainingError(f"not enough memory ({_words(error)}): take fewer frames or a smaller image_size; "
                             "vggt_lora_doctor says how much a strategy needs") from error
 
