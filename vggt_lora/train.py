@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .adapters.adapter import load_adapter, save_adapter, summed_once
 from .adapters.gate import BaseGate
-from .core import ConfigError, atomic_path, given_parameters, in_markdown
+from .core import ConfigError, VggtLoraError, atomic_path, given_parameters, in_markdown, let_go
 from .evaluation.protocols import DEFAULT
 from .evaluation.pictures import save_pictures
 from .evaluation.runner import base_of, comparison_rows, evaluate_windows
@@ -27,7 +27,7 @@ from .evaluation.statistics import effects, in_words
 from .scenes.samples import load_sample
 from .scenes.windows import Window
 from .settings import command
-from .training.boundary import dense_heads
+from .training.boundary import network
 from .training.budget import budgeted, refused
 from .training.budget import preflight as predicted
 from .training.checkpoint import disk_errors, newest_checkpoint
@@ -41,7 +41,7 @@ from .training.prefix import cached_feed
 from .training.processes import Team
 from .training.retreat import memory_errors
 from .training.run import RunFolder, environment, reproducible, run_path
-from .training.speed import set_checkpointing, set_speed
+from .training.speed import set_speed
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of, put_adapter,
                                       split_scenes, truth_source, with_rate)
 
@@ -76,8 +76,12 @@ def train(
     """
     team, meter = Team(config), CostMeter()
     folder = team.from_main(run_path(config) if team.main else None)
-    with disk_errors(folder), memory_errors():
-        return _train(config, hooks, folder, team, meter)
+    try:
+        with disk_errors(folder), memory_errors():
+            return _train(config, hooks, folder, team, meter)
+    except VggtLoraError as error:
+        let_go(error)  # said in words; the network of this run may not stand in the way of the next
+        raise
 
 
 def _train(config: TrainConfig, hooks, folder: Path, team: Team, meter: CostMeter) -> Run:
@@ -138,10 +142,8 @@ def gated_adapter(model, items, cache, config: TrainConfig):
 def unreached_by_loss(adapted, sample, config: TrainConfig) -> None:
     """One backward pass of the training loss; raises ConfigError if a trained tensor gets no gradient from it."""
     with untouched(adapted):
-        set_checkpointing(adapted, True, config.trained_heads)  # a proof before the run may not take more memory than the run
-        for head in dense_heads(adapted).values():
-            head.frames_chunk = 1
-        result = window_loss(adapted, sample, loss_config(config), resolve_device(config.device))
+        with network(adapted).recomputing():  # a proof before the run may not take more memory than the run
+            result = window_loss(adapted, sample, loss_config(config), resolve_device(config.device))
         if result.total.requires_grad:
             result.total.backward()
         deaf = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]

@@ -117,7 +117,8 @@ class BaseGate:
         intended = _intended(adapted, targets)
         adapted.train().zero_grad(set_to_none=True)
         torch.manual_seed(0)
-        outputs = _tensors(adapted(self.images))
+        with adapted.get_base_model().recomputing():  # or this proof would need more memory than a sparing run
+            outputs = _tensors(adapted(self.images))
         # a random projection of everything the model says: no symmetry can cancel a gradient
         total = sum((v.float() * torch.randn_like(v, dtype=torch.float32)).sum() for v in outputs.values() if v.requires_grad)
         if not isinstance(total, torch.Tensor):

@@ -165,6 +165,21 @@ class VGGT(nn.Module):
         self.aggregator.recompute_from = depth - (depth * blocks if isinstance(blocks, bool) else blocks)
         self.aggregator.patch_embed.recompute = blocks is True
 
+    @contextlib.contextmanager
+    def recomputing(self):
+        """While inside, a backward pass needs the least memory: all blocks recompute, dense heads too, one frame at a time; afterwards all is as before."""
+        heads = [head for head in (self.depth_head, self.point_head) if head is not None]
+        places = [(module, name, getattr(module, name)) for module in (self.aggregator, self.aggregator.patch_embed, *heads)
+                  for name in ("recompute_from", "recompute", "frames_chunk") if hasattr(module, name)]
+        self.set_gradient_checkpointing(True)
+        for head in heads:
+            head.recompute, head.frames_chunk = True, 1
+        try:
+            yield
+        finally:
+            for module, name, value in places:
+                setattr(module, name, value)
+
     @classmethod
     def from_pretrained(
         cls,

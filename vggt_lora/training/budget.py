@@ -46,7 +46,7 @@ class Budget:
     size: tuple[int, int]  # (height, width) of it, px
     basis: str  # what the numbers rest on
     peaks: dict  # phase -> bytes held at most
-    evaluation: int  # bytes when the finished adapter is measured on a second copy of the network: arithmetic
+    evaluation: int  # bytes when the finished adapter is measured, in float32 weights, after the trained network has left: arithmetic
     cache_bytes: int  # on disk
     cache_entries: int
     step: float  # s of an optimiser step, the mean over all windows and drawn sizes
@@ -268,8 +268,8 @@ def preflight(
     validation, steps = _seconds(points, "validate", held_out, frames, config, pixels) / processes, math.ceil(len(train) / (config.accumulate * processes))
     filling = plan.entries / max(1, len(train)) * _seconds(points, "fill", train, frames, config, pixels, True) if plan.entries else 0.0
     epoch = training / processes + validation
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    evaluation = now - bench.freed + weights + max(peaks.get("fill", 0), peaks.get("validate", 0), now) - now
+    lighter = sum((4 - p.element_size()) * p.numel() for p in model.parameters())  # than in float32, as the saved adapter's network is read
+    evaluation = max(peaks.get("fill", 0), peaks.get("validate", 0) + bench.freed, now) + lighter
     return Budget(device, now, bench.room, bench.full, tuple(sample.images.shape[-2:]), basis, peaks, evaluation, plan.bytes, plan.entries,
                   training / processes / max(1, steps), epoch, epoch + loading + validation + filling, proposal, proposed, steps, processes, floor)
 

@@ -1,0 +1,143 @@
+"""Whole runs on a GPU that stands in (tests/gpu.py): nothing mixes the sides, memory is what was predicted, and what does not fit finds a way that does."""
+import ast
+import dataclasses
+import gc
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.gpu import GPU, OnGPU, standing_in
+from vggt_lora.core import ConfigError
+from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.train import TrainConfig, train
+from vggt_lora.training.run import without_wall
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    return toy_scene(tmp_path_factory.mktemp("data"), frames=12, size=(112, 168))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    with standing_in(monkeypatch) as memory:
+        yield memory
+        gc.collect()
+        left = memory.now
+    assert not left, f"{left} bytes stay on the GPU"
+
+
+def settings(scene, output, **changes) -> TrainConfig:
+    return TrainConfig(**{"strategy": "b", "model": "random", "data": str(scene), "output": str(output), "device": "cuda", "epochs": 1, "frames": 4, "image_size": 56,
+                          "rank": 4, "lr": 1e-3, **changes})
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (lambda on, off: on + off, "two devices"), (lambda on, off: on @ off.T, "two devices"), (lambda on, off: torch.cat([off, on]), "two devices"),
+    (lambda on, off: off.add_(on), "two devices"), (lambda on, off: off[on > 0], "two devices"), (lambda on, off: on.where(on > 0, off), "two devices"),
+    (lambda on, off: on.numpy(), "can't convert"), (lambda on, off: np.asarray(on), "can't convert"),
+    (lambda on, off: torch.randn(3, device="cuda", generator=torch.Generator()), "generator"),
+], ids=str)
+def test_the_stand_in_refuses_what_a_gpu_refuses(gpu, wrong, words):
+    with pytest.raises((RuntimeError, TypeError), match=words):
+        wrong(torch.rand(2, 3, device="cuda"), torch.rand(2, 3))
+
+
+def test_the_stand_in_computes_what_the_cpu_computes(gpu):
+    """A layer that is moved, recomputed and stepped: the same numbers, on the other side, and the same objects."""
+    here, there = (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)) for _ in range(2))
+    there.load_state_dict(here.state_dict())
+    known, x, gradients = list(there.parameters()), torch.rand(3, 4), []
+    there.to("cuda")
+    assert all(a is b for a, b in zip(known, there.parameters())) and known[0].device == GPU and isinstance(known[0], OnGPU)
+    for model, device in ((here, "cpu"), (there, "cuda")):
+        optimizer, x.grad = torch.optim.AdamW(model.parameters(), fused=True), None
+        checkpoint(model, x.requires_grad_().to(device), use_reentrant=False).pow(2).sum().backward()
+        optimizer.step()
+        gradients.append(x.grad)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(here.parameters(), there.parameters())) and known[0].grad.device == GPU
+    assert torch.equal(*gradients) and not isinstance(gradients[1], OnGPU)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert there[0](x.to("cuda")).dtype == torch.bfloat16 and there(x.to("cuda")).dtype == torch.float32  # a norm gives float32 on a GPU
+
+
+def test_the_stand_in_counts_and_runs_out(gpu):
+    kept = torch.empty(1000, device="cuda")
+    assert gpu.now == 4096
+    view, other = kept[:10], kept.bfloat16()
+    assert gpu.now == 4096 + 2048
+    del kept, other
+    assert gpu.now == 4096, "a view holds what it shows"
+    gpu.limit = 8000
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        view + torch.empty(1000, device="cuda")
+
+
+SPARING = {"checkpointing": True, "frames_chunk": 1, "head_precision": "bf16"}
+
+
+@pytest.mark.parametrize("changes", [
+    {"strategy": "a", **SPARING, "keep_base": 0.1, "depth_normal_weight": 1.0, "normalise": "base"},
+    {"strategy": "b", "epochs": 2},
+    {"strategy": "c", "dropout": 0.1, "augment": "crop,colour,flip,turn,tilt,mixup,cutmix", "image_sizes": "42,56", "variants": 2, "epochs": 2},
+    {"strategy": "custom", "targets": "aggregator.global_blocks.3, depth_head.scratch", "full": "depth_head.norm", "dora": True, "cache": "off", "precision": "float32"},
+    {"strategy": "b", "point_conf_weight": 1.0, "point_grad_weight": 1.0, "accumulate": 3, "supervision": "sparse", "window_weight": 1.0},
+], ids=lambda c: "-".join(map(str, c.values()))[:40])
+def test_a_whole_run_stays_on_its_side_and_within_its_prediction(gpu, scene, tmp_path, changes):
+    held = {}
+
+    def end(event, progress):
+        if event == "end":
+            held["training"], gpu.peak = gpu.peak, gpu.now
+
+    run = train(settings(scene, tmp_path / "run", **changes), hooks=(end,))
+    held["evaluation"] = gpu.peak
+    loss = run.results["held_out_loss"]
+    assert np.isfinite([loss["before"], loss["after"]]).all() and loss["after"] != loss["before"]
+    budget = json.loads((run.folder / "budget.json").read_text())
+    assert budget["predicted"]["peak"] == pytest.approx(held["training"], rel=0.1) and budget["predicted"]["evaluation"] > 0.9 * held["evaluation"], (budget, held)
+    assert all(r["wall"]["gpu_peak_gb"] > 0 for r in run.records if "wall" in r)
+    assert run.results["protocol"]["precision"] == changes.get("precision", "bf16")
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(gpu, scene, tmp_path):
+    """Dropout, which draws on the device, and everything else: two epochs at once, or the second one later."""
+    config = settings(scene, tmp_path / "whole", epochs=2, dropout=0.1, save_every=1)
+    whole = train(config)
+
+    def stop(event, progress):
+        progress.stop |= progress.step == 3
+
+    part = dataclasses.replace(config, output=str(tmp_path / "part"))
+    train(part, hooks=(stop,))
+    assert without_wall(train(dataclasses.replace(part, resume=True)).records) == without_wall(whole.records)
+
+
+def wide(scene, output, **changes) -> TrainConfig:
+    """A run in which activations weigh more than the network."""
+    return settings(scene, output, **{"frames": 8, "image_size": 112, "train_share": 0.7, "cache": "off", **changes})
+
+
+def test_what_does_not_fit_is_refused_and_the_proposal_fits(gpu, scene, tmp_path):
+    gpu.limit = 55_000_000
+    with pytest.raises(ConfigError, match="would fit") as refusal:
+        train(wide(scene, tmp_path / "refused"))
+    gc.collect()
+    assert not gpu.now, "an error that is kept, as Jupyter keeps it, holds no network"
+    proposal = {name: ast.literal_eval(value) for name, value in re.findall(r"(\w+)=(\w+)", str(refusal.value).split(" would fit")[0])}
+    assert proposal
+    run = train(wide(scene, tmp_path / "proposed", **proposal))
+    assert "out of memory" not in (run.folder / "train.log").read_text()
+    assert abs(json.loads((run.folder / "budget.json").read_text())["error"]["peak"]) < 0.1
+
+
+def test_memory_that_runs_out_costs_a_smaller_chunk_and_not_the_run(gpu, scene, tmp_path):
+    gpu.limit = 55_000_000
+    run = train(wide(scene, tmp_path / "warned", preflight="warn"))
+    said = (run.folder / "train.log").read_text()
+    assert "WARNING" in said and "the step is made again" in said
+    assert np.isfinite(run.results["held_out_loss"]["after"]) and not any("skipped" in r for r in run.records)
