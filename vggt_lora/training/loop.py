@@ -423,7 +423,7 @@ def _validate(loop: Loop, **more) -> float:
         if not progress.step:
             raise NotFinite(f"before any training the held-out loss is not finite: {fault}; nothing could be judged by it: "
                             "look at the depth of these photos in notebook 01, try precision='float32', or take another base") from None
-        run.log(f"the held-out loss after step {progress.step} is not finite: {fault}; these weights cannot be the best, and training goes on")
+        run.log(f"the held-out loss after step {progress.step} is not finite: {fault}; these weights cannot be the best")
         numbers = {"loss": None, "not_finite": str(fault)}
     run.record(step=progress.step, epoch=progress.epoch, split="val", **numbers, **more)
     value = math.inf if numbers["loss"] is None else numbers["loss"]
