@@ -9,21 +9,28 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_engine import ROOT, run_fit, same, settings, windows_of
+from test_engine import ROOT, run_fit, settings, spoil_validations, windows_of
 
-from vggt_lora.core import STOP
+from vggt_lora import train as train_module
+from vggt_lora.core import STOP, ConfigError
+from vggt_lora.model.vggt import VGGT, VGGTConfig
+from vggt_lora.scenes.samples import FrameCache
 from vggt_lora.scenes.synthetic import toy_scene
-from vggt_lora.train import main
+from vggt_lora.train import first_frames, main, train, unreached_by_loss
 from vggt_lora.training import loop as loop_module
 from vggt_lora.training import processes
-from vggt_lora.training.checkpoint import content_digest, newest_checkpoint, read_checkpoint
+from vggt_lora.training.checkpoint import content_digest, newest_checkpoint, random_state, read_checkpoint, set_random_state
 from vggt_lora.training.guard import replay
 from vggt_lora.training.loop import learning_rate
+from vggt_lora.training.retreat import Retreat
 from vggt_lora.training.run import without_wall
+from vggt_lora.training.setup import build_model, items_of, open_scenes, put_adapter, split_scenes
 
 LIMIT = 300  # s that two processes have for all their cases
 
@@ -198,3 +205,165 @@ def test_bad_steps_of_one_process_end_both_and_name_head_and_term(pair):
     for word in ("2 steps in a row were skipped, the last at step 5", "depth_nonfinite_pixels (depth head)", "(camera head)", ".JPG", "a higher max_bad"):
         assert word in ours["raised"], word
     assert sorted(p.name for p in (folder / "two bad" / "bad").iterdir()) == [f"step-00000{step}{of}.pt" for step in (4, 5) for of in ("-1", "")]
+
+
+def test_processes_wait_for_each_other_for_a_day(monkeypatch):
+    """What torch is asked for when they meet: one may fill a cache or measure for hours while the others wait."""
+    from accelerate.state import AcceleratorState
+
+    class Met(Exception):
+        pass
+
+    def meet(**given):
+        asked.update(given)
+        raise Met
+
+    asked = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        with pytest.raises(Met):
+            processes.Team(settings("unused", "unused"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert (asked["timeout"], asked["backend"]) == (datetime.timedelta(days=1), "gloo")
+
+
+# --- random streams and memory ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kept, now", [(3, 1), (1, 3), (0, 2), (2, 0)])
+def test_random_streams_come_back_on_as_many_gpus_as_there_are(monkeypatch, kept, now):
+    """Those of GPUs that are gone are left out, GPUs that came keep their own, and the host's streams come back all the same."""
+    def to_gpu(stream, number):
+        assert number < now, "torch would say: invalid device"
+        given[number] = stream.item()
+
+    given, state = {}, random_state() | {"cuda": [torch.tensor(10 + number) for number in range(kept)]}
+    drawn = [draw() for draw in (torch.rand(()).item, np.random.rand)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: now > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: now)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", to_gpu)
+    set_random_state(state)
+    assert given == {number: 10 + number for number in range(min(kept, now))}
+    assert [draw() for draw in (torch.rand(()).item, np.random.rand)] == drawn
+
+
+def raises(error: BaseException):
+    def work():
+        raise error
+    return work
+
+
+LACKING = {"torch's kind": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.50 GiB of which 1.00 GiB is free.")),
+           "torch's kind without words": raises(torch.OutOfMemoryError()),
+           "CUDA": raises(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call")),
+           "cuBLAS": raises(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+           "cuBLAS without a handle": raises(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")),
+           "cuDNN 8": raises(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
+           "cuDNN 9": raises(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")),
+           "cuDNN 9, host": raises(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED")),
+           "cuDNN's plans": raises(RuntimeError("GET was unable to find an engine to execute this computation")),
+           "torch on the CPU": lambda: torch.empty(2**57, dtype=torch.uint8),  # the real words
+           "numpy": lambda: np.empty(2**57, dtype=np.uint8),
+           "oneDNN": raises(RuntimeError("could not create a primitive"))}
+UNRELATED = [RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x5 and 6x7)"), RuntimeError("CUDA error: device-side assert triggered"),
+             RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+             RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+             RuntimeError("expected contiguous memory format"), OSError(28, "No space left on device"), ValueError("out of memory"), IndexError("index 7 is out of bounds")]
+
+
+@pytest.fixture(scope="module")
+def network():
+    return VGGT(VGGTConfig.golden())
+
+
+@pytest.mark.parametrize("lacks", LACKING.values(), ids=LACKING)
+def test_an_allocator_that_gives_up_is_answered(network, lacks):
+    left, said = [lacks, lambda: "done"], []
+    assert Retreat(network, 4, said.append).attempt(lambda: left.pop(0)()) == "done"
+    assert len(said) == 1 and said[0].startswith("out of memory: ")
+
+
+@pytest.mark.parametrize("error", UNRELATED, ids=str)
+def test_another_error_is_not_taken_for_lack_of_memory(network, error):
+    """It comes out as it is, at once: a step made again would hide it."""
+    calls, said = [], []
+    with pytest.raises(type(error)) as found:
+        Retreat(network, 4, said.append).attempt(lambda: calls.append(0) or raises(error)())
+    assert found.value is error and len(calls) == 1 and not said
+
+
+# --- before and after the steps --------------------------------------------------------------------------------------
+
+def test_a_trained_part_that_the_loss_does_not_reach_is_named(scene, tmp_path):
+    """All of it is counted, one tensor is named, and the model is left as it was."""
+    config = settings(scene, tmp_path / "run", strategy="c")
+    model, scenes = put_adapter(build_model(config), config)[0], open_scenes(config)
+    sample = first_frames(items_of(split_scenes(scenes, config)[0].train, scenes), FrameCache(config.image_size))
+    head = model.get_base_model().depth_head
+    before = head.recompute, head.frames_chunk, model.training, content_digest(random_state())
+    for part, weights in {"camera_head": ("camera_weight",), "depth_head": ("depth_conf_weight", "depth_reg_weight", "depth_grad_weight")}.items():
+        deaf = [n for n, p in model.named_parameters() if p.requires_grad and f".{part}." in n]
+        with pytest.raises(ConfigError) as error:
+            unreached_by_loss(model, sample, dataclasses.replace(config, **dict.fromkeys(weights, 0.0)))
+        assert f"no gradient reaches {len(deaf)} of the tensors that strategy c trains, for instance {deaf[0]};" in str(error.value) and deaf
+    unreached_by_loss(model, sample, config)
+    assert (head.recompute, head.frames_chunk, model.training, content_digest(random_state())) == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Frame store and cache of a test's own, empty."""
+    monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_trained_network_leaves_memory_before_its_file_is_measured(scene, tmp_path, caches, monkeypatch):
+    """No number of it is held while base and copy are, neither by itself nor by its optimiser; the file is there by then."""
+    prepare, measure, models, optimizers, seen = loop_module._prepare, train_module.measure, [], [], []
+
+    def keep(*given):
+        loop = prepare(*given)
+        models.append(loop.model)
+        optimizers.append(weakref.ref(loop.optimizer))
+        return loop
+
+    def look(folder, *rest):
+        seen.append(({t.device.type for t in (*models[0].parameters(), *models[0].buffers())}, optimizers[0](), (folder / "adapter_model.safetensors").is_file()))
+        return measure(folder, *rest)
+
+    monkeypatch.setattr(loop_module, "_prepare", keep)
+    monkeypatch.setattr(train_module, "measure", look)
+    run = train(settings(scene, tmp_path / "run", epochs=1, preflight="off"))
+    assert seen == [({"meta"}, None, True)] and run.results["table"]
+
+
+def test_a_time_of_use_that_cannot_be_written_ends_no_run(scene, tmp_path, caches, monkeypatch):
+    """Entries of another's, or on a disk that is only read: the numbers are there, and both stores give them."""
+    def refuse(path, *_, **__):
+        asked.append(Path(path).parent)
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    asked, whole = [], train(settings(scene, tmp_path / "whole", epochs=1, preflight="off"))
+    monkeypatch.setattr(os, "utime", refuse)
+    run = train(settings(scene, tmp_path / "run", epochs=1, preflight="off"))
+    assert {"frames", "prefix"} <= {part for folder in asked for part in folder.relative_to(tmp_path / "cache").parts}
+    assert without_wall(run.records) == without_wall(whole.records)
+    log = (run.folder / "train.log").read_text()
+    assert "12 frames reused, 0 made" in log and "6 entries reused, 0 made" in log
+
+
+def test_a_run_whose_last_weights_have_no_finite_loss_says_so(scene, tmp_path, monkeypatch):
+    """With keep="last" they are what is saved and measured: a warning in the log, in the results and on both pages tells why, and where better ones are."""
+    spoil_validations(monkeypatch, {1})
+    run = train(settings(scene, tmp_path / "run", epochs=1, preflight="off"))
+    loss = run.results["held_out_loss"]
+    assert loss["after"] is None and loss["best"] == loss["before"] == newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["best"]
+    said = run.results["warnings"][0]
+    for word in ("not finite: depth_nonfinite_pixels (depth head) on ", ".JPG", "best.pt has those after epoch 0", f"{loss['best']:.4f}", "keep='best'"):
+        assert word in said, word
+    log = (run.folder / "train.log").read_text()
+    assert f"WARNING: {said}" in log and "goes on" not in log
+    assert "**Warning:** the held-out loss of the saved weights is not finite" in (run.folder / "report.md").read_text()
+    assert "Warning: the held-out loss of the saved weights is not finite" in (run.folder / "report.html").read_text()
