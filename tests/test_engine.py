@@ -59,15 +59,15 @@ class Spoiled(Feed):
         return sample, state
 
 
-def run_fit(config, hooks=(), spoil=None):
-    """fit on its own, without the gate and the evaluation: (run, progress, model)."""
+def run_fit(config, hooks=(), spoil=None, writes=True):
+    """fit on its own, without the gate and the evaluation: (run, progress, model); of several processes only the first one writes."""
     base, scenes = build_model(config), open_scenes(config)
     split, _ = split_scenes(scenes, config)
     adapted, _ = apply_lora(base, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, seed=config.seed, dora=config.dora,
                             rslora=config.rslora, heads=config.trained_heads, targets=config.names("targets"))
     folder = Path(config.output)
     counters = newest_checkpoint(folder / "checkpoints")[1]["counters"] if config.resume else {"step": None, "records": None}
-    run = RunFolder(folder, counters["step"], counters["records"])
+    run = RunFolder(folder, counters["step"], counters["records"], writes)
     run.write("config.json", {"config": dataclasses.asdict(config)})
     feed = Spoiled(FrameCache(config.image_size, supervision=config.supervision), spoil or {})
     try:

@@ -132,7 +132,9 @@ def out_of_memory(
 ) -> bool:
     """Whether an allocator gave up: Python's, CUDA's, or that of torch or oneDNN on the CPU, who have words and no kind for it."""
     texts = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED",
-             "CUDNN_STATUS_ALLOC_FAILED", "could not create a primitive", "bad_alloc", "bad allocation")
+             "CUDNN_STATUS_ALLOC_FAILED", "DEVICE_ALLOCATION_FAILED", "HOST_ALLOCATION_FAILED",  # the last two are cuDNN 9's names for it
+             "unable to find an engine",  # torch goes on to cuDNN's next plan where one finds no memory, and says this when none is left
+             "could not create a primitive", "bad_alloc", "bad allocation")
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (type(error).__name__ == "OutOfMemoryError" or any(t in str(error) for t in texts))
 
 

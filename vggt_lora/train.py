@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LENIENT', 'NAMES', 'Run', 'train', 'first_frames', 'gated_adapter', 'unreached_by_loss', 'open_run', 'describe',
-           'truth_cache', 'check_same', 'finish', 'losses_of', 'measure', 'in_detail', 'drift_of', 'report',
-           'save_page', 'save_figures', 'main', 'TrainConfig', 'read_config']
+           'truth_cache', 'check_same', 'finish', 'losses_of', 'without_loss', 'measure', 'in_detail', 'drift_of',
+           'report', 'save_page', 'save_figures', 'main', 'TrainConfig', 'read_config']
 
 # %% ../nbs/03_train.ipynb #ed1bc3c5
 import dataclasses
@@ -212,6 +212,9 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
     adapted.to("meta")  # its numbers are in the file, and their memory is for the two that are compared
     results, maps = measure(folder, held_out, cache, config)
     results["held_out_loss"] = loss = losses_of(run.records, config.keep)
+    if loss["after"] is None:
+        results["warnings"] = [without_loss(run.records), *results["warnings"]]
+        run.log(f"WARNING: {results['warnings'][0]}")
     run.write("results.json", results)
     run.write("report.md", report(config, results, run.folder))
     save_figures(run, maps)
@@ -230,6 +233,14 @@ def losses_of(records: list[dict], keep: str) -> dict:
     best = min(r["loss"] for r in found if r["loss"] is not None and not r.get("stopped"))  # of best.pt; the first is finite, or there were no run
     after = best if keep == "best" else found[-1]["loss"]
     return {"before": found[0]["loss"], "after": after, "best": best if after is None else min(best, after)}
+
+
+def without_loss(records: list[dict]) -> str:
+    """What a run says whose last weights are kept although their held-out loss is not finite: why, and where better ones are."""
+    found = [r for r in records if r["split"] == "val"]
+    best = min((r for r in found if r["loss"] is not None and not r.get("stopped")), key=lambda r: r["loss"])
+    return (f"the held-out loss of the saved weights is not finite: {found[-1]['not_finite']}; checkpoints/best.pt has those after epoch {best['epoch']}, "
+            f"with {best['loss']:.4f}, which keep='best' would have taken")
 
 
 def _loss(value: float | None) -> str:

@@ -423,7 +423,7 @@ def _validate(loop: Loop, **more) -> float:
         if not progress.step:
             raise NotFinite(f"before any training the held-out loss is not finite: {fault}; nothing could be judged by it: "
                             "look at the depth of these photos in notebook 01, try precision='float32', or take another base") from None
-        run.log(f"the held-out loss after step {progress.step} is not finite: {fault}; these weights cannot be the best, and training goes on")
+        run.log(f"the held-out loss after step {progress.step} is not finite: {fault}; these weights cannot be the best")
         numbers = {"loss": None, "not_finite": str(fault)}
     run.record(step=progress.step, epoch=progress.epoch, split="val", **numbers, **more)
     value = math.inf if numbers["loss"] is None else numbers["loss"]
@@ -468,9 +468,9 @@ def _stop(loop: Loop) -> None:
     if progress.position:  # after a validation all is saved and measured; a second save would count its epoch as one without progress
         _save(loop)
     how = f"continue with resume=True, output={str(run.folder)!r}"
-    if progress.signal:
-        run.log(f"stopped by {progress.signal} after step {progress.step} of {progress.total_steps}, everything is saved; {how}")
-        raise Stopped(f"stopped by {progress.signal} after step {progress.step} of {progress.total_steps}; {how}")
+    if name := _agree(loop):  # once more: a signal may have reached one process in the save, and none may end before the first has saved
+        run.log(f"stopped by {name} after step {progress.step} of {progress.total_steps}, everything is saved; {how}")
+        raise Stopped(f"stopped by {name} after step {progress.step} of {progress.total_steps}; {how}")
     value = _validate(loop, stopped=True) if progress.position else progress.held_out  # a resumed run forgets this record
     run.log(f"stopped on request after step {progress.step} of {progress.total_steps}, held-out {value:.4f}; {how}")
 
@@ -506,11 +506,11 @@ def _tell(loop: Loop, event: str) -> None:
     _agree(loop)
 
 
-def _agree(loop: Loop) -> None:
-    """Decide whether to stop, from what hooks and signals have asked of any process so far: the same in all of them, wherever a signal arrived."""
+def _agree(loop: Loop) -> str:
+    """Decide whether to stop, from what hooks and signals have asked of any process so far, and return the signal's name: the same in all of them, wherever a signal arrived."""
     asked = loop.team.share([(loop.progress.stop, loop.progress.signal)])
     loop.progress.stop = any(stop or name for stop, name in asked)
-    loop.progress.signal = loop.progress.signal or next((name for _, name in asked if name), "")
+    return next((name for _, name in asked if name), "")  # what `progress.signal` holds by now may be of this process alone
 
 
 def _bar(loop: Loop):

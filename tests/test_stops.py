@@ -1,0 +1,369 @@
+"""Stops that reach one of two processes, steps that are bad in one of them, and the small things on which the end of a run depends."""
+import dataclasses
+import datetime
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_engine import ROOT, run_fit, settings, spoil_validations, windows_of
+
+from vggt_lora import train as train_module
+from vggt_lora.core import STOP, ConfigError
+from vggt_lora.model.vggt import VGGT, VGGTConfig
+from vggt_lora.scenes.samples import FrameCache
+from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.train import first_frames, main, train, unreached_by_loss
+from vggt_lora.training import loop as loop_module
+from vggt_lora.training import processes
+from vggt_lora.training.checkpoint import content_digest, newest_checkpoint, random_state, read_checkpoint, set_random_state
+from vggt_lora.training.guard import replay
+from vggt_lora.training.loop import learning_rate
+from vggt_lora.training.retreat import Retreat
+from vggt_lora.training.run import without_wall
+from vggt_lora.training.setup import build_model, items_of, open_scenes, put_adapter, split_scenes
+
+LIMIT = 300  # s that two processes have for all their cases
+
+
+# --- what the two processes do: this file is their program ----------------------------------------------------------
+
+def term() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def at_call(patch, name: str, number: int, act, counts=lambda: True) -> None:
+    """Let something happen just before a function of the loop is called for the n-th time, from 1."""
+    real, calls = getattr(loop_module, name), []
+
+    def called(*arguments, **more):
+        if counts():
+            calls.append(0)
+            if len(calls) == number:
+                act()
+        return real(*arguments, **more)
+
+    patch.setattr(loop_module, name, called)
+
+
+def in_a_step(patch, rank, folder) -> None:
+    """The second process is asked to end inside its second step."""
+    if rank == 1:
+        at_call(patch, "window_loss", 2, term, torch.is_grad_enabled)
+
+
+def in_a_validation(patch, rank, folder) -> None:
+    """The second process is asked to end inside the validation after the first epoch."""
+    if rank == 1:
+        at_call(patch, "held_out_loss", 2, term)
+
+
+def in_a_save(patch, rank, folder) -> None:
+    """The file `stop` asks for the end, and while the first process saves, which takes its time, the second is asked once more."""
+    if rank == 0:
+        at_call(patch, "_step", 2, (folder / STOP).touch)
+        at_call(patch, "save_step", 2, lambda: time.sleep(0.5))
+    else:
+        at_call(patch, "_save", 2, term)
+
+
+STOPS = {"step": in_a_step, "validation": in_a_validation, "save": in_a_save}
+
+
+def attempt(config, rank: int, happen=None, spoil=None) -> dict:
+    """One run in this process, and what came of it: its error, how far the disk was at that moment, and all that it had learned."""
+    loops, prepare, raised = [], loop_module._prepare, ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_module, "_prepare", lambda *given: loops.append(prepare(*given)) or loops[0])
+        if happen is not None:
+            happen(patch, rank, Path(config.output))
+        try:
+            run_fit(config, spoil=spoil, writes=rank == 0)
+        except loop_module.TrainingError as error:
+            raised = f"{type(error).__name__}: {error}"
+    loop = loops[0]
+    learned = {"weights": {n: p for n, p in loop.model.named_parameters() if p.requires_grad}, "optimizer": loop.optimizer.state_dict(), "guard": loop.guard.state()}
+    return {"raised": raised, "saved": newest_checkpoint(Path(config.output) / "checkpoints")[1]["counters"]["step"], "learned": content_digest(learned),
+            "steps": [(r["step"], r["lr"], r.get("skipped", "")) for r in loop.run.records if r["split"] == "train"]}
+
+
+def command(config, rank: int, happen=None) -> int:
+    """The command line in this process; returns its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        if happen is not None:
+            happen(patch, rank, Path(config.output))
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+        return main([f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()])
+
+
+def as_rank(scene: str, folder: str) -> None:
+    """All cases, one after the other, in one of the two processes."""
+    rank, found = int(os.environ["RANK"]), {}
+    processes.PATIENCE = datetime.timedelta(seconds=90)  # a process that waits for one that will not come ends with an error of its own
+
+    def config(name, **changes):
+        return settings(scene, Path(folder) / name, save_every=0, **changes)
+
+    found["whole"] = attempt(config("whole"), rank)
+    for name, happen in STOPS.items():
+        found[name] = attempt(config(name), rank, happen)
+        found[f"{name} resumed"] = attempt(config(name, resume=True), rank)
+    order = windows_of(config("order"))  # five windows in an epoch: steps of two, two and one, and the second of two is the second process's
+    found["one bad"] = attempt(config("one bad"), rank, spoil={order[3]: math.nan})
+    found["two bad"] = attempt(config("two bad", max_bad=2), rank, spoil={order[6]: math.nan, order[8]: math.nan})
+    found["command"] = {"whole": command(config("whole command", preflight="off"), rank), "stopped": command(config("command", preflight="off"), rank, in_a_step),
+                        "resumed": command(config("command", preflight="off", resume=True), rank)}
+    (Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    as_rank(*sys.argv[1:])
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    return toy_scene(tmp_path_factory.mktemp("data"), frames=12, size=(84, 112))
+
+
+@pytest.fixture(scope="module")
+def pair(scene, tmp_path_factory):
+    """Both processes have done all cases: (folder, what the first found, what the second found). No launcher, so neither is ended for the other's sake."""
+    folder = tmp_path_factory.mktemp("pair")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                           "VGGT_LORA_CACHE": str(folder / "cache")}
+    started, until = [], time.monotonic() + LIMIT
+    try:
+        for rank in ("0", "1"):
+            with open(folder / f"log-{rank}", "w") as log:
+                started.append(subprocess.Popen([sys.executable, __file__, str(scene), str(folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                                env=common | {"RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT))
+        codes = [process.wait(max(1, until - time.monotonic())) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    logs = [(folder / f"log-{rank}").read_text() for rank in (0, 1)]
+    assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
+    return folder, *(json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("name, word, step", [("step", "Stopped: stopped by SIGTERM after step 2 of 6", 2), ("validation", "Stopped: stopped by SIGTERM after step 3 of 6", 3),
+                                              ("save", "Stopped: stopped by SIGTERM after step 2 of 6", 2)])
+def test_a_signal_to_one_process_ends_both_saved_and_the_run_goes_on(pair, name, word, step):
+    """Neither waits for the other, both raise the same, and none ends before the first has saved."""
+    folder, *found = pair
+    assert [one[name]["raised"].startswith(word) for one in found] == [True, True], [one[name]["raised"] for one in found]
+    assert found[0][name] == found[1][name] and found[0][name]["saved"] == step and "resume=True" in found[0][name]["raised"]
+    assert found[0][f"{name} resumed"] == found[1][f"{name} resumed"]
+    assert found[0][f"{name} resumed"]["learned"] == found[0]["whole"]["learned"] and not found[0][f"{name} resumed"]["raised"]
+    assert without_wall(folder / name / "metrics.jsonl") == without_wall(folder / "whole" / "metrics.jsonl")
+    log = (folder / name / "train.log").read_text()
+    assert log.count("stopped by SIGTERM") == 1 and "resumed at step" in log
+
+
+def test_the_command_line_says_that_one_process_was_stopped(pair):
+    """Exit status and last line of both processes, and what the second command makes of it."""
+    folder, *found = pair
+    assert [one["command"] for one in found] == [{"whole": 0, "stopped": 1, "resumed": 0}] * 2
+    for rank in (0, 1):
+        assert "python -m vggt_lora.train: stopped by SIGTERM after step 2 of 6; continue with resume=True" in (folder / f"log-{rank}").read_text()
+    assert without_wall(folder / "command" / "metrics.jsonl") == without_wall(folder / "whole command" / "metrics.jsonl")
+    tables = [json.loads((folder / name / "results.json").read_text())["table"] for name in ("command", "whole command")]
+    assert tables[0] == tables[1] and tables[0]
+
+
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(pair, scene):
+    """Weights, moments and schedule stay in step; what each process saw is kept, and the second one's file has the fault."""
+    folder, *found = pair
+    ours = found[0]["one bad"]
+    assert ours == found[1]["one bad"] and not ours["raised"] and ours["learned"] != found[0]["whole"]["learned"]
+    assert [step for step, _, skipped in ours["steps"] if skipped] == [2] and "(depth head)" in ours["steps"][1][2]
+    assert [rate for _, rate, _ in ours["steps"]] == [learning_rate(s, 6, settings(scene, folder)) for s in range(6)]
+    last = read_checkpoint(folder / "one bad" / "checkpoints" / "last.pt")
+    assert {float(s["step"]) for s in last["optimizer"]["state"].values()} == {5}
+    good, bad = (replay(folder / "one bad", folder / "one bad" / "bad" / f"step-000002{of}.pt") for of in ("", "-1"))
+    assert not good[0]["faults"] and math.isfinite(good[0]["loss"]) and bad[0]["faults"] and all(f in ours["steps"][1][2] for f in bad[0]["faults"])
+
+
+def test_bad_steps_of_one_process_end_both_and_name_head_and_term(pair):
+    folder, *found = pair
+    ours = found[0]["two bad"]
+    assert ours == found[1]["two bad"] and [step for step, _, skipped in ours["steps"] if skipped] == [4, 5]
+    for word in ("2 steps in a row were skipped, the last at step 5", "depth_nonfinite_pixels (depth head)", "(camera head)", ".JPG", "a higher max_bad"):
+        assert word in ours["raised"], word
+    assert sorted(p.name for p in (folder / "two bad" / "bad").iterdir()) == [f"step-00000{step}{of}.pt" for step in (4, 5) for of in ("-1", "")]
+
+
+def test_processes_wait_for_each_other_for_a_day(monkeypatch):
+    """What torch is asked for when they meet: one may fill a cache or measure for hours while the others wait."""
+    from accelerate.state import AcceleratorState
+
+    class Met(Exception):
+        pass
+
+    def meet(**given):
+        asked.update(given)
+        raise Met
+
+    asked = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        with pytest.raises(Met):
+            processes.Team(settings("unused", "unused"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert (asked["timeout"], asked["backend"]) == (datetime.timedelta(days=1), "gloo")
+
+
+# --- random streams and memory ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kept, now", [(3, 1), (1, 3), (0, 2), (2, 0)])
+def test_random_streams_come_back_on_as_many_gpus_as_there_are(monkeypatch, kept, now):
+    """Those of GPUs that are gone are left out, GPUs that came keep their own, and the host's streams come back all the same."""
+    def to_gpu(stream, number):
+        assert number < now, "torch would say: invalid device"
+        given[number] = stream.item()
+
+    given, state = {}, random_state() | {"cuda": [torch.tensor(10 + number) for number in range(kept)]}
+    drawn = [draw() for draw in (torch.rand(()).item, np.random.rand)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: now > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: now)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", to_gpu)
+    set_random_state(state)
+    assert given == {number: 10 + number for number in range(min(kept, now))}
+    assert [draw() for draw in (torch.rand(()).item, np.random.rand)] == drawn
+
+
+def raises(error: BaseException):
+    def work():
+        raise error
+    return work
+
+
+LACKING = {"torch's kind": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.50 GiB of which 1.00 GiB is free.")),
+           "torch's kind without words": raises(torch.OutOfMemoryError()),
+           "CUDA": raises(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call")),
+           "cuBLAS": raises(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+           "cuBLAS without a handle": raises(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")),
+           "cuDNN 8": raises(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
+           "cuDNN 9": raises(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")),
+           "cuDNN 9, host": raises(RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED")),
+           "cuDNN's plans": raises(RuntimeError("GET was unable to find an engine to execute this computation")),
+           "torch on the CPU": lambda: torch.empty(2**57, dtype=torch.uint8),  # the real words
+           "numpy": lambda: np.empty(2**57, dtype=np.uint8),
+           "oneDNN": raises(RuntimeError("could not create a primitive"))}
+UNRELATED = [RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x5 and 6x7)"), RuntimeError("CUDA error: device-side assert triggered"),
+             RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+             RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+             RuntimeError("expected contiguous memory format"), OSError(28, "No space left on device"), ValueError("out of memory"), IndexError("index 7 is out of bounds")]
+
+
+@pytest.fixture(scope="module")
+def network():
+    return VGGT(VGGTConfig.golden())
+
+
+@pytest.mark.parametrize("lacks", LACKING.values(), ids=LACKING)
+def test_an_allocator_that_gives_up_is_answered(network, lacks):
+    left, said = [lacks, lambda: "done"], []
+    assert Retreat(network, 4, said.append).attempt(lambda: left.pop(0)()) == "done"
+    assert len(said) == 1 and said[0].startswith("out of memory: ")
+
+
+@pytest.mark.parametrize("error", UNRELATED, ids=str)
+def test_another_error_is_not_taken_for_lack_of_memory(network, error):
+    """It comes out as it is, at once: a step made again would hide it."""
+    calls, said = [], []
+    with pytest.raises(type(error)) as found:
+        Retreat(network, 4, said.append).attempt(lambda: calls.append(0) or raises(error)())
+    assert found.value is error and len(calls) == 1 and not said
+
+
+# --- before and after the steps --------------------------------------------------------------------------------------
+
+def test_a_trained_part_that_the_loss_does_not_reach_is_named(scene, tmp_path):
+    """All of it is counted, one tensor is named, and the model is left as it was."""
+    config = settings(scene, tmp_path / "run", strategy="c")
+    model, scenes = put_adapter(build_model(config), config)[0], open_scenes(config)
+    sample = first_frames(items_of(split_scenes(scenes, config)[0].train, scenes), FrameCache(config.image_size))
+    head = model.get_base_model().depth_head
+    before = head.recompute, head.frames_chunk, model.training, content_digest(random_state())
+    for part, weights in {"camera_head": ("camera_weight",), "depth_head": ("depth_conf_weight", "depth_reg_weight", "depth_grad_weight")}.items():
+        deaf = [n for n, p in model.named_parameters() if p.requires_grad and f".{part}." in n]
+        with pytest.raises(ConfigError) as error:
+            unreached_by_loss(model, sample, dataclasses.replace(config, **dict.fromkeys(weights, 0.0)))
+        assert f"no gradient reaches {len(deaf)} of the tensors that strategy c trains, for instance {deaf[0]};" in str(error.value) and deaf
+    unreached_by_loss(model, sample, config)
+    assert (head.recompute, head.frames_chunk, model.training, content_digest(random_state())) == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Frame store and cache of a test's own, empty."""
+    monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "cache"))
+
+
+def test_the_trained_network_leaves_memory_before_its_file_is_measured(scene, tmp_path, caches, monkeypatch):
+    """No number of it is held while base and copy are, neither by itself nor by its optimiser; the file is there by then."""
+    prepare, measure, models, optimizers, seen = loop_module._prepare, train_module.measure, [], [], []
+
+    def keep(*given):
+        loop = prepare(*given)
+        models.append(loop.model)
+        optimizers.append(weakref.ref(loop.optimizer))
+        return loop
+
+    def look(folder, *rest):
+        seen.append(({t.device.type for t in (*models[0].parameters(), *models[0].buffers())}, optimizers[0](), (folder / "adapter_model.safetensors").is_file()))
+        return measure(folder, *rest)
+
+    monkeypatch.setattr(loop_module, "_prepare", keep)
+    monkeypatch.setattr(train_module, "measure", look)
+    run = train(settings(scene, tmp_path / "run", epochs=1, preflight="off"))
+    assert seen == [({"meta"}, None, True)] and run.results["table"]
+
+
+def test_a_time_of_use_that_cannot_be_written_ends_no_run(scene, tmp_path, caches, monkeypatch):
+    """Entries of another's, or on a disk that is only read: the numbers are there, and both stores give them."""
+    def refuse(path, *_, **__):
+        asked.append(Path(path).parent)
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    asked, whole = [], train(settings(scene, tmp_path / "whole", epochs=1, preflight="off"))
+    monkeypatch.setattr(os, "utime", refuse)
+    run = train(settings(scene, tmp_path / "run", epochs=1, preflight="off"))
+    assert {"frames", "prefix"} <= {part for folder in asked for part in folder.relative_to(tmp_path / "cache").parts}
+    assert without_wall(run.records) == without_wall(whole.records)
+    log = (run.folder / "train.log").read_text()
+    assert "12 frames reused, 0 made" in log and "6 entries reused, 0 made" in log
+
+
+def test_a_run_whose_last_weights_have_no_finite_loss_says_so(scene, tmp_path, monkeypatch):
+    """With keep="last" they are what is saved and measured: a warning in the log, in the results and on both pages tells why, and where better ones are."""
+    spoil_validations(monkeypatch, {1})
+    run = train(settings(scene, tmp_path / "run", epochs=1, preflight="off"))
+    loss = run.results["held_out_loss"]
+    assert loss["after"] is None and loss["best"] == loss["before"] == newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["best"]
+    said = run.results["warnings"][0]
+    for word in ("not finite: depth_nonfinite_pixels (depth head) on ", ".JPG", "best.pt has those after epoch 0", f"{loss['best']:.4f}", "keep='best'"):
+        assert word in said, word
+    log = (run.folder / "train.log").read_text()
+    assert f"WARNING: {said}" in log and "goes on" not in log
+    assert "**Warning:** the held-out loss of the saved weights is not finite" in (run.folder / "report.md").read_text()
+    assert "Warning: the held-out loss of the saved weights is not finite" in (run.folder / "report.html").read_text()
