@@ -13,7 +13,6 @@ import torch.utils.checkpoint
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten, F, Tensor = torch.ops.aten, torch.nn.functional, torch.Tensor
@@ -83,7 +82,7 @@ class OnGPU(torch.Tensor):
         if func == Tensor.data.__set__:
             args[0].inner = args[1].inner
         if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(lambda t: t.float() if isinstance(t, OnGPU) and t.dtype == torch.bfloat16 else t, (args, kwargs))
+            args, kwargs = each(lambda t: t.float() if isinstance(t, OnGPU) and t.dtype == torch.bfloat16 else t, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -148,8 +147,17 @@ COPIES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 
 
+def each(change, tree):
+    """A nest of tuples, lists and dicts with all else changed."""
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([each(change, item) for item in tree])  # torch's own results that have names too
+    return {name: each(change, item) for name, item in tree.items()} if isinstance(tree, dict) else change(tree)
+
+
 def tensors_of(tree) -> list:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    found = []
+    each(lambda leaf: found.append(leaf) if isinstance(leaf, torch.Tensor) else None, tree)
+    return found
 
 
 def execute(func, args, kwargs):
@@ -174,7 +182,7 @@ def execute(func, args, kwargs):
             return leaf.inner
         return leaf
 
-    args, kwargs = tree_map(bare, (args, kwargs))
+    args, kwargs = each(bare, (args, kwargs))
     if asked == "cuda":
         kwargs["device"] = CPU
     result = func(*args, **kwargs)
@@ -183,7 +191,7 @@ def execute(func, args, kwargs):
     def put(leaf):
         return wrapped.get(id(leaf)) if id(leaf) in wrapped else OnGPU(leaf) if there and isinstance(leaf, torch.Tensor) else leaf
 
-    return tree_map(put, result)
+    return each(put, result)
 
 
 class Operations(TorchDispatchMode):

@@ -79,7 +79,7 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(tmp_path, mon
     """Memory by a law that is known, so that nothing depends on this machine."""
     from vggt_lora.training import budget as module
 
-    def law(model, sample, config, store=None):
+    def law(model, sample, config, store=None, most=6):
         head = module.network(model).depth_head
         each = 20 if head.recompute else 100
         return module.Point(len(sample.names), {"train": 10**9 + each * 10**6 * len(sample.names), "validate": 10**9}, {"train": 0.1, "validate": 0.1})
@@ -130,7 +130,7 @@ def by_law(monkeypatch):
     """Memory and seconds by a law of the pixels, so that nothing depends on this machine: 1 MB and 1 us for each, 100 MB and a second besides."""
     from vggt_lora.training import budget as module
 
-    def law(model, sample, config, store=None):
+    def law(model, sample, config, store=None, most=6):
         pixels = sample.images[:, 0].numel()
         return module.Point(len(sample.names), {"train": 10**9 + 10**8 + 10**6 * pixels, "validate": 10**9}, {"train": 1 + 1e-6 * pixels, "validate": 0.5})
 

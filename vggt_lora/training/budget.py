@@ -124,27 +124,27 @@ class _Bench:
         return len(self.sample.names)
 
     def points(self, config: TrainConfig, whole: bool = True) -> list[Point]:
-        """Measure small windows, and the real one where it is safe."""
+        """Measure small windows, and the real one where it is safe; with `whole=False` only small ones, once each, for their memory."""
         found: list[Point] = []
         with untouched(self.model), torch.compiler.set_stance("force_eager"):
             _choose(self.model, config)
             for few in range(1, 1 + min(3, self.full)):
                 if few > 1 and whole and self._surely(found[0]):
                     break
-                if not self._add(found, few, config):
+                if not self._add(found, few, config, whole):
                     return found
             last = found[-1].frames
             safe = self._surely(found[0]) or len(found) > 1 and max(self.predicted(found, self.full).values()) <= 0.8 * self.room
             if whole and safe and last < self.full and sum(found[-1].seconds.values()) * self.full / last < SLOW:
-                self._add(found, self.full, config)
+                self._add(found, self.full, config, whole)
         return found
 
     def _surely(self, point: Point) -> bool:
         return (max(point.peak.values()) - self.now) * self.full**2 < 0.4 * (self.room - self.now)
 
-    def _add(self, found: list, count: int, config: TrainConfig) -> bool:
+    def _add(self, found: list, count: int, config: TrainConfig, timed: bool) -> bool:
         try:
-            found.append(measure_window(self.model, first_of(self.sample, count), config, self.store))
+            found.append(measure_window(self.model, first_of(self.sample, count), config, self.store, 6 if timed else 1))
             return True
         except Exception as error:
             if not out_of_memory(error):

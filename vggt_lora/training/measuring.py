@@ -139,6 +139,7 @@ def measure_window(
     sample: Sample,
     config: TrainConfig,
     store=None,  # PrefixStore in a folder of its own; None: from the photos
+    most: int = 6,  # repetitions of a short step; 1: only its memory is asked for
 ) -> Point:
     """Measure one window in the three phases, in the order of a run, and leave nothing changed."""
     device, losses, peaks, seconds = resolve_device(config.device), loss_config(config), {}, {}
@@ -148,7 +149,7 @@ def measure_window(
     def state():
         return store.state(sample.images, names) if store else None
 
-    def phase(name: str, work: Callable, most: int = 1):
+    def phase(name: str, work: Callable, most: int):
         taken = []
         while len(taken) < min(most, 2) or (len(taken) < most and sum(taken[1:]) < ENOUGH):
             with Watch(device, 0.002) as watch:
@@ -172,9 +173,9 @@ def measure_window(
     settle(device)
     with untouched(model):
         if store:
-            phase("fill", state)
-        phase("validate", validate, 6)
-        phase("train", train, 6)
+            phase("fill", state, 1)
+        phase("validate", validate, most)
+        phase("train", train, most)
     settle(device)
     return Point(len(sample.names), peaks, seconds)
 
