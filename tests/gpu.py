@@ -3,8 +3,12 @@
 Every operation looks on which side its tensors are; one that mixes them raises as CUDA does, and so does a way to numpy without `.cpu()`. What lies there is counted
 by the storage, in blocks of 512 bytes as torch's allocator does, against a limit that can run out. autocast computes the operations in float32 that it computes so on
 a GPU. What only hardware can show stays open: speed, the work space of kernels, fragments between blocks, and the rounding of other kernels.
+
+Without numbers it holds a network of any size: tensors there have a shape and lie nowhere, what is asked of them is made up (1.0, a million, True), and every mask
+selects everything. What is counted is then the memory alone.
 """
 import contextlib
+import functools
 import threading
 import weakref
 
@@ -28,6 +32,12 @@ class Memory:
 
     def __init__(self):
         self.limit, self.now, self.peak, self._known, self._lock = 1 << 60, 0, 0, {}, threading.RLock()
+        self.numbers = True  # False: only shapes
+
+    @property
+    def place(self) -> torch.device:
+        """Where the numbers of its tensors are."""
+        return CPU if self.numbers else torch.device("meta")
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage until it is gone; raises torch's OutOfMemoryError beyond the limit."""
@@ -128,8 +138,9 @@ def move(tensor, device):
     """The numbers of a tensor on another side."""
     with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
         inner = (tensor.inner if isinstance(tensor, OnGPU) else tensor).detach()
-        inner = inner.to("meta") if device.type == "meta" else inner.clone()
-        return OnGPU(inner) if device.type == "cuda" else inner
+        if device.type == "cuda":
+            return OnGPU(inner.clone() if MEMORY.numbers else inner.to("meta"))
+        return inner.to("meta") if device.type == "meta" else inner.clone() if MEMORY.numbers else torch.ones(inner.shape, dtype=inner.dtype)
 
 
 def refuse(*_, **__):
@@ -184,14 +195,35 @@ def execute(func, args, kwargs):
 
     args, kwargs = each(bare, (args, kwargs))
     if asked == "cuda":
-        kwargs["device"] = CPU
-    result = func(*args, **kwargs)
+        kwargs["device"] = MEMORY.place
+    compute = func if MEMORY.numbers or not (here or asked == "cuda") else functools.partial(make_up, func)
+    result = compute(*args, **kwargs)
     there = asked == "cuda" or here and func is not aten.copy_.default  # copy_ writes where it is told to
 
     def put(leaf):
         return wrapped.get(id(leaf)) if id(leaf) in wrapped else OnGPU(leaf) if there and isinstance(leaf, torch.Tensor) else leaf
 
     return each(put, result)
+
+
+def make_up(func, *args, **kwargs):
+    """An operation on shapes."""
+    if func is aten._local_scalar_dense.default:
+        return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1_000_000
+    if func is aten.equal.default:
+        return True
+    if func is aten._fused_adamw_.default:  # in place: nothing comes to it
+        return None
+    if func is aten.copy_.default and args[0].device.type == "cpu":
+        return args[0].fill_(1)
+    if func is aten.nonzero.default:
+        return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
+    if func is aten.masked_select.default:
+        return torch.empty(args[0].numel(), dtype=args[0].dtype, device="meta")
+    if func in INDEXED:
+        places = [[torch.empty(i.numel(), dtype=torch.int64, device="meta")] * i.dim() if i is not None and i.dtype == torch.bool else [i if i is None else i.to("meta")] for i in args[1]]
+        return func(args[0], sum(places, []), *args[2:], **kwargs)
+    return func(*args, **kwargs)
 
 
 class Operations(TorchDispatchMode):
@@ -232,10 +264,10 @@ class Autocast(torch.autocast):
 
 
 @contextlib.contextmanager
-def standing_in(monkeypatch, limit: int = 1 << 60, bf16: bool = True):
-    """torch finds one GPU of `limit` bytes while inside; gives its Memory."""
+def standing_in(monkeypatch, limit: int = 1 << 60, bf16: bool = True, numbers: bool = True):
+    """torch finds one GPU of `limit` bytes while inside, with tensors that hold numbers or only shapes; gives its Memory."""
     cuda, state = torch.cuda, [torch.zeros(16, dtype=torch.uint8)]
-    MEMORY.limit, MEMORY.peak = limit, MEMORY.now
+    MEMORY.limit, MEMORY.peak, MEMORY.numbers = limit, MEMORY.now, numbers
     answers = {"_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "set_device": None, "synchronize": None, "empty_cache": None,
                "get_device_name": "a stand-in", "get_device_capability": (9, 0), "is_bf16_supported": bf16, "manual_seed": None, "manual_seed_all": None}
     for name, value in answers.items():

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import train_step
 from tests.gpu import GPU, OnGPU, standing_in
 from vggt_lora.core import ConfigError
+from vggt_lora.model.vggt import VGGTConfig
 from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.run import without_wall
@@ -75,6 +77,27 @@ def test_the_stand_in_counts_and_runs_out(gpu):
     gpu.limit = 8000
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         view + torch.empty(1000, device="cuda")
+
+
+def peak_of_steps(memory, kind: str, strategy: str, folder) -> int:
+    """The most that lies on the GPU in two steps of benchmarks/train_step.py."""
+    stepper = train_step.Stepper(train_step.new_base(VGGTConfig.tiny(), "cuda"), strategy, kind, train_step.random_sample(3, (56, 84)), "cuda", "bf16", folder, True)
+    gc.collect()
+    memory.peak = memory.now
+    assert np.isfinite(stepper.step()) and np.isfinite(stepper.step())
+    return memory.peak
+
+
+@pytest.mark.parametrize("kind, strategy", [("plain", "b"), ("cache", "a"), ("small", "c"), ("half", "b")])
+def test_without_numbers_it_counts_the_same(monkeypatch, tmp_path, kind, strategy):
+    """What benchmarks/gpu_memory.py says of a network that is too large to be computed here."""
+    found = []
+    for numbers in (True, False):
+        with monkeypatch.context() as patch, standing_in(patch, numbers=numbers) as memory:
+            found.append(peak_of_steps(memory, kind, strategy, tmp_path / str(numbers)))
+            gc.collect()
+            assert not memory.now
+    assert found[0] == found[1] > 10_000_000
 
 
 SPARING = {"checkpointing": True, "frames_chunk": 1, "head_precision": "bf16"}

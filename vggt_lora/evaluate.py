@@ -28,6 +28,7 @@ from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_sa
 from .evaluation.statistics import effects, in_words
 from .scenes.windows import Split, make_windows
 from .train import Run
+from .training.boundary import dense_heads
 from .training.config import TrainConfig, read_config
 from .training.loop import resolve_device, resolve_precision
 from .training.run import environment
@@ -89,6 +90,8 @@ def evaluate(
     cache = frame_cache(config, sized, truth_source(config, scenes, split), items)
     if folder is not None:
         adapted = load_adapter(sized, folder / "adapter").to(device)
+        for head in dense_heads(adapted).values():
+            head.frames_chunk = config.frames_chunk or None  # as in the run
         models = {"base": base_of(adapted), "adapted": adapted}
     models = {name: m.to(device) if hasattr(m, "to") else m for name, m in models.items()}
     precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)

@@ -75,7 +75,7 @@ def drift(
         for model in (base, adapted):
             with _listening(model) as states:
                 out = model(sample.images[None].to(device), heads=heads_of(model))
-            heard.append({layer: tokens.detach().float().cpu() for layer, tokens in states[-1].items()})
+            heard.append({layer: tokens.detach().float().cpu() for layer, tokens in states.pop().items()})
             confidences.append(out["depth_conf"].float().cpu())
         windows += 1
         for layer in heard[0]:
