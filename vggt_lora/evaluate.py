@@ -34,6 +34,7 @@ from .training.loop import resolve_device, resolve_precision
 from .training.run import environment
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
                                       split_scenes, truth_source)
+from .training.speed import placed
 
 # %% ../nbs/04_evaluate.ipynb #016704e7
 _all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "PROTOCOLS", "Protocol", "camera_metrics", "Evaluation", "evaluate_windows", "comparison_rows",
@@ -85,16 +86,16 @@ def evaluate(
     if folder is not None:
         check_photos(recorded_photos(folder), photos_of(split, scenes), same=data is None)
     device, items = resolve_device(config.device), items_of(split.val, scenes)
+    precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
     models = {"base": run} if folder is None and not isinstance(run, dict) else run
     sized = build_model(config) if folder is not None else next((m for m in models.values() if hasattr(m, "config")), None) or build_model(config)
     cache = frame_cache(config, sized, truth_source(config, scenes, split), items)
     if folder is not None:
-        adapted = load_adapter(sized, folder / "adapter").to(device)
+        adapted = placed(load_adapter(sized, folder / "adapter"), device, precision)
         for head in dense_heads(adapted).values():
             head.frames_chunk = config.frames_chunk or None  # as in the run
         models = {"base": base_of(adapted), "adapted": adapted}
     models = {name: m.to(device) if hasattr(m, "to") else m for name, m in models.items()}
-    precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
     result = evaluate_windows(models, items, cache, protocols, device, precision, limits)
     if clouds:
         result.clouds = evaluate_clouds(models, items, cache, device=device, autocast=precision, depth_range=limits, progress=len(items) > 8)

@@ -64,6 +64,7 @@ def drift(
     samples: list[Sample],  # windows of any scenes; no truth is looked at
     limits: DriftLimits | None = None,
     device: str = "cpu",
+    autocast: str = "float32",  # or "bf16" for the networks' passes
 ) -> Drift:
     """Compare features and confidence on the same windows; raises ConfigError for models without an aggregator, or no window."""
     limits, sums, windows = limits or DriftLimits(), {}, 0
@@ -73,7 +74,7 @@ def drift(
     for sample in samples:
         heard, confidences = [], []
         for model in (base, adapted):
-            with _listening(model) as states:
+            with _listening(model) as states, torch.autocast(device, torch.bfloat16, enabled=autocast == "bf16"):
                 out = model(sample.images[None].to(device), heads=heads_of(model))
             heard.append({layer: tokens.detach().float().cpu() for layer, tokens in states.pop().items()})
             confidences.append(out["depth_conf"].float().cpu())

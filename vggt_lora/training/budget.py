@@ -46,7 +46,7 @@ class Budget:
     size: tuple[int, int]  # (height, width) of it, px
     basis: str  # what the numbers rest on
     peaks: dict  # phase -> bytes held at most
-    evaluation: int  # bytes when the finished adapter is measured, in float32 weights, after the trained network has left: arithmetic
+    evaluation: int  # bytes when the finished adapter is measured on a whole network, after the trained one has left: arithmetic
     cache_bytes: int  # on disk
     cache_entries: int
     step: float  # s of an optimiser step, the mean over all windows and drawn sizes
@@ -268,8 +268,7 @@ def preflight(
     validation, steps = _seconds(points, "validate", held_out, frames, config, pixels) / processes, math.ceil(len(train) / (config.accumulate * processes))
     filling = plan.entries / max(1, len(train)) * _seconds(points, "fill", train, frames, config, pixels, True) if plan.entries else 0.0
     epoch = training / processes + validation
-    lighter = sum((4 - p.element_size()) * p.numel() for p in model.parameters())  # than in float32, as the saved adapter's network is read
-    evaluation = max(peaks.get("fill", 0), peaks.get("validate", 0) + bench.freed, now) + lighter
+    evaluation = max(peaks.get("fill", 0), peaks.get("validate", 0) + bench.freed, now)
     return Budget(device, now, bench.room, bench.full, tuple(sample.images.shape[-2:]), basis, peaks, evaluation, plan.bytes, plan.entries,
                   training / processes / max(1, steps), epoch, epoch + loading + validation + filling, proposal, proposed, steps, processes, floor)
 
@@ -333,11 +332,11 @@ def budgets(
     train, held_out, frames, device = items_of(split.train, scenes), items_of(split.val, scenes), None, resolve_device(config.device)
     for name in strategies:
         one = dataclasses.replace(config, strategy=name, targets="")
-        base = build_model(one).to(device)
+        base = build_model(one)
         frames = frames or frame_cache(one, base, items=[*train, *held_out])
         model, _ = put_adapter(base, one)
-        set_speed(model.to(device), one, resolve_precision(one.precision, device))
-        found[name] = preflight(model, train, held_out, frames, one, folder=folder)
+        set_speed(model, one, resolve_precision(one.precision, device))
+        found[name] = preflight(model.to(device), train, held_out, frames, one, folder=folder)
         del base, model
         settle(device)
     return found

@@ -144,7 +144,8 @@ def replay(
     if own != {n: t.shape for n, t in content["weights"].items()}:
         raise CheckpointError(f"{file}: its weights are not those that the run in {run} trains")
     model.load_state_dict(content["weights"], strict=False)  # the frozen ones come from the base
-    set_speed(model.to(device).train(), dataclasses.replace(config, compile=False), precision)  # as in the run
+    set_speed(model.train(), dataclasses.replace(config, compile=False), precision)  # as in the run
+    model.to(device)
     found, kept = [], random_state()
     set_random_state(content["random"])
     for sample, state in batches:
