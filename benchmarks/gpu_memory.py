@@ -9,7 +9,7 @@ made until nothing refers to it. bf16 as on a GPU. Not counted: the work space o
 
 peak        the most that lay there during two steps, as train_step.py gives it
 start       what lay there before: weights that are left, optimiser, adapter
-gate        before a run: the base's proof, with the network in float32
+gate        before a run: a backward pass of the loss on two photos (that the base is exact is proved on the CPU)
 training    from the filling of the cache to the last validation, and what the preflight said of it
 measuring   the finished adapter's comparison with its base, and what the preflight said of it
 """

@@ -155,8 +155,8 @@ def test_frozen_weights_are_summed_once(scene, tmp_path, monkeypatch):
     """As in train(): the preflight's plan and the cache's ask for the same fingerprint."""
     from vggt_lora.adapters import adapter
 
-    counted, real = [], adapter._bit_sum
-    monkeypatch.setattr(adapter, "_bit_sum", lambda flat: counted.append(flat.data_ptr()) or real(flat))
+    counted, real = [], adapter.bit_sum
+    monkeypatch.setattr(adapter, "bit_sum", lambda flat: counted.append(flat.data_ptr()) or real(flat))
     config = settings(scene, tmp_path / "run", dropout=0.0)
     model, train, held_out, frames = ready(config)
     counted.clear()

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 
+from .adapter import bit_sum, bits_of
 from .targets import Targets
 from ..core import VggtLoraError
 
@@ -135,11 +136,11 @@ class BaseGate:
 
 
 def _checksum(tensor: torch.Tensor) -> tuple:
-    """Shape, dtype, sum of all bytes and a weighted sum of a spread: cheap, and misses only changes that keep the bytes' sum."""
-    bits = tensor.detach().contiguous().view(torch.uint8).reshape(-1)
+    """Shape, dtype, sum of all bit patterns and a weighted sum of a spread: cheap, and misses only changes that keep the sum."""
+    bits = bits_of(tensor)
     spread = bits[:: max(1, bits.numel() // 4096)].long()
     order = torch.arange(1, spread.numel() + 1, device=bits.device)
-    return tuple(tensor.shape), str(tensor.dtype), int(bits.sum(dtype=torch.int64)), int((spread * order).sum())
+    return tuple(tensor.shape), str(tensor.dtype), bit_sum(tensor), int((spread * order).sum())
 
 
 def _intended(adapted, targets: Targets) -> set[str]:
