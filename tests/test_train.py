@@ -13,7 +13,7 @@ from vggt_lora.core import ConfigError
 from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.scenes.windows import LeakError
-from vggt_lora.train import TrainConfig, train
+from vggt_lora.train import TrainConfig, small_photos, train
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
 from vggt_lora.training.guard import TrainingError
 from vggt_lora.training.loop import held_out_loss, loss_config
@@ -60,6 +60,12 @@ def test_too_little_disk_or_memory_before_the_first_step_is_said_in_words(scene,
     monkeypatch.setattr("vggt_lora.train.build_model", fails)
     with pytest.raises(kind, match=words):
         train(quick(scene, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("size, proved", [((350, 518), (70, 112)), ((518, 518), (112, 112)), ((56, 84), (56, 84)), ((14, 980), (14, 112))])
+def test_the_base_is_proved_on_small_photos_in_whole_patches(size, proved):
+    photos = small_photos(torch.rand(2, 3, *size))
+    assert tuple(photos.shape) == (2, 3, *proved) and 0 <= photos.min() <= photos.max() <= 1
 
 
 @pytest.mark.parametrize("name", ["strecha_fountain_p11", "sceaux_castle", "eth3d_pipes"])
