@@ -42,12 +42,14 @@ def settings(scene, output, **changes) -> TrainConfig:
                           "rank": 4, "lr": 1e-3, **changes})
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (lambda on, off: on + off, "two devices"), (lambda on, off: on @ off.T, "two devices"), (lambda on, off: torch.cat([off, on]), "two devices"),
-    (lambda on, off: off.add_(on), "two devices"), (lambda on, off: off[on > 0], "two devices"), (lambda on, off: on.where(on > 0, off), "two devices"),
-    (lambda on, off: on.numpy(), "can't convert"), (lambda on, off: np.asarray(on), "can't convert"),
-    (lambda on, off: torch.randn(3, device="cuda", generator=torch.Generator()), "generator"),
-], ids=str)
+MIXED = {"sum": lambda on, off: on + off, "product": lambda on, off: on @ off.T, "joined": lambda on, off: torch.cat([off, on]), "in place": lambda on, off: off.add_(on),
+         "mask": lambda on, off: off[on > 0], "where": lambda on, off: on.where(on > 0, off)}
+CONVERTED = {"numpy": lambda on, off: on.numpy(), "asarray": lambda on, off: np.asarray(on)}
+REFUSED = {**{name: (work, "two devices") for name, work in MIXED.items()}, **{name: (work, "can't convert") for name, work in CONVERTED.items()},
+           "generator": (lambda on, off: torch.randn(3, device="cuda", generator=torch.Generator()), "generator")}
+
+
+@pytest.mark.parametrize("wrong, words", REFUSED.values(), ids=REFUSED)
 def test_the_stand_in_refuses_what_a_gpu_refuses(gpu, wrong, words):
     with pytest.raises((RuntimeError, TypeError), match=words):
         wrong(torch.rand(2, 3, device="cuda"), torch.rand(2, 3))
