@@ -149,6 +149,19 @@ def test_resume_inside_an_epoch_and_from_the_checkpoint_before_a_damaged_one(sce
     assert ("was set aside" in log) == (damage != "none") and (f"from {(newest if damage == 'none' else others[0]).name}" in log)
 
 
+def test_curves_of_a_run_that_goes_on_within_a_second_stay_in_order(tmp_path, monkeypatch):
+    """TensorBoard sorts its files by name, which ends with a number that is not padded: 10 comes before 9."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    for keep, steps in ((None, (1, 2)), (2, (3, 4))):
+        run = RunFolder(tmp_path, keep)
+        for step in steps:
+            run.record(step=step, split="train", loss=float(step))
+        run.close()
+    assert curves(tmp_path)["train/loss"] == [(step, float(step)) for step in (1, 2, 3, 4)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step_and_says_how_to_go_on(scene, tmp_path, whole, number):
     config, handlers = settings(scene, tmp_path / "run", save_every=0), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]

@@ -318,7 +318,8 @@ def _begin(loop: Loop) -> None:
         _validate(loop)
         _save(loop)
         return
-    path, content, faults = newest_checkpoint(run.folder / "checkpoints", set_aside=loop.team.main)
+    with loop.team.accelerator.main_process_first():  # it may set a damaged one aside, which the others must not meet half-way
+        path, content, faults = newest_checkpoint(run.folder / "checkpoints", set_aside=loop.team.main)
     counters = load_checkpoint(content, loop.model, loop.optimizer, loop.team.rank)
     for name in progress.counters():
         setattr(progress, name, counters[name])

@@ -145,6 +145,11 @@ class RunFolder:
     def _open_board(self, keep_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
+        # TensorBoard reads files in the order of their names, which begin with the second; within one second they end with a number that sorts 10 before 9
+        stamps = [int(path.name.split(".")[3]) for path in (self.folder / "tensorboard").glob("events.out.tfevents.*") if path.name.split(".")[3].isdigit()]
+        until = time.monotonic() + 1.1
+        while stamps and int(time.time()) <= max(stamps) and time.monotonic() < until:  # not for ever: a clock may have been set back
+            time.sleep(0.02)
         # purge_step makes TensorBoard forget what a killed run wrote after its last checkpoint
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=0 if keep_step is None else keep_step + 1)
 
