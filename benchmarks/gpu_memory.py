@@ -1,11 +1,11 @@
 """What a GPU would hold, counted tensor by tensor on a machine without one: the kinds of benchmarks/train_step.py, and whole runs beside what their preflight predicts.
 
-    python benchmarks/gpu_memory.py                                  # VGGT-1B shape, 8 frames of 518 x 518, all kinds; minutes, 12 GB of free memory
+    python benchmarks/gpu_memory.py                                  # VGGT-1B shape, 8 frames of 518 x 518, all kinds; takes minutes, and the memory of one network in float32
     python benchmarks/gpu_memory.py --kinds small --strategies a,b   # some of them
     python benchmarks/gpu_memory.py --runs 2>runs.log                # whole runs of train(), in fast and in small mode, against their predictions
 
 The GPU is the stand-in of tests/gpu.py, without numbers: every operation of a real step is asked for its results' shapes, and each storage counts from the moment it is
-made until nothing refers to it. bf16 as on a GPU. Not counted: the work space of cuBLAS and cuDNN, fragments between blocks, and the CUDA context (some 0.5 GB).
+made until nothing refers to it. bf16 as on a GPU. Not counted: the work space of cuBLAS and cuDNN, fragments between blocks, and the CUDA context.
 
 peak        the most that lay there during two steps, as train_step.py gives it
 start       what lay there before: weights that are left, optimiser, adapter
