@@ -28,7 +28,6 @@ from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_sa
 from .evaluation.statistics import effects, in_words
 from .scenes.windows import Split, make_windows
 from .train import Run
-from .training.boundary import dense_heads
 from .training.config import TrainConfig, read_config
 from .training.loop import resolve_device, resolve_precision
 from .training.run import environment
@@ -91,9 +90,7 @@ def evaluate(
     sized = build_model(config) if folder is not None else next((m for m in models.values() if hasattr(m, "config")), None) or build_model(config)
     cache = frame_cache(config, sized, truth_source(config, scenes, split), items)
     if folder is not None:
-        adapted = placed(load_adapter(sized, folder / "adapter"), device, precision)
-        for head in dense_heads(adapted).values():
-            head.frames_chunk = config.frames_chunk or None  # as in the run
+        adapted = placed(load_adapter(sized, folder / "adapter"), device, precision, config.frames_chunk)  # as in the run
         models = {"base": base_of(adapted), "adapted": adapted}
     models = {name: m.to(device) if hasattr(m, "to") else m for name, m in models.items()}
     result = evaluate_windows(models, items, cache, protocols, device, precision, limits)

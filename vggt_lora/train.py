@@ -229,9 +229,9 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
         team.wait()
         return Run(run.folder, config, json.loads((run.folder / "results.json").read_text(encoding="utf-8")), run.records, [])
     folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(dataclasses.replace(config, resume=False))})
-    chunks = {name: head.frames_chunk for name, head in dense_heads(adapted).items()}  # a run that was short of memory has lowered them
+    chunk = min((head.frames_chunk for head in dense_heads(adapted).values() if head.frames_chunk), default=None)  # a run that was short of memory has lowered it
     adapted.to("meta")  # its numbers are in the file, and their memory is for the two that are compared
-    results, maps = measure(folder, held_out, cache, config, chunks)
+    results, maps = measure(folder, held_out, cache, config, chunk)
     results["held_out_loss"] = loss = losses_of(run.records, config.keep)
     if loss["after"] is None:
         results["warnings"] = [without_loss(run.records), *results["warnings"]]
@@ -268,13 +268,11 @@ def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def measure(adapter: Path, held_out, cache, config: TrainConfig, chunks: dict | None = None) -> tuple[dict, list[dict]]:
-    """Evaluate a saved adapter and its base on held-out windows: (results, maps); `chunks` are the frames that each dense head takes at once."""
+def measure(adapter: Path, held_out, cache, config: TrainConfig, chunk: int | None) -> tuple[dict, list[dict]]:
+    """Evaluate a saved adapter and its base on held-out windows, with so many frames at once in a dense head: (results, maps)."""
     device = resolve_device(config.device)
     precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
-    model = placed(load_adapter(build_model(config), adapter), device, precision)
-    for name, head in dense_heads(model).items():
-        head.frames_chunk = (chunks or {}).get(name)
+    model = placed(load_adapter(build_model(config), adapter), device, precision, chunk)
     evaluation = evaluate_windows({"base": base_of(model), "adapted": model}, held_out, cache, device=device, autocast=precision, depth_range=limits)
     table, rows, cameras = ([{k: None if v != v else v for k, v in row.items()} for row in part]  # JSON knows no NaN
                             for part in (evaluation.table(), evaluation.rows, evaluation.cameras()))

@@ -166,19 +166,24 @@ class VGGT(nn.Module):
         self.aggregator.patch_embed.recompute = blocks is True
 
     @contextlib.contextmanager
-    def recomputing(self):
-        """While inside, a backward pass needs the least memory: all blocks recompute, dense heads too, one frame at a time; afterwards all is as before."""
-        heads = [head for head in (self.depth_head, self.point_head) if head is not None]
-        places = [(module, name, getattr(module, name)) for module in (self.aggregator, self.aggregator.patch_embed, *heads)
+    def keeping_choices(self):
+        """Whatever is chosen inside between time and memory (what recomputes, how many frames a dense head takes) is afterwards as it was."""
+        places = [(module, name, getattr(module, name)) for module in (self.aggregator, self.aggregator.patch_embed, self.depth_head, self.point_head)
                   for name in ("recompute_from", "recompute", "frames_chunk") if hasattr(module, name)]
-        self.set_gradient_checkpointing(True)
-        for head in heads:
-            head.recompute, head.frames_chunk = True, 1
         try:
             yield
         finally:
             for module, name, value in places:
                 setattr(module, name, value)
+
+    @contextlib.contextmanager
+    def recomputing(self):
+        """While inside, a backward pass needs the least memory: all blocks recompute, dense heads too, one frame at a time."""
+        with self.keeping_choices():
+            self.set_gradient_checkpointing(True)
+            for head in filter(None, (self.depth_head, self.point_head)):
+                head.recompute, head.frames_chunk = True, 1
+            yield
 
     @classmethod
     def from_pretrained(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..scenes.samples import Sample
-from .boundary import dense_heads, network
+from .boundary import network
 from .checkpoint import random_state, set_random_state
 from .config import TrainConfig
 from .cost import count_anew, resident_peak
@@ -119,17 +119,14 @@ def untouched(
     """Put gradients, mode, choices between time and memory, and random streams back afterwards."""
     bare, randoms, training = network(model), random_state(), model.training
     gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    places = [(m, n, getattr(m, n)) for m in (bare.aggregator, bare.aggregator.patch_embed, *dense_heads(bare).values())
-              for n in ("recompute_from", "recompute", "frames_chunk") if hasattr(m, n)]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        yield
+        with bare.keeping_choices():
+            yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for module, name, value in places:
-            setattr(module, name, value)
         model.train(training)
         set_random_state(randoms)
 

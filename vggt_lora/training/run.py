@@ -146,7 +146,7 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter
 
         # TensorBoard reads files in the order of their names, which begin with the second; within one second they end with a number that sorts 10 before 9
-        stamps = [int(path.name.split(".")[3]) for path in (self.folder / "tensorboard").glob("events.out.tfevents.*") if path.name.split(".")[3].isdigit()]
+        stamps = [int(part) for path in (self.folder / "tensorboard").glob("events.out.tfevents.*") if (part := path.name.split(".")[3]).isdigit()]
         until = time.monotonic() + 1.1
         while stamps and int(time.time()) <= max(stamps) and time.monotonic() < until:  # not for ever: a clock may have been set back
             time.sleep(0.02)

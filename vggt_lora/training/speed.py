@@ -47,8 +47,11 @@ def placed(
     model,  # VGGT with adapters that will only answer
     device: str,  # cpu or cuda
     precision: str,  # of the run: float32 or bf16, under autocast
+    frames_chunk: int | None = None,  # frames that a dense head takes at once; None or 0: the model's own
 ):
     """Bring a model to its device as a run in this precision holds it, and return it: with the same answers, and never more on the device than that."""
+    for head in dense_heads(model).values():
+        head.frames_chunk = frames_chunk or None
     if precision == "bf16":
         halve_frozen(model)
     return model.to(device)
