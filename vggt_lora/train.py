@@ -268,11 +268,11 @@ def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def measure(adapter: Path, held_out, cache, config: TrainConfig, chunk: int | None) -> tuple[dict, list[dict]]:
-    """Evaluate a saved adapter and its base on held-out windows, with so many frames at once in a dense head: (results, maps)."""
+def measure(adapter: Path, held_out, cache, config: TrainConfig, chunk: int | None = None) -> tuple[dict, list[dict]]:
+    """Evaluate a saved adapter and its base on held-out windows, with so many frames at once in a dense head (None: as the configuration says): (results, maps)."""
     device = resolve_device(config.device)
     precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
-    model = placed(load_adapter(build_model(config), adapter), device, precision, chunk)
+    model = placed(load_adapter(build_model(config), adapter), device, precision, chunk or config.frames_chunk)
     evaluation = evaluate_windows({"base": base_of(model), "adapted": model}, held_out, cache, device=device, autocast=precision, depth_range=limits)
     table, rows, cameras = ([{k: None if v != v else v for k, v in row.items()} for row in part]  # JSON knows no NaN
                             for part in (evaluation.table(), evaluation.rows, evaluation.cameras()))
