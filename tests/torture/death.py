@@ -1,6 +1,7 @@
-"""Kill -9: a job in a process of its own, ended at a random instant, started again, and held against one that ran undisturbed."""
+"""Kill -9: a job in a process of its own, ended at a random instant or before one of its writes, started again, and held against one that ran undisturbed."""
 import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import shutil
@@ -8,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.torture.jobs import Job, content, half_written
@@ -22,7 +23,7 @@ class Death:
     """One kill and what came of it."""
 
     job: str
-    instant: float  # share of the undisturbed time at which the signal was sent
+    instant: float  # share of the undisturbed time, or of the writes, at which the signal was sent
     state: str  # "killed", or "done" if the job was faster
     left: int  # hidden files that nobody uses, left by the kill and still there at the end
     faults: tuple[str, ...] = ()
@@ -188,18 +189,63 @@ def torture(
         yield kill_once(job, base, room, instant, instant * times[1], expected[0])
 
 
-def kill_once(job: Job, base: Path, room: Path, instant: float, seconds: float, expected: dict) -> Death:
-    """Start, kill after so many seconds, look, start again, compare."""
+def kill_once(job: Job, base: Path, room: Path, instant: float, seconds: float, expected: dict, doomed: Job | None = None) -> Death:
+    """Start (`doomed` instead, which kills itself), kill after so many seconds, look, start again, compare."""
     out, log = room / f"{job.name} killed", room / "log.txt"
     out.mkdir(parents=True)
-    number = begin(job, base, out, log)
+    number = begin(doomed or job, base, out, log)
     status = wait(number, seconds)
+    end_family(number)  # of a process that has killed itself, those that it had started
     if status is None:
-        end_family(number)
         os.waitpid(number, 0)
     faults = [f"half-written: {f}" for f in half_written(out, job, expected)]
     fault = finish(job, base, out, log)
     faults += [f"the second run: {fault}"] if fault else differences(expected, content(out, job))
     left = hidden(out)
     shutil.rmtree(out)
-    return Death(job.name, instant, "killed" if status is None else "done", left, tuple(faults))
+    return Death(job.name, instant, "killed" if status in (None, -signal.SIGKILL) else "done", left, tuple(faults))
+
+
+# --- before a write ---------------------------------------------------------------------------------------------------
+
+WRITES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "open")  # events of Python's audit, before they happen
+
+
+def at_writes(out: Path, call: Callable[[], None]) -> None:
+    """From now on call before whatever this process does to files of a folder, until its end: a random instant seldom falls between two writes, and there orders go wrong."""
+    root, own = str(out), os.getpid()
+
+    def seen(event: str, arguments: tuple) -> None:
+        if event not in WRITES or os.getpid() != own or event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        if any(isinstance(a, (str, os.PathLike)) and os.fspath(a).startswith(root) for a in arguments[:2]):
+            call()
+    sys.addaudithook(seen)
+
+
+def kill_before_writes(job: Job, base: Path, room: Path, most: int, seed: int = 0) -> Iterator[Death]:
+    """Kill a job before so many of its writes: half of them its last, which no later one mends, the others drawn."""
+    expected, numbers, counted = undisturbed(job, base, room), itertools.count(1), room / "writes.txt"
+
+    def count(base: Path, out: Path) -> None:
+        at_writes(out, lambda: counted.write_text(str(next(numbers))))
+        job.work(base, out)
+
+    def doomed(base: Path, out: Path) -> None:
+        at_writes(out, lambda: os.kill(os.getpid(), signal.SIGKILL) if next(numbers) == fatal else None)
+        job.work(base, out)
+
+    out = room / f"{job.name} counted"
+    out.mkdir(parents=True)
+    fault = finish(dataclasses.replace(job, work=count), base, out, room / "log.txt")
+    shutil.rmtree(out)
+    total = int(counted.read_text())
+    counted.unlink()
+    if fault:
+        yield Death(job.name, 1.0, "done", 0, (fault,))
+        return
+    last = range(max(0, total - most // 2), total)
+    drawn = random.Random(f"{seed} {job.name} writes").sample(range(last.start), min(last.start, most - len(last)))
+    for before in (*sorted(drawn), *last):
+        fatal = before + 1
+        yield kill_once(job, base, room, before / total, LIMIT, expected, dataclasses.replace(job, work=doomed))

@@ -54,13 +54,15 @@ def checkpoints(base: Path, out: Path) -> None:
     """A chain of checkpoints, each made from the one before it: what the training does between its steps."""
     import torch
 
-    from vggt_lora.training.checkpoint import checkpoint_files, load_checkpoint, newest_checkpoint, save_step
+    from vggt_lora.training.checkpoint import checkpoint_files, load_checkpoint, save_step, take_up
+    from vggt_lora.training.run import remove_remainders
 
     torch.manual_seed(0)
+    remove_remainders(out)
     out = out / "checkpoints"
     model = torch.nn.Linear(200, 200)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    step = load_checkpoint(newest_checkpoint(out, set_aside=True)[1], model, optimizer)["step"] if checkpoint_files(out) else 0
+    step = load_checkpoint(take_up(out, keep=2)[1], model, optimizer)["step"] if checkpoint_files(out) else 0
     while step < 25:
         optimizer.zero_grad()
         model(torch.rand(2, 200)).square().mean().backward()

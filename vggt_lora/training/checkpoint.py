@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['random_state', 'set_random_state', 'CheckpointError', 'content_digest', 'write_tensors', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'checkpoint_files', 'save_step', 'newest_checkpoint', 'DiskError',
-           'disk_errors']
+           'read_checkpoint', 'load_checkpoint', 'checkpoint_files', 'save_step', 'newest_checkpoint', 'take_up',
+           'DiskError', 'disk_errors']
 
 # %% ../../nbs/training/checkpoint.ipynb #084fcc78
 import contextlib
@@ -161,25 +161,26 @@ def save_step(
     """Write the checkpoint of a step, give it the name last.pt too, and drop the oldest."""
     path = Path(folder) / f"step-{counters['step']:08d}.pt"
     save_checkpoint(path, model, optimizer, randoms, **counters)
-    _call_last(path)
-    for old in sorted(Path(folder).glob("step-*.pt"), reverse=True)[keep:]:
-        old.unlink(missing_ok=True)
+    _settle(path, keep)
     return path
 
 
-def _call_last(path: Path) -> None:
-    """Give a checkpoint the name last.pt too."""
-    with atomic_path(path.with_name("last.pt")) as temporary:
-        temporary.unlink()
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
+def _settle(path: Path, keep: int) -> None:
+    """What follows when the newest checkpoint is whole: it is called last.pt too, and the oldest are dropped."""
+    last = path.with_name("last.pt")
+    if path != last and not (last.exists() and last.samefile(path)):
+        with atomic_path(last) as temporary:
+            temporary.unlink()
+            try:
+                os.link(path, temporary)
+            except OSError:
+                shutil.copyfile(path, temporary)
+    for old in sorted(path.parent.glob("step-*.pt"), reverse=True)[keep:]:
+        old.unlink(missing_ok=True)
 
 
 def newest_checkpoint(
     folder: Path | str,  # checkpoints/ of a run
-    set_aside: bool = False,  # rename those that cannot be read
 ) -> tuple[Path, dict, list[str]]:
     """(file, content, what is wrong with newer ones); raises ConfigError where there is none, CheckpointError where none can be read."""
     files, faults = checkpoint_files(folder), []
@@ -190,13 +191,22 @@ def newest_checkpoint(
             content = read_checkpoint(path)
         except CheckpointError as error:
             faults.append(str(error))
-            continue
-        if faults and set_aside:
-            for bad in files[: len(faults)]:
-                bad.rename(bad.with_name(bad.name + ".damaged"))
-            _call_last(path)
-        return path, content, faults
+        else:
+            return path, content, faults
     raise CheckpointError("; ".join(faults))
+
+
+def take_up(
+    folder: Path | str,  # checkpoints/ of a run that goes on; nobody else may write there
+    keep: int = 3,  # files that stay
+) -> tuple[Path, dict, list[str]]:
+    """As newest_checkpoint; and those that cannot be read are set aside, and a save that a kill interrupted is brought to its end."""
+    files = checkpoint_files(folder)
+    path, content, faults = newest_checkpoint(folder)
+    for bad in files[: len(faults)]:
+        bad.rename(bad.with_name(bad.name + ".damaged"))
+    _settle(path, keep)
+    return path, content, faults
 
 # %% ../../nbs/training/checkpoint.ipynb #0f93dfad
 class DiskError(VggtLoraError):

@@ -21,7 +21,7 @@ import torch
 from ..scenes.samples import FrameCache, Sample, collate
 from ..scenes.scene import Scene
 from ..scenes.windows import Window
-from .checkpoint import disk_errors, load_checkpoint, newest_checkpoint, random_state, save_checkpoint, save_step
+from .checkpoint import disk_errors, load_checkpoint, newest_checkpoint, random_state, save_checkpoint, save_step, take_up
 from .config import TrainConfig
 from .feed import Feed, feed_of
 from .keep import base_depth
@@ -319,7 +319,8 @@ def _begin(loop: Loop) -> None:
         _save(loop)
         return
     with loop.team.accelerator.main_process_first():  # it may set a damaged one aside, which the others must not meet half-way
-        path, content, faults = newest_checkpoint(run.folder / "checkpoints", set_aside=loop.team.main)
+        folder = run.folder / "checkpoints"
+        path, content, faults = take_up(folder, loop.config.keep_last) if loop.team.main else newest_checkpoint(folder)
     counters = load_checkpoint(content, loop.model, loop.optimizer, loop.team.rank)
     for name in progress.counters():
         setattr(progress, name, counters[name])
