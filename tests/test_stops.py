@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_engine import ROOT, run_fit, settings, spoil_validations, windows_of
+from test_engine import LAUNCHERS, ROOT, run_fit, settings, spoil_validations, windows_of
 
 from vggt_lora import train as train_module
 from vggt_lora.core import STOP, ConfigError
@@ -25,7 +25,7 @@ from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.train import first_frames, main, train, unreached_by_loss
 from vggt_lora.training import loop as loop_module
 from vggt_lora.training import processes
-from vggt_lora.training.checkpoint import content_digest, newest_checkpoint, random_state, read_checkpoint, set_random_state
+from vggt_lora.training.checkpoint import content_digest, load_checkpoint, newest_checkpoint, random_state, read_checkpoint, save_checkpoint, set_random_state
 from vggt_lora.training.guard import replay
 from vggt_lora.training.loop import learning_rate
 from vggt_lora.training.retreat import Retreat
@@ -102,7 +102,7 @@ def command(config, rank: int, happen=None) -> int:
         if happen is not None:
             happen(patch, rank, Path(config.output))
         given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
-        return main([f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()])
+        return main([f"--{name}={value}" for name, value in given.items()])
 
 
 def as_rank(scene: str, folder: str) -> None:
@@ -230,6 +230,72 @@ def test_processes_wait_for_each_other_for_a_day(monkeypatch):
     assert (asked["timeout"], asked["backend"]) == (datetime.timedelta(days=1), "gloo")
 
 
+# --- a launcher, a terminal ----------------------------------------------------------------------------------------
+
+def begun(folder: Path, scene, words: list[str], **how):
+    """The command in a process of its own, in the midst of a run that would take minutes; and how far it was."""
+    config = settings(scene, folder / "run", epochs=500, save_every=0)
+    given = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
+    process = subprocess.Popen([sys.executable, "-m", *words, "vggt_lora.train", *given], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **how)
+    metrics, until = folder / "run" / "metrics.jsonl", time.monotonic() + LIMIT
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 9):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    return process, metrics
+
+
+def all_is_saved(folder: Path, name: str) -> None:
+    """The newest checkpoint is of the last step on record, and the log says so once."""
+    records = without_wall(folder / "run" / "metrics.jsonl")
+    steps = max(r["step"] for r in records)
+    assert newest_checkpoint(folder / "run" / "checkpoints")[1]["counters"]["step"] == steps > 4
+    assert (folder / "run" / "train.log").read_text().count(f"stopped by {name} after step {steps} of") == 1
+
+
+@pytest.mark.parametrize("launcher, number", [("torchrun", signal.SIGTERM), ("accelerate launch", signal.SIGINT)])
+def test_a_launcher_that_is_told_to_end_waits_until_all_is_saved(scene, tmp_path, launcher, number):
+    """Neither launcher gives its processes the signals of a terminal: it passes on what it hears itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words = [word.format(port=free.getsockname()[1]) for word in LAUNCHERS[launcher]]
+    with open(tmp_path / "said", "w") as said:
+        process, _ = begun(tmp_path, scene, words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        os.killpg(process.pid, number)
+        assert process.wait(LIMIT) != 0
+    all_is_saved(tmp_path, number.name)
+    assert f"python -m vggt_lora.train: stopped by {number.name} after step" in (tmp_path / "said").read_text()
+
+
+def test_a_run_whose_terminal_is_gone_saves_and_ends(scene, tmp_path):
+    """A connection breaks: SIGHUP, and every further word to the terminal is an error."""
+    import fcntl
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    process, _ = begun(tmp_path, scene, [], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+                       preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    os.close(ours)
+    process.wait(LIMIT)
+    all_is_saved(tmp_path, "SIGHUP")
+
+
+def test_a_run_goes_on_when_who_read_along_has_ended_and_when_nohup_is_asked(scene, tmp_path):
+    """As in `nohup python -m vggt_lora.train | head`: the log has every line, and only the file `stop` ends it."""
+    process, metrics = begun(tmp_path, scene, [], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    before, until = len(metrics.read_text().splitlines()), time.monotonic() + LIMIT
+    while len(metrics.read_text().splitlines()) < before + 20:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    (tmp_path / "run" / STOP).touch()
+    process.wait(LIMIT)
+    assert "stopped on request" in (tmp_path / "run" / "train.log").read_text() and (tmp_path / "run" / "results.json").exists()
+
+
 # --- random streams and memory ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kept, now", [(3, 1), (1, 3), (0, 2), (2, 0)])
@@ -247,6 +313,21 @@ def test_random_streams_come_back_on_as_many_gpus_as_there_are(monkeypatch, kept
     set_random_state(state)
     assert given == {number: 10 + number for number in range(min(kept, now))}
     assert [draw() for draw in (torch.rand(()).item, np.random.rand)] == drawn
+
+
+def test_a_process_that_is_new_to_a_resumed_run_has_random_numbers_of_its_own(tmp_path):
+    """One was there when it was saved, three go on: each with its own stream, and the same ones if they go on once more."""
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    save_checkpoint(tmp_path / "one.pt", net, optimizer, step=1)
+    wanted = torch.rand(())
+
+    def drawn(rank: int) -> torch.Tensor:
+        load_checkpoint(tmp_path / "one.pt", net, optimizer, rank)
+        return torch.rand(())
+
+    found = [drawn(rank).item() for rank in (0, 1, 2)]
+    assert found[0] == wanted.item() and len(set(found)) == 3 and found == [drawn(rank).item() for rank in (0, 1, 2)]
 
 
 def raises(error: BaseException):

@@ -105,10 +105,18 @@ def settings_parser(
         names = dict.fromkeys([f"--{setting.name.replace('_', '-')}", f"--{setting.name}"])
         text = f"{setting.about} (default: {setting.default!r})".strip().replace("%", "%%")
         if setting.type is bool:
-            parser.add_argument(*names, dest=setting.name, action=argparse.BooleanOptionalAction, default=setting.default, help=text)
+            parser.add_argument(*names, dest=setting.name, nargs="?", const=True, type=_yes_or_no, default=setting.default, metavar="True|False", help=text)
+            parser.add_argument(*[n.replace("--", "--no-", 1) for n in names], dest=setting.name, action="store_false", default=setting.default, help=argparse.SUPPRESS)
         else:
             parser.add_argument(*names, dest=setting.name, type=setting.type, default=setting.default, metavar=setting.type.__name__.upper(), help=text)
     return parser
+
+
+def _yes_or_no(text: str) -> bool:
+    """True and False as messages and notebooks write them."""
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"write True or False, got {text!r}")
+    return text == "True"
 
 
 def command(

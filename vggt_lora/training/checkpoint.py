@@ -136,7 +136,10 @@ def load_checkpoint(
         if "optimizer" not in content:
             raise CheckpointError(f"{path}: holds weights only, training cannot continue from it")
         optimizer.load_state_dict(content["optimizer"])
-        set_random_state(content["random"][min(rank, len(content["random"]) - 1)])
+        kept = content["random"]
+        set_random_state(kept[min(rank, len(kept) - 1)])
+        if rank >= len(kept):  # it is new to the run: a stream of its own, the same whenever it joins here
+            torch.manual_seed(int(torch.randint(2**62, ())) + rank)
     return counters
 
 # %% ../../nbs/training/checkpoint.ipynb #869bfa21

@@ -163,8 +163,9 @@ class RunFolder:
         if show:
             from tqdm import tqdm
 
-            tqdm.write(text, file=sys.stdout)  # does not break a progress bar
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # the terminal is gone, or who read along has ended; the file has the line
+                tqdm.write(text, file=sys.stdout)  # does not break a progress bar
+                sys.stdout.flush()
 
     def record(self, **values) -> None:
         """One record to metrics.jsonl and its numbers to TensorBoard; needs `step` and `split`."""
