@@ -441,9 +441,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(scene, tmp_path, whole, mo
 # --- several processes ----------------------------------------------------------------------------------------------
 
 LAUNCHERS = {"torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "{port}", "-m"],
-             # with --cpu it would start one process where there is no mpirun; --multi_gpu starts them all, also where a setting says device=cpu
-             "accelerate launch": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                                   "--dynamo_backend", "no", "--main_process_port", "{port}", "--module"]}
+             # with --cpu it would start one process where there is no mpirun; --multi_gpu starts them all, also where a setting says device=cpu; what else is said here may not change the run
+             "accelerate launch": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "fp16",
+                                   "--dynamo_backend", "inductor", "--main_process_port", "{port}", "--module"]}
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.slow)])
@@ -456,7 +456,7 @@ def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(
     train(common)
     config = dataclasses.replace(common, output=str(tmp_path / "two"), accumulate=1)
     given = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
-    done = subprocess.run([sys.executable, "-m", *words, "vggt_lora.train", *given], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", *words, "vggt_lora.train", *given], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, cwd=ROOT,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     one, two = (read_checkpoint(checkpoint_files(tmp_path / name / "checkpoints")[-2]) for name in ("one", "two"))
@@ -472,6 +472,8 @@ def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(
         assert {k: v for k, v in a.items() if isinstance(v, float)} == pytest.approx({k: v for k, v in b.items() if isinstance(v, float)}, rel=1e-3, abs=1e-9)
     assert ours[0] == theirs[0] and ours[1]["loss"] == pytest.approx(theirs[1]["loss"], rel=1e-6)
     assert json.loads((tmp_path / "two" / "results.json").read_text())["table"]
+    unused = [line.split("accelerate's ")[1].split("=")[0] for line in (tmp_path / "two" / "train.log").read_text().splitlines() if "is not used: this run has" in line]
+    assert unused == ["gradient_accumulation_steps", *([] if launcher == "torchrun" else ["dynamo_backend", "mixed_precision"])]
     budget = json.loads((tmp_path / "two" / "budget.json").read_text())["predicted"]
     assert budget["processes"] == 2 and budget["steps"] == sum(r["split"] == "train" for r in ours)
 

@@ -307,6 +307,8 @@ def _prepare(model, train, held_out, config: TrainConfig, run: RunFolder, feed: 
     prepared = team.accelerator.prepare_model(model, evaluation_mode=True)  # on its device, in its precision; gradients travel by the team's own hand
     prepared.train()
     team.same_weights(trained_parameters(model))
+    for note in team.unused:
+        run.log(note)
     frames = max((len(w.frames) for _, w in [*train, *held_out]), default=1)
     loop = Loop(team, prepared, make_optimizer(prepared, config), train, held_out, config, run, feed, loss_config(config), Progress(),
                 Guard.of(config), Retreat(model, frames, run.log), tuple(hooks))
