@@ -386,7 +386,7 @@ def test_out_of_memory_is_answered_by_smaller_pieces_and_the_run_goes_on(scene, 
     ours, theirs = (without_wall(r.records) for r in (run, plain))
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
     assert [r["grad_norm"] for r in ours if "lr" in r] == pytest.approx([r["grad_norm"] for r in theirs if "lr" in r], rel=1e-3)
-    assert newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["retreat"] == {"chunk": 1, "head": True, "blocks": True}
+    assert newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["retreat"] == [{"chunk": 1, "head": True, "blocks": True}]
 
 
 def test_frames_at_once_that_were_set_become_fewer_too_and_an_error_without_words_is_one():

@@ -76,7 +76,17 @@ def in_a_save(patch, rank, folder) -> None:
         at_call(patch, "_save", 2, term)
 
 
-STOPS = {"step": in_a_step, "validation": in_a_validation, "save": in_a_save}
+def in_little_memory(patch, rank, folder) -> None:
+    """The second process lacks memory in its second step, which is made again, and is asked to end in its third, the fourth of all."""
+    def lack() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    if rank == 1:
+        at_call(patch, "window_loss", 2, lack, torch.is_grad_enabled)
+        at_call(patch, "window_loss", 4, term, torch.is_grad_enabled)
+
+
+STOPS = {"step": in_a_step, "validation": in_a_validation, "save": in_a_save, "memory": in_little_memory}
 
 
 def attempt(config, rank: int, happen=None, spoil=None) -> dict:
@@ -172,6 +182,18 @@ def test_a_signal_to_one_process_ends_both_saved_and_the_run_goes_on(pair, name,
     assert without_wall(folder / name / "metrics.jsonl") == without_wall(folder / "whole" / "metrics.jsonl")
     log = (folder / name / "train.log").read_text()
     assert log.count("stopped by SIGTERM") == 1 and "resumed at step" in log
+
+
+def test_memory_that_one_process_lacks_is_on_record_and_each_goes_on_as_it_was(pair):
+    """The second process writes no log: the first takes its note over. After the stop it goes on with fewer frames at once, and the first as before."""
+    folder, *found = pair
+    assert [one["memory"]["raised"].split(";")[0] for one in found] == ["Stopped: stopped by SIGTERM after step 4 of 6"] * 2
+    assert found[0]["memory resumed"] == found[1]["memory resumed"] and not found[0]["memory resumed"]["raised"]
+    log = (folder / "memory" / "train.log").read_text()
+    assert log.count("process 2 of 2: out of memory: dense heads now take 1 frame at once; the step is made again") == log.count("out of memory") == 1
+    assert read_checkpoint(folder / "memory" / "checkpoints" / "last.pt")["counters"]["retreat"] == [{"chunk": 3, "head": False, "blocks": False}, {"chunk": 1, "head": True, "blocks": False}]
+    ours, theirs = ([r["loss"] for r in without_wall(folder / name / "metrics.jsonl")] for name in ("memory", "whole"))
+    assert ours == pytest.approx(theirs, rel=1e-3)  # dropout draws its numbers piece by piece
 
 
 def test_the_command_line_says_that_one_process_was_stopped(pair):

@@ -250,6 +250,7 @@ class Loop:
     guard: Guard
     retreat: Retreat
     hooks: tuple[Hook, ...] = ()
+    notes: list[str] = dataclasses.field(default_factory=list)  # of a process that writes no log; the first one takes them over with the next save
 
     @property
     def per_epoch(self) -> int:
@@ -310,8 +311,9 @@ def _prepare(model, train, held_out, config: TrainConfig, run: RunFolder, feed: 
     for note in team.unused:
         run.log(note)
     frames = max((len(w.frames) for _, w in [*train, *held_out]), default=1)
+    notes = []
     loop = Loop(team, prepared, make_optimizer(prepared, config), train, held_out, config, run, feed, loss_config(config), Progress(),
-                Guard.of(config), Retreat(model, frames, run.log), tuple(hooks))
+                Guard.of(config), Retreat(model, frames, run.log if team.main else notes.append), tuple(hooks), notes)
     loop.progress.total_steps = config.epochs * loop.per_epoch
     return loop
 
@@ -331,7 +333,7 @@ def _begin(loop: Loop) -> None:
     for name in progress.counters():
         setattr(progress, name, counters[name])
     loop.guard.restore(counters["guard"])
-    loop.retreat.restore(counters["retreat"])
+    loop.retreat.restore(counters["retreat"][min(loop.team.rank, len(counters["retreat"]) - 1)])
     for fault in faults:
         run.log(f"a checkpoint was set aside, the one before it is taken: {fault}")
     if counters["processes"] != loop.team.size:
@@ -449,11 +451,14 @@ def _save(loop: Loop) -> None:
         progress.best = min(progress.best, progress.held_out)
         if improved and loop.team.main:
             save_checkpoint(folder / "best.pt", loop.model, None, **progress.counters())
-    randoms = loop.team.share([random_state()])
+    randoms, retreats, notes = zip(*loop.team.share([(random_state(), loop.retreat.state(), tuple(loop.notes))]))
+    loop.notes.clear()
+    for note in (f"process {rank + 1} of {loop.team.size}: {note}" for rank, of_one in enumerate(notes) for note in of_one):
+        loop.run.log(note)
     if loop.team.main:
         loop.run.sync()
-        save_step(folder, loop.model, loop.optimizer, keep=loop.config.keep_last, randoms=randoms, **progress.counters(), records=len(loop.run.records),
-                  processes=loop.team.size, guard=loop.guard.state(), retreat=loop.retreat.state())
+        save_step(folder, loop.model, loop.optimizer, keep=loop.config.keep_last, randoms=list(randoms), **progress.counters(), records=len(loop.run.records),
+                  processes=loop.team.size, guard=loop.guard.state(), retreat=list(retreats))
 
 
 def _end_epoch(loop: Loop, seconds: float) -> None:
