@@ -106,6 +106,24 @@ def attempt(config, rank: int, happen=None, spoil=None) -> dict:
             "steps": [(r["step"], r["lr"], r.get("skipped", "")) for r in loop.run.records if r["split"] == "train"]}
 
 
+def on_another_machine(folders: list[str]) -> None:
+    """From now on this process cannot read what lies in these folders, nor write there."""
+    def seen(event: str, arguments: tuple) -> None:
+        if event in ("open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove") and any(str(arguments[0]).startswith(folder) for folder in folders):
+            raise FileNotFoundError(f"{arguments[0]} is not on this machine")
+    sys.addaudithook(seen)
+
+
+def other_base(patch, rank, folder) -> None:
+    """The second process has read a base that differs in one number."""
+    def built(config):
+        model = build_model(config)
+        if rank == 1:
+            next(model.parameters()).data.view(-1)[0] += 1
+        return model
+    patch.setattr(train_module, "build_model", built)
+
+
 def command(config, rank: int, happen=None) -> int:
     """The command line in this process; returns its exit status."""
     with pytest.MonkeyPatch.context() as patch:
@@ -130,8 +148,12 @@ def as_rank(scene: str, folder: str) -> None:
     order = windows_of(config("order"))  # five windows in an epoch: steps of two, two and one, and the second of two is the second process's
     found["one bad"] = attempt(config("one bad"), rank, spoil={order[3]: math.nan})
     found["two bad"] = attempt(config("two bad", max_bad=2), rank, spoil={order[6]: math.nan, order[8]: math.nan})
-    found["command"] = {"whole": command(config("whole command", preflight="off"), rank), "stopped": command(config("command", preflight="off"), rank, in_a_step),
-                        "resumed": command(config("command", preflight="off", resume=True), rank)}
+    found["other"] = {"settings": command(config("other", lr=1e-3 * (1 + rank)), rank), "base": command(config("other"), rank, other_base), "taken": command(config("whole"), rank)}
+    if rank == 1:
+        on_another_machine([str(Path(folder) / name) for name in ("whole command", "command")])
+    sure = {"preflight": "off", "keep": "best"}
+    found["command"] = {"whole": command(config("whole command", **sure), rank), "stopped": command(config("command", **sure), rank, in_a_step),
+                        "resumed": command(config("command", **sure, resume=True), rank)}
     (Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
 
 
@@ -196,8 +218,18 @@ def test_memory_that_one_process_lacks_is_on_record_and_each_goes_on_as_it_was(p
     assert ours == pytest.approx(theirs, rel=1e-3)  # dropout draws its numbers piece by piece
 
 
+def test_processes_that_have_not_the_same_in_hand_end_before_any_work(pair):
+    """Both say the same, and neither waits for the other: not where settings or bases differ, and not where only the first could know."""
+    folder, *found = pair
+    assert [one["other"] for one in found] == [{"settings": 1, "base": 1, "taken": 1}] * 2 and not (folder / "other").exists()
+    for rank in (0, 1):
+        said = (folder / f"log-{rank}").read_text()
+        assert said.count("the processes of a run must have the same in hand: lr is 0.002 in process 2 and 0.001 in process 1\n") == 1
+        assert said.count("the processes of a run must have the same in hand: the checksum of the base is ") == 1 and said.count("holds a run already; give resume=True") == 1
+
+
 def test_the_command_line_says_that_one_process_was_stopped(pair):
-    """Exit status and last line of both processes, and what the second command makes of it."""
+    """Exit status and last line of both processes, and what the second command makes of it; the second process is on a machine that has not the run's disk."""
     folder, *found = pair
     assert [one["command"] for one in found] == [{"whole": 0, "stopped": 1, "resumed": 0}] * 2
     for rank in (0, 1):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROOF_SIDE', 'LENIENT', 'NAMES', 'Run', 'train', 'first_frames', 'gated_adapter', 'small_photos', 'unreached_by_loss',
-           'open_run', 'describe', 'truth_cache', 'check_same', 'finish', 'losses_of', 'without_loss', 'measure',
-           'in_detail', 'drift_of', 'report', 'save_page', 'save_figures', 'main', 'TrainConfig', 'read_config']
+           'open_run', 'describe', 'truth_cache', 'check_same', 'finish', 'conclude', 'losses_of', 'without_loss',
+           'measure', 'in_detail', 'drift_of', 'report', 'save_page', 'save_figures', 'main', 'TrainConfig',
+           'read_config']
 
 # %% ../nbs/03_train.ipynb #ed1bc3c5
 import dataclasses
@@ -32,7 +33,7 @@ from .settings import command
 from .training.boundary import dense_heads, network
 from .training.budget import budgeted, refused
 from .training.budget import preflight as predicted
-from .training.checkpoint import disk_errors, newest_checkpoint
+from .training.checkpoint import content_digest, disk_errors, newest_checkpoint
 from .training.config import TrainConfig, read_config
 from .training.cost import CostMeter
 from .training.coverage import supervision_coverage
@@ -42,7 +43,7 @@ from .training.measuring import untouched
 from .training.prefix import cached_feed
 from .training.processes import Team
 from .training.retreat import memory_errors
-from .training.run import RunFolder, environment, reproducible, run_path
+from .training.run import RunFolder, code_fingerprint, environment, reproducible, run_path
 from .training.speed import placed, set_speed
 from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of, put_adapter,
                                       split_scenes, truth_source, with_rate)
@@ -77,7 +78,7 @@ def train(
     Under `accelerate launch` or `torchrun` every process calls it; the first one writes, and measures at the end.
     """
     team, meter = Team(config), CostMeter()
-    folder = team.from_main(run_path(config) if team.main else None)
+    folder = team.from_main(lambda: run_path(config))
     try:
         with disk_errors(folder), memory_errors():
             return _train(config, hooks, folder, team, meter)
@@ -91,14 +92,17 @@ def _train(config: TrainConfig, hooks, folder: Path, team: Team, meter: CostMete
     device, scenes = team.device, open_scenes(config)
     split, audit = split_scenes(scenes, config)
     photos, train_on, held_out = photos_of(split, scenes), items_of(split.train, scenes), items_of(split.val, scenes)
+    team.same({n: repr(v) for n, v in dataclasses.asdict(config).items()} | {"the code": code_fingerprint(), "the digest of the photos": content_digest(photos)[:12]})
     if config.resume:
-        check_same(read_config(folder), config)
-        check_photos(json.loads((folder / "split.json").read_text(encoding="utf-8")), photos)
+        began, recorded = team.from_main(lambda: (read_config(folder), json.loads((folder / "split.json").read_text(encoding="utf-8"))))
+        check_same(began, config)
+        check_photos(recorded, photos)
     model = build_model(config)
     with team.accelerator.main_process_first():  # what one process prepares on disk, the others find there
         cache = frame_cache(config, model, items=[*train_on, *held_out])
         truth = truth_cache(config, model, scenes, split)
     adapted, targets, gate, speed = gated_adapter(model, train_on, cache, config)
+    team.same({"the checksum of the base": gate.checksum})
     run = open_run(folder, config, team)
     try:
         describe(run, config, scenes, split, audit, photos, targets, gate)
@@ -174,13 +178,21 @@ def unreached_by_loss(adapted, sample, config: TrainConfig) -> None:
 
 def open_run(folder: Path, config: TrainConfig, team: Team) -> RunFolder:
     """The run's folder, its records cut back to the newest good checkpoint on resume; raises CheckpointError if none can be read."""
-    counters = newest_checkpoint(folder / "checkpoints")[1]["counters"] if config.resume else {"step": None, "records": None}
-    with team.accelerator.main_process_first():
-        return RunFolder(folder, counters["step"], counters["records"], writes=team.main)
+    def take_hold() -> list[dict]:
+        nonlocal run
+        counters = newest_checkpoint(folder / "checkpoints")[1]["counters"] if config.resume else {"step": None, "records": None}
+        run = RunFolder(folder, counters["step"], counters["records"])
+        return run.records
+
+    run = RunFolder(folder, writes=False)  # of a process that writes nothing
+    run.records = team.from_main(take_hold)
+    return run
 
 
 def describe(run: RunFolder, config, scenes, split, audit, photos, targets, gate) -> None:
     """Write what the run is made of: config.json, split.json, model.txt and the first lines of train.log."""
+    if not run.writes:
+        return
     if config.resume:  # the record of how the run began stays; where it went on is added
         about = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
         run.write("config.json", {**about, "resumed_in": [*about.get("resumed_in", []), environment()]})
@@ -225,13 +237,18 @@ NAMES = {"absrel": "AbsRel", "d1": "δ<1.25"}  # metrics of which the report say
 
 def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter: CostMeter, team: Team) -> Run:
     """Save the adapter, measure the saved copy against the base on held-out frames, write results and report."""
-    if not team.main:  # the first process measures; the others take its word
-        team.wait()
-        return Run(run.folder, config, json.loads((run.folder / "results.json").read_text(encoding="utf-8")), run.records, [])
+    maps = []
+    results = team.from_main(lambda: conclude(run, adapted, held_out, cache, config, meter, maps))  # the first process measures; the others take its word
+    return Run(run.folder, config, results, run.records, maps)
+
+
+def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter: CostMeter, maps: list) -> dict:
+    """What one process does of it: returns what results.json holds, and adds the maps of the held-out frames."""
     folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(dataclasses.replace(config, resume=False))})
     chunk = min((head.frames_chunk for head in dense_heads(adapted).values() if head.frames_chunk), default=None)  # a run that was short of memory has lowered it
     adapted.to("meta")  # its numbers are in the file, and their memory is for the two that are compared
-    results, maps = measure(folder, held_out, cache, config, chunk)
+    results, found = measure(folder, held_out, cache, config, chunk)
+    maps += found
     results["held_out_loss"] = loss = losses_of(run.records, config.keep)
     if loss["after"] is None:
         results["warnings"] = [without_loss(run.records), *results["warnings"]]
@@ -244,8 +261,7 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
     run.write("cost.json", meter.cost(adapted, resumed=config.resume))
     save_page(run)
     run.log(f"held-out loss {_loss(loss['before'])} -> {_loss(loss['after'])}; results in {run.folder}")
-    team.wait()
-    return Run(run.folder, config, results, run.records, maps)
+    return results
 
 
 def losses_of(records: list[dict], keep: str) -> dict:

@@ -7,6 +7,7 @@ __all__ = ['GateError', 'GateReport', 'BaseGate']
 
 # %% ../../nbs/adapters/gate.ipynb #755bf382
 import dataclasses
+import hashlib
 
 import torch
 
@@ -30,6 +31,7 @@ class GateReport:
     trainable: int  # parameters that are trained
     with_gradient: int  # of those, parameters that got a gradient
     silent: tuple[str, ...]  # trained tensors whose gradient was exactly zero though their input was not
+    checksum: str  # of the base's weights
 
     @property
     def text(self) -> str:
@@ -95,7 +97,7 @@ class BaseGate:
             equal = self._same_outputs(adapted)
             intended, silent = self._gradients(adapted, targets)
         adapted.train(training)
-        return GateReport(self.source, self.loaded, equal, unchanged, targets.trainable, intended, tuple(silent))
+        return GateReport(self.source, self.loaded, equal, unchanged, targets.trainable, intended, tuple(silent), hashlib.sha256(repr(sorted(self.checks.items())).encode()).hexdigest()[:12])
 
     def _same_outputs(self, adapted) -> int:
         with torch.no_grad():

@@ -21,7 +21,7 @@ import torch
 from ..scenes.samples import FrameCache, Sample, collate
 from ..scenes.scene import Scene
 from ..scenes.windows import Window
-from .checkpoint import disk_errors, load_checkpoint, newest_checkpoint, random_state, save_checkpoint, save_step, take_up
+from .checkpoint import disk_errors, load_checkpoint, random_state, read_checkpoint, save_checkpoint, save_step, take_up
 from .config import TrainConfig
 from .feed import Feed, feed_of
 from .keep import base_depth
@@ -326,9 +326,7 @@ def _begin(loop: Loop) -> None:
         _validate(loop)
         _save(loop)
         return
-    with loop.team.accelerator.main_process_first():  # it may set a damaged one aside, which the others must not meet half-way
-        folder = run.folder / "checkpoints"
-        path, content, faults = take_up(folder, loop.config.keep_last) if loop.team.main else newest_checkpoint(folder)
+    path, content, faults = loop.team.from_main(lambda: take_up(run.folder / "checkpoints", loop.config.keep_last))
     counters = load_checkpoint(content, loop.model, loop.optimizer, loop.team.rank)
     for name in progress.counters():
         setattr(progress, name, counters[name])
@@ -490,10 +488,9 @@ def _stop(loop: Loop) -> None:
 
 def _finish(loop: Loop) -> None:
     """Take the weights that the run keeps, and tell the hooks."""
-    best = loop.run.folder / "checkpoints" / "best.pt"
     loop.team.wait()
     if loop.config.keep == "best":
-        counters = load_checkpoint(best, loop.model)
+        counters = load_checkpoint(loop.team.from_main(lambda: read_checkpoint(loop.run.folder / "checkpoints" / "best.pt")), loop.model)
         loop.run.log(f"kept: the weights after epoch {counters['epoch']}, with the lowest held-out loss {counters['held_out']:.4f}")
     _tell(loop, "end")
 

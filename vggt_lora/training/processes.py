@@ -8,6 +8,7 @@ __all__ = ['PATIENCE', 'SHARDS', 'UNUSED', 'resolve_device', 'resolve_precision'
 # %% ../../nbs/training/processes.ipynb #0ae9faeb
 import datetime
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -75,11 +76,29 @@ class Team:
 
         return gather_object(values) if self.size > 1 else values
 
-    def from_main(self, value):
-        """What the first process holds."""
+    def from_main(self, work: Callable):
+        """What the first process gets by doing `work`, which only it does; its errors are everyone's, so that nobody waits for it."""
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([value])[0] if self.size > 1 else value
+        if self.size == 1:
+            return work()
+        said = [None, None]
+        if self.main:
+            try:
+                said[0] = work()
+            except Exception as error:
+                said[1] = error
+        value, error = broadcast_object_list(said)
+        if error is not None:
+            raise error
+        return value
+
+    def same(self, facts: dict[str, str]) -> None:
+        """Raise ConfigError, in every process, where one has something else in hand than the first: on two machines nothing else would tell."""
+        first, *others = self.share([facts])
+        found = [f"{name} is {theirs[name]} in process {number} and {value} in process 1" for number, theirs in enumerate(others, 2) for name, value in first.items() if theirs[name] != value]
+        if found:
+            raise ConfigError("the processes of a run must have the same in hand: " + "; ".join(found))
 
     def wait(self) -> None:
         """Until all have come here."""
