@@ -1,6 +1,7 @@
 """Stops that reach one of two processes, steps that are bad in one of them, and the small things on which the end of a run depends."""
 import dataclasses
 import datetime
+import errno
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from test_engine import LAUNCHERS, ROOT, run_fit, settings, spoil_validations, windows_of
 
 from vggt_lora import train as train_module
-from vggt_lora.core import STOP, ConfigError
+from vggt_lora.core import STOP, ConfigError, VggtLoraError
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.scenes.samples import FrameCache
 from vggt_lora.scenes.synthetic import toy_scene
@@ -98,7 +99,7 @@ def attempt(config, rank: int, happen=None, spoil=None) -> dict:
             happen(patch, rank, Path(config.output))
         try:
             run_fit(config, spoil=spoil, writes=rank == 0)
-        except loop_module.TrainingError as error:
+        except VggtLoraError as error:
             raised = f"{type(error).__name__}: {error}"
     loop = loops[0]
     learned = {"weights": {n: p for n, p in loop.model.named_parameters() if p.requires_grad}, "optimizer": loop.optimizer.state_dict(), "guard": loop.guard.state()}
@@ -122,6 +123,45 @@ def other_base(patch, rank, folder) -> None:
             next(model.parameters()).data.view(-1)[0] += 1
         return model
     patch.setattr(train_module, "build_model", built)
+
+
+def no_scenes(patch, rank, folder) -> None:
+    """The second process's machine has not the photos."""
+    if rank == 1:
+        patch.setattr(train_module, "open_scenes", raises(ConfigError("data: photos is no folder")))
+
+
+def no_memory(patch, rank, folder) -> None:
+    """The second process has never enough memory for a step."""
+    if rank == 1:
+        at_call(patch, "_backward", 3, lambda: patch.setattr(loop_module, "window_loss", raises(torch.OutOfMemoryError("CUDA out of memory."))))
+
+
+def no_memory_to_validate(patch, rank, folder) -> None:
+    """The second process has never enough memory for the validation after the first epoch."""
+    if rank == 1:
+        at_call(patch, "held_out_loss", 2, lambda: patch.setattr(loop_module, "window_loss", raises(torch.OutOfMemoryError("CUDA out of memory."))))
+
+
+def no_disk(patch, rank, folder) -> None:
+    """The disk is full when the first process saves the first epoch."""
+    if rank == 0:
+        at_call(patch, "save_step", 2, raises(OSError(errno.ENOSPC, "No space left on device", "step-00000003.pt")))
+
+
+def no_place_for_what_was_bad(patch, rank, folder) -> None:
+    """The second process cannot keep what it saw in a step that was skipped."""
+    if rank == 1:
+        at_call(patch, "save_bad", 1, raises(OSError(errno.ENOSPC, "No space left on device", "step-000002-1.pt")))
+
+
+def raises(error: BaseException):
+    def work(*arguments, **more):
+        raise error
+    return work
+
+
+ENDS = {"memory": no_memory, "validation": no_memory_to_validate, "disk": no_disk}
 
 
 def command(config, rank: int, happen=None) -> int:
@@ -149,6 +189,10 @@ def as_rank(scene: str, folder: str) -> None:
     found["one bad"] = attempt(config("one bad"), rank, spoil={order[3]: math.nan})
     found["two bad"] = attempt(config("two bad", max_bad=2), rank, spoil={order[6]: math.nan, order[8]: math.nan})
     found["other"] = {"settings": command(config("other", lr=1e-3 * (1 + rank)), rank), "base": command(config("other"), rank, other_base), "taken": command(config("whole"), rank)}
+    found["scenes"] = command(config("no scenes"), rank, no_scenes)
+    for name, happen in ENDS.items():
+        found[f"no {name}"] = attempt(config(f"no {name}"), rank, happen)
+    found["no place"] = attempt(config("no place"), rank, no_place_for_what_was_bad, spoil={order[3]: math.nan})
     if rank == 1:
         on_another_machine([str(Path(folder) / name) for name in ("whole command", "command")])
     sure = {"preflight": "off", "keep": "best"}
@@ -226,6 +270,19 @@ def test_processes_that_have_not_the_same_in_hand_end_before_any_work(pair):
         said = (folder / f"log-{rank}").read_text()
         assert said.count("the processes of a run must have the same in hand: lr is 0.002 in process 2 and 0.001 in process 1\n") == 1
         assert said.count("the processes of a run must have the same in hand: the checksum of the base is ") == 1 and said.count("holds a run already; give resume=True") == 1
+
+
+@pytest.mark.parametrize("name, words, whose", [("no memory", "TrainingError: out of memory even with one frame at once", 2), ("no validation", "TrainingError: out of memory even with", 2),
+                                                ("no disk", "DiskError: no space to write", 1), ("no place", "DiskError: no space to write", 2)])
+def test_an_error_of_one_process_is_the_others_end_too(pair, name, words, whose):
+    """The other would wait for it, a day by the clock: it ends at once, in the same words, and the last checkpoint is as good as ever."""
+    folder, *found = pair
+    assert [one[name]["raised"].startswith(words) for one in found] == [True, True], [one[name]["raised"] for one in found]
+    told = found[2 - whose][name]["raised"]  # by the process that it did not happen to
+    assert f"(in process {whose} of 2)" in told or "DiskError" in told
+    assert [one["scenes"] for one in found] == [1, 1]
+    said = [(folder / f"log-{rank}").read_text() for rank in (0, 1)]
+    assert "vggt_lora.train: data: photos is no folder (in process 2 of 2)\n" in said[0] and "vggt_lora.train: data: photos is no folder\n" in said[1]
 
 
 def test_the_command_line_says_that_one_process_was_stopped(pair):
@@ -382,12 +439,6 @@ def test_a_process_that_is_new_to_a_resumed_run_has_random_numbers_of_its_own(tm
 
     found = [drawn(rank).item() for rank in (0, 1, 2)]
     assert found[0] == wanted.item() and len(set(found)) == 3 and found == [drawn(rank).item() for rank in (0, 1, 2)]
-
-
-def raises(error: BaseException):
-    def work():
-        raise error
-    return work
 
 
 LACKING = {"torch's kind": raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 9.50 GiB of which 1.00 GiB is free.")),

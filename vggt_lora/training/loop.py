@@ -152,20 +152,26 @@ def held_out_loss(
     losses: LossConfig,
     device,
     team: Team | None = None,  # processes that share the work; None: this one alone
+    attempt: Callable = lambda work: work(),  # does the work, perhaps once more
 ) -> dict:
     """Mean loss and terms over the held-out windows that have truth; counts are summed, terms left out are named.
 
     Raises TrainingError if no window has truth: an average of nothing would read as a perfect 0. Raises NotFinite.
     """
     feed, training, _ = feed_of(feed), model.training, model.eval()
-    found = []
-    for number, (scene, window) in enumerate(items) if team is None else team.own(items):
-        sample, state = feed.load(scene, window)
-        result = window_loss(model, sample, losses, device, state)
-        faults = [f"{', '.join(faults)} on {_where(sample)}"] if (faults := faults_of(result)) else []
-        found.append((number, {"loss": float(result.total)} | _numbers(result), result.left_out, faults))
+
+    def measured() -> list:
+        found = []
+        for number, (scene, window) in enumerate(items) if team is None else team.own(items):
+            sample, state = feed.load(scene, window)
+            result = window_loss(model, sample, losses, device, state)
+            faults = [f"{', '.join(faults)} on {_where(sample)}"] if (faults := faults_of(result)) else []
+            found.append((number, {"loss": float(result.total)} | _numbers(result), result.left_out, faults))
+        return found
+
+    found = attempt(measured) if team is None else team.collect(lambda: attempt(measured))
     model.train(training)
-    found = sorted(found if team is None else team.share(found), key=lambda f: f[0])  # summed in one order, whoever computed them
+    found.sort(key=lambda f: f[0])  # summed in one order, whoever computed them
     if wrong := [fault for *_, faults in found for fault in faults]:
         raise NotFinite(f"{'; '.join(wrong[:3])}{f'; and in {len(wrong) - 3} more windows' if len(wrong) > 3 else ''}")
     total, left_out, used = {}, {}, 0
@@ -365,7 +371,7 @@ def _step(loop: Loop, chunk) -> None:
     progress, started, randoms = loop.progress, time.perf_counter(), random_state()
     rate = learning_rate(progress.step, progress.total_steps, loop.config)
     set_rate(loop.optimizer, rate)
-    said = loop.team.share(loop.retreat.attempt(lambda: _backward(loop, chunk)))
+    said = loop.team.collect(lambda: loop.retreat.attempt(lambda: _backward(loop, chunk)))
     said.sort(key=lambda s: s["number"])
     loop.team.add_gradients(trained_parameters(loop.model))
     norms = gradient_norms(loop.model)
@@ -411,9 +417,13 @@ def _skip(loop: Loop, chunk, said, reason: str, randoms: dict, record: dict) -> 
     step, guard, where = loop.progress.step, loop.guard, "; ".join(s["where"] for s in said)
     loop.run.record(**record)
     name = f"step-{step:06d}" + (f"-{loop.team.rank}" if loop.team.rank else "") + ".pt"
-    if guard.skipped <= MOST_FILES:
+
+    def keep() -> None:
         batches = [loop.feed.load(scene, window, order, loop.progress.epoch) for _, ((scene, window), order) in loop.team.own(chunk)]
         save_bad(loop.run.folder / "bad" / name, loop.model, batches, randoms, {"step": step, "reason": reason, "where": where})
+
+    if guard.skipped <= MOST_FILES:
+        loop.team.together(keep)
     loop.run.log(f"step {step} was skipped: {reason} ({where}); "
                  + (f"what it saw is in bad/{name}" if guard.skipped <= MOST_FILES else f"bad/ has {MOST_FILES} files, this one was not kept"))
     if guard.in_row >= guard.most:
@@ -426,7 +436,7 @@ def _validate(loop: Loop, **more) -> float:
     """Measure and record the held-out loss; inf, and null in the record, where it is not finite: never the best, but no end of the run. Raises NotFinite before the first step."""
     progress, run = loop.progress, loop.run
     try:
-        numbers = loop.retreat.attempt(lambda: held_out_loss(loop.model, loop.held_out, loop.feed, loop.losses, loop.team.device, loop.team))
+        numbers = held_out_loss(loop.model, loop.held_out, loop.feed, loop.losses, loop.team.device, loop.team, loop.retreat.attempt)
     except NotFinite as fault:
         if not progress.step:
             raise NotFinite(f"before any training the held-out loss is not finite: {fault}; nothing could be judged by it: "
@@ -443,20 +453,23 @@ def _validate(loop: Loop, **more) -> float:
 def _save(loop: Loop) -> None:
     """Checkpoint; directly after a validation also the best weights. Best first: a checkpoint that knows a best implies its file."""
     progress, folder = loop.progress, loop.run.folder / "checkpoints"
-    if progress.position == 0:
-        improved = progress.held_out < progress.best
+    validated, improved = progress.position == 0, progress.held_out < progress.best
+    if validated:
         progress.stale = 0 if improved or not progress.epoch else progress.stale + 1
         progress.best = min(progress.best, progress.held_out)
-        if improved and loop.team.main:
-            save_checkpoint(folder / "best.pt", loop.model, None, **progress.counters())
     randoms, retreats, notes = zip(*loop.team.share([(random_state(), loop.retreat.state(), tuple(loop.notes))]))
     loop.notes.clear()
     for note in (f"process {rank + 1} of {loop.team.size}: {note}" for rank, of_one in enumerate(notes) for note in of_one):
         loop.run.log(note)
-    if loop.team.main:
+
+    def write() -> None:
+        if validated and improved:
+            save_checkpoint(folder / "best.pt", loop.model, None, **progress.counters())
         loop.run.sync()
         save_step(folder, loop.model, loop.optimizer, keep=loop.config.keep_last, randoms=list(randoms), **progress.counters(), records=len(loop.run.records),
                   processes=loop.team.size, guard=loop.guard.state(), retreat=list(retreats))
+
+    loop.team.from_main(write)
 
 
 def _end_epoch(loop: Loop, seconds: float) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..core import ConfigError
+from ..core import ConfigError, VggtLoraError
 from .config import TrainConfig
 
 # %% ../../nbs/training/processes.ipynb #20f3d311
@@ -76,22 +76,39 @@ class Team:
 
         return gather_object(values) if self.size > 1 else values
 
-    def from_main(self, work: Callable):
-        """What the first process gets by doing `work`, which only it does; its errors are everyone's, so that nobody waits for it."""
-        from accelerate.utils import broadcast_object_list
-
+    def collect(self, work: Callable[[], list]) -> list:
+        """The lists that all processes get by doing `work`, as one, the first process's values first; an error of one is everyone's, so that nobody waits for it."""
         if self.size == 1:
             return work()
-        said = [None, None]
-        if self.main:
-            try:
-                said[0] = work()
-            except Exception as error:
-                said[1] = error
-        value, error = broadcast_object_list(said)
+        values, error = [], None
+        try:
+            values = work()
+        except Exception as fault:
+            error = fault
+        done = self.share([(values, error)])
         if error is not None:
             raise error
-        return value
+        for number, (_, fault) in enumerate(done, 1):
+            if fault is not None:
+                raise type(fault)(f"{fault} (in process {number} of {self.size})") if isinstance(fault, VggtLoraError) else fault
+        return [value for values, _ in done for value in values]
+
+    def from_main(self, work: Callable):
+        """What the first process gets by doing `work`, which only it does."""
+        return self.collect(lambda: [work()] if self.main else [])[0]
+
+    def together(self, work: Callable):
+        """What this process gets by doing `work`, as all do at once."""
+        kept = []
+        self.collect(lambda: kept.append(work()) or [])
+        return kept[0]
+
+    def in_turn(self, work: Callable):
+        """What this process gets by doing `work`; the others begin when the first has ended, and find on disk what it prepared."""
+        kept = []
+        for turn in (self.main, not self.main):
+            self.collect(lambda turn=turn: (kept.append(work()) or []) if turn else [])
+        return kept[0]
 
     def same(self, facts: dict[str, str]) -> None:
         """Raise ConfigError, in every process, where one has something else in hand than the first: on two machines nothing else would tell."""
