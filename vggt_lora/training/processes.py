@@ -95,7 +95,10 @@ class Team:
 
     def from_main(self, work: Callable):
         """What the first process gets by doing `work`, which only it does."""
-        return self.collect(lambda: [work()] if self.main else [])[0]
+        from accelerate.utils import broadcast_object_list
+
+        value = self.together(lambda: work() if self.main else None)
+        return broadcast_object_list([value])[0] if self.size > 1 else value  # not gathered: that would take the value's space once for every process
 
     def together(self, work: Callable):
         """What this process gets by doing `work`, as all do at once."""
