@@ -11,7 +11,7 @@ from vggt_lora.lora import export_merged, model_card
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.scenes.samples import load_sample
 from vggt_lora.scenes.synthetic import toy_scene
-from vggt_lora.train import check_same, read_config, train
+from vggt_lora.train import as_it_began, read_config, train
 from vggt_lora.training import loop as loop_module
 from vggt_lora.training.boundary import dense_heads
 from vggt_lora.training.config import TrainConfig
@@ -127,9 +127,9 @@ def test_a_run_from_before_the_weights_is_resumed(plain, tmp_path):
     about = json.loads((plain.folder / "config.json").read_text())
     about["config"] = {n: v for n, v in about["config"].items() if n not in new | {"depth_gradient"}}
     (tmp_path / "config.json").write_text(json.dumps(about))
-    check_same(read_config(tmp_path), dataclasses.replace(plain.config, resume=True))
+    as_it_began(dataclasses.replace(plain.config, resume=True), read_config(tmp_path))
     with pytest.raises(ConfigError, match="point_reg_weight was 0.0, now 1.0"):
-        check_same(read_config(tmp_path), dataclasses.replace(plain.config, resume=True, point_reg_weight=1.0))
+        as_it_began(dataclasses.replace(plain.config, resume=True, point_reg_weight=1.0), read_config(tmp_path))
 
 
 def test_the_adapter_leaves_merged_and_its_card_says_which_heads(run, tmp_path):
