@@ -128,6 +128,20 @@ def test_an_adapter_whose_held_out_loss_is_not_finite_is_reported_as_such(scene,
 
 # --- resume (kills: tests/test_engine.py) ---------------------------------------------------------------------------
 
+def test_a_resumed_run_needs_no_more_than_its_folder_and_says_what_is_not_as_it_was(scene, tmp_path):
+    config = quick(scene, tmp_path / "run", epochs=1)
+    first = train(config)
+    path = tmp_path / "run" / "config.json"
+    about = json.loads(path.read_text())
+    about["environment"] |= {"threads": 99, "packages": about["environment"]["packages"] | {"torch": "0.1"}}
+    path.write_text(json.dumps(about))
+    again = train(TrainConfig(resume=True, output=str(tmp_path / "run"), device="cpu"))
+    assert dataclasses.replace(again.config, resume=False, device=config.device) == config and again.results["table"] == first.results["table"]
+    log = (tmp_path / "run" / "train.log").read_text().split("resumed at step")[0]
+    assert f"threads is {torch.get_num_threads()!r} here, where the run began it was 99" in log and f"torch is {torch.__version__!r} here" in log
+    assert "settings of this run: " in log and "numpy is" not in log and "rank=4" in log
+
+
 def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
     config = quick(scene, tmp_path / "run", epochs=1)
     train(config)

@@ -201,6 +201,9 @@ def describe(run: RunFolder, config, scenes, split, audit, photos, targets, gate
     if config.resume:  # the record of how the run began stays; where it went on is added
         about = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
         run.write("config.json", {**about, "resumed_in": [*about.get("resumed_in", []), environment()]})
+        then, now = ({**e, **e["packages"], "packages": None} for e in (about["environment"], environment()))
+        for name in (n for n in now if then.get(n) != now[n]):
+            run.log(f"{name} is {now[name]!r} here, where the run began it was {then.get(name)!r}: it goes on, but last digits may differ")
         run.log("settings of this run: " + ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default))
         for name in LENIENT:
             if (began := about["config"].get(name)) != getattr(config, name):
