@@ -27,7 +27,7 @@ help:
 	@echo "make guide   env, then nbs/guide and the numbered notebooks as static pages in _docs/"
 	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
 	@echo "make wheel   env, then dist/: the source distribution and the wheel, with the weights of the tiny network inside"
-	@echo "make torture      env, then every command killed, at 100 random instants and before 200 writes in all; the result goes to docs/torture.md"
+	@echo "make torture      env, then every command killed, at 100 random instants and before about 200 writes in all; the result goes to docs/torture.md"
 	@echo "make newcomer     all that the README tells a newcomer, on a fresh clone, timed; the log goes to docs/newcomer.md"
 	@echo "make test-matrix  the quick tests with Python 3.11 and 3.12, pinned and lowest versions, each in an environment of its own"
 	@echo "make coverage     env, then pytest and the chapters with the lines of the package that they run; fails below 90 %; docs/coverage.md says what stays out"
