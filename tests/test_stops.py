@@ -1,4 +1,5 @@
 """Stops that reach one of two processes, steps that are bad in one of them, and the small things on which the end of a run depends."""
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -344,7 +345,7 @@ def test_processes_wait_for_each_other_for_a_day(monkeypatch):
 
 # --- a launcher, a terminal ----------------------------------------------------------------------------------------
 
-def begun(folder: Path, scene, words: list[str], records: int = 10, changes: dict = {"epochs": 500}, **how):
+def begun(folder: Path, scene, words: list[str], records: int = 10, changes: dict = {"epochs": 500}, meanwhile=lambda: None, **how):
     """The command in a process of its own, in the midst of a run; and what it has written down."""
     config = settings(scene, folder / "run", save_every=0, **changes)
     given = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
@@ -352,6 +353,7 @@ def begun(folder: Path, scene, words: list[str], records: int = 10, changes: dic
     metrics, until = folder / "run" / "metrics.jsonl", time.monotonic() + LIMIT
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= records):
         assert process.poll() is None and time.monotonic() < until
+        meanwhile()
         time.sleep(0.01)
     return process, metrics
 
@@ -386,8 +388,9 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on(pair, scene, tmp_pat
     sure, quiet = {"preflight": "off", "keep": "best", "epochs": 2}, {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process, metrics = begun(tmp_path, scene, torchrun(), 5, sure, **quiet)
     for child in psutil.Process(process.pid).children(recursive=True):
-        if child.environ().get("RANK") == "1":
-            child.kill()
+        with contextlib.suppress(psutil.Error):  # one that has just ended
+            if child.environ().get("RANK") == "1":
+                child.kill()
     assert process.wait(LIMIT) != 0
     words = [*torchrun(), "vggt_lora.train", "--resume=True", f"--output={tmp_path / 'run'}", "--device=cpu"]  # all else is taken from there
     assert subprocess.call([sys.executable, "-m", *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=LIMIT, **quiet) == 0
@@ -403,8 +406,14 @@ def test_a_run_whose_terminal_is_gone_saves_and_ends(scene, tmp_path):
     import pty
     import termios
 
+    def read() -> None:  # or what is said would fill the terminal, and the run would wait
+        with contextlib.suppress(BlockingIOError):
+            while os.read(ours, 4096):
+                pass
+
     ours, theirs = pty.openpty()
-    process, _ = begun(tmp_path, scene, [], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+    os.set_blocking(ours, False)
+    process, _ = begun(tmp_path, scene, [], meanwhile=read, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
                        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
     os.close(theirs)
     os.close(ours)
