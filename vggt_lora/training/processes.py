@@ -8,6 +8,7 @@ __all__ = ['PATIENCE', 'SHARDS', 'UNUSED', 'resolve_device', 'resolve_precision'
 # %% ../../nbs/training/processes.ipynb #0ae9faeb
 import datetime
 import os
+import pickle
 from collections.abc import Callable
 
 import torch
@@ -36,6 +37,14 @@ def resolve_precision(
 
 # %% ../../nbs/training/processes.ipynb #e43c8441
 PATIENCE = datetime.timedelta(days=1)  # the others wait while one process fills a cache or measures; NCCL's own limit is 10 minutes
+
+
+def _to_send(error: Exception) -> Exception:
+    """The error as another process can read it; in words alone, where it is of a kind that cannot travel."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 SHARDS = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "parallelism over parts of the network"}
@@ -85,7 +94,7 @@ class Team:
             values = work()
         except Exception as fault:
             error = fault
-        done = self.share([(values, error)])
+        done = self.share([(values, error and _to_send(error))])
         if error is not None:
             raise error
         for number, (_, fault) in enumerate(done, 1):
