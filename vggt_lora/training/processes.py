@@ -42,7 +42,8 @@ PATIENCE = datetime.timedelta(days=1)  # the others wait while one process fills
 def _to_send(error: Exception) -> Exception:
     """The error as another process can read it; in words alone, where it is of a kind that cannot travel."""
     try:
-        return pickle.loads(pickle.dumps(error))
+        pickle.dumps(error)
+        return error
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
