@@ -81,11 +81,8 @@ def in_a_save(patch, rank, folder) -> None:
 
 def in_little_memory(patch, rank, folder) -> None:
     """The second process lacks memory in its second step, which is made again, and is asked to end in its third, the fourth of all."""
-    def lack() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
     if rank == 1:
-        at_call(patch, "window_loss", 2, lack, torch.is_grad_enabled)
+        at_call(patch, "window_loss", 2, raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")), torch.is_grad_enabled)
         at_call(patch, "window_loss", 4, term, torch.is_grad_enabled)
 
 

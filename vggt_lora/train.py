@@ -81,7 +81,7 @@ def train(
     folder = team.from_main(lambda: run_path(config))
     if config.resume:
         config = as_it_began(config, team.from_main(lambda: read_config(folder)))
-        team = Team(config)
+        team = Team(config)  # the run's precision may be another
     try:
         with disk_errors(folder), memory_errors():
             return _train(config, hooks, folder, team, meter)
@@ -101,7 +101,7 @@ def _train(config: TrainConfig, hooks, folder: Path, team: Team, meter: CostMete
     cache = team.in_turn(lambda: frame_cache(config, model, items=[*train_on, *held_out]))
     truth = team.in_turn(lambda: truth_cache(config, model, scenes, split))
     adapted, targets, gate, speed = team.together(lambda: gated_adapter(model, train_on, cache, config))
-    team.same({"the checksum of the base": gate.checksum})
+    team.same({"the checksum of the base": adapted.base_fingerprint[:12]})
     run = open_run(folder, config, team)
     try:
         describe(run, config, scenes, split, audit, photos, targets, gate)
@@ -183,14 +183,12 @@ def unreached_by_loss(adapted, sample, config: TrainConfig) -> None:
 
 def open_run(folder: Path, config: TrainConfig, team: Team) -> RunFolder:
     """The run's folder, its records cut back to the newest good checkpoint on resume; raises CheckpointError if none can be read."""
-    def take_hold() -> list[dict]:
-        nonlocal run
+    def opened() -> RunFolder:
         counters = newest_checkpoint(folder / "checkpoints")[1]["counters"] if config.resume else {"step": None, "records": None}
-        run = RunFolder(folder, counters["step"], counters["records"])
-        return run.records
+        return RunFolder(folder, counters["step"], counters["records"])
 
-    run = RunFolder(folder, writes=False)  # of a process that writes nothing
-    run.records = team.from_main(take_hold)
+    run = team.together(lambda: opened() if team.main else RunFolder(folder, writes=False))
+    run.records = team.from_main(lambda: run.records)
     return run
 
 
@@ -200,8 +198,9 @@ def describe(run: RunFolder, config, scenes, split, audit, photos, targets, gate
         return
     if config.resume:  # the record of how the run began stays; where it went on is added
         about = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-        run.write("config.json", {**about, "resumed_in": [*about.get("resumed_in", []), environment()]})
-        then, now = ({**e, **e["packages"], "packages": None} for e in (about["environment"], environment()))
+        here = environment()
+        run.write("config.json", {**about, "resumed_in": [*about.get("resumed_in", []), here]})
+        then, now = ({**e, **e["packages"], "packages": None} for e in (about["environment"], here))
         for name in (n for n in now if then.get(n) != now[n]):
             run.log(f"{name} is {now[name]!r} here, where the run began it was {then.get(name)!r}: it goes on, but last digits may differ")
         run.log("settings of this run: " + ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default))
@@ -249,18 +248,17 @@ NAMES = {"absrel": "AbsRel", "d1": "δ<1.25"}  # metrics of which the report say
 
 def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter: CostMeter, team: Team) -> Run:
     """Save the adapter, measure the saved copy against the base on held-out frames, write results and report."""
-    maps = []
-    results = team.from_main(lambda: conclude(run, adapted, held_out, cache, config, meter, maps))  # the first process measures; the others take its word
+    results, maps = team.together(lambda: conclude(run, adapted, held_out, cache, config, meter) if team.main else (None, []))
+    results = team.from_main(lambda: results)  # the first process measures; the others take its word
     return Run(run.folder, config, results, run.records, maps)
 
 
-def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter: CostMeter, maps: list) -> dict:
-    """What one process does of it: returns what results.json holds, and adds the maps of the held-out frames."""
+def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter: CostMeter) -> tuple[dict, list[dict]]:
+    """What one process does of it: (what results.json holds, maps of the held-out frames)."""
     folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(dataclasses.replace(config, resume=False))})
     chunk = min((head.frames_chunk for head in dense_heads(adapted).values() if head.frames_chunk), default=None)  # a run that was short of memory has lowered it
     adapted.to("meta")  # its numbers are in the file, and their memory is for the two that are compared
-    results, found = measure(folder, held_out, cache, config, chunk)
-    maps += found
+    results, maps = measure(folder, held_out, cache, config, chunk)
     results["held_out_loss"] = loss = losses_of(run.records, config.keep)
     if loss["after"] is None:
         results["warnings"] = [without_loss(run.records), *results["warnings"]]
@@ -273,7 +271,7 @@ def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, mete
     run.write("cost.json", meter.cost(adapted, resumed=config.resume))
     save_page(run)
     run.log(f"held-out loss {_loss(loss['before'])} -> {_loss(loss['after'])}; results in {run.folder}")
-    return results
+    return results, maps
 
 
 def losses_of(records: list[dict], keep: str) -> dict:

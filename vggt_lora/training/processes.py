@@ -76,9 +76,8 @@ class Team:
         if self.device.type != kind:
             raise ConfigError(f"device is {config.device!r}, which means {kind} here, and accelerate is set up for {self.device.type}: give device={self.device.type!r}, or another `accelerate config`")
         own = {"gradient_accumulation_steps": "1", "dynamo_backend": "no", "mixed_precision": self.accelerator.mixed_precision}
-        given = {name: os.environ.get(f"ACCELERATE_{name.upper()}", "") for name in UNUSED}
-        self.unused = [f"accelerate's {name}={value} is not used: this run has {field}={getattr(config, field)!r}"
-                       for (name, field), value in zip(UNUSED.items(), given.values()) if value.lower() not in ("", own.get(name))]
+        self.unused = [f"accelerate's {name}={value} is not used: this run has {field}={getattr(config, field)!r}" for name, field in UNUSED.items()
+                       if (value := os.environ.get(f"ACCELERATE_{name.upper()}", "")).lower() not in ("", own.get(name))]
 
     def share(self, values: list) -> list:
         """The lists of all processes as one, the first process's values first."""
@@ -118,10 +117,9 @@ class Team:
 
     def in_turn(self, work: Callable):
         """What this process gets by doing `work`; the others begin when the first has ended, and find on disk what it prepared."""
-        kept = []
-        for turn in (self.main, not self.main):
-            self.collect(lambda turn=turn: (kept.append(work()) or []) if turn else [])
-        return kept[0]
+        first = self.together(lambda: work() if self.main else None)
+        later = self.together(lambda: None if self.main else work())
+        return first if self.main else later
 
     def same(self, facts: dict[str, str]) -> None:
         """Raise ConfigError, in every process, where one has something else in hand than the first: on two machines nothing else would tell."""
