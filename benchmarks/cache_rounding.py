@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.datasets.splits import split_windows
+from vggt_lora.demo.demo_scenes import toy_scene
+from vggt_lora.efficiency.feature_store import PrefixStore
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.samples import FrameCache
-from vggt_lora.scenes.synthetic import toy_scene
-from vggt_lora.scenes.windows import split_windows
+from vggt_lora.scenes.opening import open_scene
 from vggt_lora.training.config import TrainConfig
+from vggt_lora.training.feature_cache import cached_feed
 from vggt_lora.training.loop import fit
-from vggt_lora.training.prefix import cached_feed
-from vggt_lora.training.prefix_store import PrefixStore
 from vggt_lora.training.run import RunFolder
 
 ROUNDING = 2.0**-9  # rounding to bfloat16 changes a number by up to twice this, relative

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from vggt_lora.checks import real_scene
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.geometry import project_points, resize_intrinsics
-from vggt_lora.scenes.samples import FrameCache, load_sample
-from vggt_lora.scenes.store import FrameStore, folder_bytes
-from vggt_lora.scenes.synthetic import demo_scenes
-from vggt_lora.scenes.windows import Window, make_windows
+from vggt_lora.datasets.frame_store import FrameStore
+from vggt_lora.datasets.samples import FrameCache, load_sample
+from vggt_lora.datasets.windows import Window, make_windows
+from vggt_lora.demo.demo_scenes import demo_scenes
+from vggt_lora.files.cache import folder_bytes
+from vggt_lora.geometry.cameras import project_points, resize_intrinsics
+from vggt_lora.reference_data import real_scene
+from vggt_lora.scenes.opening import open_scene
 
 REAL = ("strecha_fountain_p11", "strecha_castle_p30", "sceaux_castle", "eth3d_pipes")
 

@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from vggt_lora.checks import real_scene
-from vggt_lora.scenes.dense_depth import confirmations, dense_depth, dense_estimate, prepare_dense, scene_down, sparsification
-from vggt_lora.scenes.dense_estimate import DenseSettings, companion, estimate, main_shot
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.geometry import project_points
+from vggt_lora.demo.demo_scenes import DEMO, demo_scenes
+from vggt_lora.geometry.cameras import project_points
+from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import ImagePlan, load_image
 from vggt_lora.scenes.masks import photo_mask
-from vggt_lora.scenes.neighbours import find_neighbours
-from vggt_lora.scenes.planesweep import depth_range
-from vggt_lora.scenes.synthetic import DEMO, demo_scenes
+from vggt_lora.scenes.opening import open_scene
+from vggt_lora.stereo.estimate import DenseSettings, companion, estimate, main_shot
+from vggt_lora.stereo.planesweep import depth_range
+from vggt_lora.stereo.view_selection import find_neighbours
+from vggt_lora.supervision.dense import confirmations, dense_depth, dense_estimate, prepare_dense, scene_down, sparsification
 
 REAL = ("strecha_fountain_p11", "strecha_castle_p30", "strecha_entry_p10", "sceaux_castle", "eth3d_pipes")
 

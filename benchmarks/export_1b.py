@@ -18,9 +18,9 @@ import torch
 
 from vggt_lora.adapters.adapter import apply_lora, save_adapter
 from vggt_lora.adapters.export import StoredTensors, export_adapter, export_merged
-from vggt_lora.checks import reference
-from vggt_lora.core import write_json
+from vggt_lora.files.atomic import write_json
 from vggt_lora.model.vggt import VGGT, VGGTConfig
+from vggt_lora.reference_data import reference
 
 
 def official() -> dict | None:

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import train_step  # noqa: E402
 from tests.gpu import standing_in  # noqa: E402
 from vggt_lora import train as training  # noqa: E402
-from vggt_lora.scenes.synthetic import toy_scene  # noqa: E402
+from vggt_lora.demo.demo_scenes import toy_scene  # noqa: E402
 from vggt_lora.training import loop  # noqa: E402
 
 MODES = {"fast": {}, "small": {"checkpointing": True, "frames_chunk": 1}}

@@ -36,17 +36,17 @@ from pathlib import Path
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
+from vggt_lora.datasets.samples import Sample
+from vggt_lora.efficiency.compute_options import halve_frozen, set_checkpointing
+from vggt_lora.efficiency.feature_store import PrefixStore
+from vggt_lora.efficiency.frozen_prefix import find_boundary, free_prefix, pieces
+from vggt_lora.efficiency.lora_forward import fold_adapters
 from vggt_lora.model.aggregator import AggregatorState
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.scenes.samples import Sample
-from vggt_lora.training.boundary import find_boundary, free_prefix, pieces
 from vggt_lora.training.config import TrainConfig
-from vggt_lora.training.fold import fold_adapters
-from vggt_lora.training.loop import loss_config, window_loss
+from vggt_lora.training.distributed import resolve_precision
+from vggt_lora.training.losses import loss_config, window_loss
 from vggt_lora.training.optimizer import make_optimizer
-from vggt_lora.training.prefix_store import PrefixStore
-from vggt_lora.training.processes import resolve_precision
-from vggt_lora.training.speed import halve_frozen, set_checkpointing
 
 SIZES = {"tiny": (VGGTConfig.tiny(), [(4, (154, 224))]), "1b-small": (VGGTConfig.vggt_1b(track_head=False), [(2, (140, 182))]),
          "1b": (VGGTConfig.vggt_1b(track_head=False), [(8, (518, 518)), (8, (350, 518))])}

@@ -9,15 +9,14 @@ import pytest
 from PIL import Image
 
 from vggt_lora.core import ConfigError, SceneError
+from vggt_lora.datasets.audit import mask_fault, outliers
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.depth import AuditLimits, audit_scene, sparse_depth
-from vggt_lora.scenes.audit import mask_fault, outliers
-from vggt_lora.scenes.eth3d import open_scene
 from vggt_lora.scenes.images import plan_image
-from vggt_lora.scenes.labels import REGIONS, region_labels
-from vggt_lora.scenes.masks import photo_mask
-from vggt_lora.scenes.samples import DEPTH_SOURCES
-from vggt_lora.scenes.sparse import DepthMap
-from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.scenes.masks import REGIONS, region_labels, photo_mask
+from vggt_lora.scenes.opening import open_scene
+from vggt_lora.supervision.depth_map import DepthMap
+from vggt_lora.supervision.sources import DEPTH_SOURCES
 
 SIZE = (168, 252)
 

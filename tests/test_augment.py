@@ -6,18 +6,19 @@ import pytest
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
-from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.geometry import project_points
-from vggt_lora.scenes.samples import FrameCache, Sample, load_sample
-from vggt_lora.scenes.synthetic import toy_scene
-from vggt_lora.scenes.windows import Window
+from vggt_lora.datasets.samples import FrameCache, Sample, load_sample
+from vggt_lora.datasets.windows import Window
+from vggt_lora.demo.demo_scenes import toy_scene
+from vggt_lora.geometry.cameras import project_points
+from vggt_lora.reference_data import real_scene
+from vggt_lora.scenes.opening import open_scene
 from vggt_lora.training.augment import CHANGES, Variation, crop, cutmix, flip, tilt, turn
+from vggt_lora.training.build import build_model
 from vggt_lora.training.config import AUGMENTS, TrainConfig
-from vggt_lora.training.loop import fit, loss_config, window_loss
+from vggt_lora.training.loop import fit
+from vggt_lora.training.losses import loss_config, window_loss
 from vggt_lora.training.run import RunFolder
-from vggt_lora.training.setup import build_model
 
 MIRROR = np.diag([-1.0, 1, 1])
 

@@ -14,7 +14,7 @@ import browser  # noqa: E402
 
 CELLS = ("""\
 import numpy as np
-from vggt_lora.views.clouds3d import cloud_widget
+from vggt_lora.views.clouds.clouds3d import cloud_widget
 """, """\
 side = np.linspace(-1, 1, 60)
 x, y = np.meshgrid(side, side)

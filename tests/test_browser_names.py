@@ -17,11 +17,11 @@ from types import SimpleNamespace
 from IPython.display import Markdown, display
 from vggt_lora.scenes.scene import Frame, Points, Scene
 from vggt_lora.views.audits import photo_slider
-from vggt_lora.views.clouds3d import cloud_widget
-from vggt_lora.views.widgets_depth import depth_browser
-from vggt_lora.views.widgets_evaluation import evaluation_viewer
-from vggt_lora.views.widgets_run import LiveView
-from vggt_lora.views.widgets_scene import scene_browser
+from vggt_lora.views.clouds.clouds3d import cloud_widget
+from vggt_lora.views.widgets.depth import depth_browser
+from vggt_lora.views.widgets.evaluation import evaluation_viewer
+from vggt_lora.views.widgets.run import LiveView
+from vggt_lora.views.widgets.scene import scene_browser
 
 grey = np.full((40, 60, 3), 90, np.uint8)
 truth, everywhere = np.full((40, 60), 2.0), np.ones((40, 60), bool)

@@ -7,16 +7,16 @@ import torch
 
 from vggt_lora.adapters.adapter import apply_lora
 from vggt_lora.core import ConfigError
-from vggt_lora.scenes.samples import FrameCache
-from vggt_lora.scenes.synthetic import toy_scene
-from vggt_lora.scenes.windows import Window
-from vggt_lora.training.budget import Budget, _leaving, budgeted, preflight, refused
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.datasets.windows import Window
+from vggt_lora.demo.demo_scenes import toy_scene
+from vggt_lora.preflight.memory_profile import extrapolate
+from vggt_lora.preflight.preflight import Budget, _leaving, budgeted, preflight, refused
+from vggt_lora.training.build import build_model, items_of, open_scenes, split_scenes
 from vggt_lora.training.config import TrainConfig
+from vggt_lora.training.feature_cache import asked, cached_feed, plan_cache, predict
 from vggt_lora.training.loop import fit
-from vggt_lora.training.measuring import extrapolate
-from vggt_lora.training.prefix import asked, cached_feed, plan_cache, predict
 from vggt_lora.training.run import RunFolder, without_wall
-from vggt_lora.training.setup import build_model, items_of, open_scenes, split_scenes
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_gradients_and_random_streams_survive(scene, tmp_path):
 
 def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(tmp_path, monkeypatch):
     """Memory by a law that is known, so that nothing depends on this machine."""
-    from vggt_lora.training import budget as module
+    from vggt_lora.preflight import preflight as module
 
     def law(model, sample, config, store=None, most=6):
         head = module.network(model).depth_head
@@ -110,7 +110,7 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(tmp_path, mon
 
 
 def test_memory_that_runs_out_in_the_preflight_itself_ends_in_a_refusal(scene, tmp_path, monkeypatch):
-    from vggt_lora.training import budget as module
+    from vggt_lora.preflight import preflight as module
 
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -128,7 +128,7 @@ def test_attention_that_writes_its_matrix_is_seen():
 @pytest.fixture
 def by_law(monkeypatch):
     """Memory and seconds by a law of the pixels, so that nothing depends on this machine: 1 MB and 1 us for each, 100 MB and a second besides."""
-    from vggt_lora.training import budget as module
+    from vggt_lora.preflight import preflight as module
 
     def law(model, sample, config, store=None, most=6):
         pixels = sample.images[:, 0].numel()
@@ -181,7 +181,7 @@ def test_doctor_and_preflight_name_the_same_number(scene, tmp_path, by_law, monk
 def test_a_run_on_the_cpu_asks_the_host_although_there_is_a_gpu(monkeypatch):
     """A GPU with a thousand terabytes beside a host with less: what may be held is the host's."""
     from vggt_lora import doctor
-    from vggt_lora.training import budget as module
+    from vggt_lora.preflight import preflight as module
 
     for name, value in {"is_available": True, "is_bf16_supported": True, "mem_get_info": (10**15, 10**15), "memory_reserved": 7, "memory_allocated": 2}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)

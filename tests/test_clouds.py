@@ -2,13 +2,13 @@
 import pytest
 import torch
 
-from vggt_lora.checks import real_scene
+from vggt_lora.datasets.samples import FrameCache, load_sample
+from vggt_lora.datasets.windows import make_windows
 from vggt_lora.evaluation.clouds import evaluate_clouds, write_clouds
 from vggt_lora.evaluation.runner import trusted_truth, window_scale
-from vggt_lora.scenes.eth3d import open_scene
+from vggt_lora.reference_data import real_scene
+from vggt_lora.scenes.opening import open_scene
 from vggt_lora.scenes.ply import read_ply
-from vggt_lora.scenes.samples import FrameCache, load_sample
-from vggt_lora.scenes.windows import make_windows
 
 
 def answering(depth):

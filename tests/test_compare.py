@@ -13,8 +13,9 @@ import browser  # noqa: E402
 from test_project import parameters_cell  # noqa: E402
 from vggt_lora.compare import CompareConfig, compare_runs, comparison_page, read_record
 from vggt_lora.comparison.launch import executor_for, run_point
-from vggt_lora.core import ConfigError, write_json
+from vggt_lora.core import ConfigError
 from vggt_lora.evaluation.pictures import save_pictures
+from vggt_lora.files.atomic import write_json
 from vggt_lora.settings import settings_of
 from vggt_lora.train import TrainConfig
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from vggt_lora.core import ConfigError
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.depth import completed_depth, sparse_depth
-from vggt_lora.scenes.completion import CompletionSettings, complete, sky_of
-from vggt_lora.scenes.eth3d import open_scene
+from vggt_lora.geometry.planes import Plane, find_planes
 from vggt_lora.scenes.images import plan_image
-from vggt_lora.scenes.planes import Plane, find_planes
-from vggt_lora.scenes.samples import DEPTH_SOURCES, FrameCache, depth_source
-from vggt_lora.scenes.sparse import DepthMap
-from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.scenes.opening import open_scene
+from vggt_lora.supervision.completed import CompletionSettings, complete, sky_of
+from vggt_lora.supervision.depth_map import DepthMap
+from vggt_lora.supervision.sources import DEPTH_SOURCES, depth_source
 from vggt_lora.training.config import TrainConfig
 
 SIZE = (168, 252)
@@ -175,5 +176,5 @@ def test_planes_of_a_scene_do_not_depend_on_where_the_world_begins(toy):
 
 def test_importing_it_is_light():
     heavy = "{'torch', 'open3d', 'matplotlib', 'pycolmap', 'scipy.ndimage', 'scipy.sparse'}"
-    code = f"import vggt_lora.scenes.completion, vggt_lora.scenes.audit, vggt_lora.depth, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import vggt_lora.supervision.completed, vggt_lora.datasets.audit, vggt_lora.depth, sys; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

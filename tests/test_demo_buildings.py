@@ -14,13 +14,13 @@ from PIL import Image
 pycolmap = pytest.importorskip("pycolmap")
 
 from vggt_lora.core import SceneError
-from vggt_lora.scenes.demo import write_demo
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.geometry import project_points
-from vggt_lora.scenes.panels import PARTS, UNSCANNED, Caster
-from vggt_lora.scenes.shading import photograph, pinhole_rays
-from vggt_lora.scenes.shoot import points_per_photo, prepare, undistorted
-from vggt_lora.scenes.synthetic import DEMO, DEMO_HELD_OUT, STYLES, demo_scene, demo_scenes, folder_hashes, scene_fault
+from vggt_lora.demo.demo_scenes import DEMO, DEMO_HELD_OUT, STYLES, demo_scene, demo_scenes, folder_hashes, scene_fault
+from vggt_lora.demo.panels import PARTS, UNSCANNED, Caster
+from vggt_lora.demo.render_photos import points_per_photo, prepare, undistorted
+from vggt_lora.demo.shading import photograph, pinhole_rays
+from vggt_lora.demo.write_scene import write_demo
+from vggt_lora.geometry.cameras import project_points
+from vggt_lora.scenes.opening import open_scene
 
 try:
     import open3d
@@ -353,7 +353,7 @@ def test_unknown_names_are_said_plainly(tmp_path):
 MAKE = """
 import sys
 from vggt_lora.core import SceneError
-from vggt_lora.scenes.synthetic import demo_scene, scene_fault, toy_scene
+from vggt_lora.demo.demo_scenes import demo_scene, scene_fault, toy_scene
 print(scene_fault(toy_scene(sys.argv[1], frames=2, size=(84, 126))))
 try:
     print(scene_fault(demo_scene(sys.argv[1], seed=1, frames=2, size=(84, 126), style="brick", layout="courtyard")))
@@ -440,7 +440,7 @@ def test_scenes_of_both_tracers_are_nearly_equal(tmp_path):
 
 KILLED = """
 import sys, time
-from vggt_lora.scenes.synthetic import demo_scene
+from vggt_lora.demo.demo_scenes import demo_scene
 taken = []
 def hang_after_the_second_photo(*_):
     taken.append(1)
@@ -482,7 +482,7 @@ def test_a_flipped_byte_costs_one_scene(tmp_path):
 
 def test_importing_the_generator_is_light():
     heavy = "{'torch', 'open3d', 'matplotlib', 'pycolmap', 'scipy.spatial'}"
-    code = f"import vggt_lora.scenes.synthetic, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import vggt_lora.demo.demo_scenes, sys; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -12,22 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError, SceneError
-from vggt_lora.scenes.colmap_dense import read_colmap_array
-from vggt_lora.scenes.dense_depth import bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate, sparsification
-from vggt_lora.scenes.dense_estimate import DenseSettings, Shot, companion, main_shot
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.geometry import project_points, unproject_depth
+from vggt_lora.datasets.samples import FrameCache, collate, load_sample
+from vggt_lora.datasets.windows import Window, make_windows
+from vggt_lora.demo.demo_scenes import toy_scene
+from vggt_lora.geometry.cameras import project_points, unproject_depth
+from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import plan_image
-from vggt_lora.scenes.neighbours import find_neighbours
-from vggt_lora.scenes.planesweep import Warper, half_size, plane_steps, relative_mapping, sweep, to_full_size
-from vggt_lora.scenes.samples import FrameCache, collate, depth_source, load_sample
+from vggt_lora.scenes.opening import open_scene
 from vggt_lora.scenes.scene import Frame, Points, Scene
-from vggt_lora.scenes.slanted import plane_fit, refine
-from vggt_lora.scenes.sparse import DepthAbsent
-from vggt_lora.scenes.synthetic import toy_scene
-from vggt_lora.scenes.windows import Window, make_windows
+from vggt_lora.stereo.estimate import DenseSettings, Shot, companion, main_shot
+from vggt_lora.stereo.planesweep import Warper, half_size, plane_steps, relative_mapping, sweep, to_full_size
+from vggt_lora.stereo.refinement import plane_fit, refine
+from vggt_lora.stereo.view_selection import find_neighbours
+from vggt_lora.supervision.colmap import read_colmap_array
+from vggt_lora.supervision.dense import bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate, sparsification
+from vggt_lora.supervision.depth_map import DepthAbsent
+from vggt_lora.supervision.sources import depth_source
 from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.losses import LossConfig, training_loss
 
@@ -239,8 +240,8 @@ def test_glass_is_kept_on_stricter_terms_and_people_never(tmp_path, monkeypatch,
     def kept(value, settings=DenseSettings(), **changes):
         """The share of the left half that is kept if a mask of this value lies there."""
         mask = np.where(left, value, 0).astype(np.uint8) * np.ones(SIZE, np.uint8)
-        monkeypatch.setattr("vggt_lora.scenes.dense_depth.photo_mask", lambda *arguments: mask)
-        monkeypatch.setattr("vggt_lora.scenes.dense_depth.dense_estimate", lambda *arguments, **options: dataclasses.replace(found, **changes))
+        monkeypatch.setattr("vggt_lora.supervision.dense.photo_mask", lambda *arguments: mask)
+        monkeypatch.setattr("vggt_lora.supervision.dense.dense_estimate", lambda *arguments, **options: dataclasses.replace(found, **changes))
         return dense_depth(scene, scene.frames[0], SIZE, settings=settings).valid[30:60, 50:66].mean()
 
     assert kept(0) > 0.95 and kept(1) > 0.8 and kept(2) == 0
@@ -352,8 +353,8 @@ def test_maps_keep_their_promises(toy, cache):
 ALONE = """
 import sys
 import numpy as np
-from vggt_lora.scenes.dense_depth import dense_depth
-from vggt_lora.scenes.eth3d import open_scene
+from vggt_lora.scenes.opening import open_scene
+from vggt_lora.supervision.dense import dense_depth
 scene = open_scene(sys.argv[1])
 np.save(sys.argv[3], dense_depth(scene, scene.frames[0], (56, 84), cache=sys.argv[2], progress=False).depth)
 """
@@ -380,7 +381,7 @@ def test_broken_and_missing_photos_are_named(tmp_path):
 
 
 def test_importing_the_chapters_does_not_import_torch():
-    code = ("import sys, vggt_lora.scenes.dense_depth, vggt_lora.scenes.colmap_dense, vggt_lora.scenes.slanted; "
+    code = ("import sys, vggt_lora.supervision.dense, vggt_lora.supervision.colmap, vggt_lora.stereo.refinement; "
             "assert not {'torch', 'pycolmap', 'matplotlib', 'scipy'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -445,7 +446,7 @@ def test_preparing_knows_every_size_at_which_photos_are_needed(toy, own_cache, m
     scene = dataclasses.replace(toy, frames=(*toy.frames[:2], portrait, toy.frames[3]))
     frames, windows = FrameCache(56, supervision="sparse+dense"), [Window(scene.name, (0, 1, 2)), Window(scene.name, (2, 3))]
     assert frames.work_ahead([(scene, w) for w in windows])["dense"] > len(scene)
-    monkeypatch.setattr("vggt_lora.scenes.dense_depth.estimate", lambda *args: pytest.fail("computed while training"))
+    monkeypatch.setattr("vggt_lora.supervision.dense.estimate", lambda *args: pytest.fail("computed while training"))
     for window in windows:
         load_sample(scene, window, frames)
 

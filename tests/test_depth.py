@@ -15,14 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vggt_lora.checks import real_scene
 from vggt_lora.core import SceneError
+from vggt_lora.demo.demo_scenes import DEMO, demo_folder, demo_scenes, scene_fault, toy_scene
 from vggt_lora.depth import DepthMap, coverage, coverage_text, keypoint_offsets, sparse_depth
-from vggt_lora.scenes.eth3d import open_scene
+from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import plan_image
+from vggt_lora.scenes.opening import open_scene
 from vggt_lora.scenes.scene import Frame, Points, Scene
-from vggt_lora.scenes.sparse import FATES, splat_nearest
-from vggt_lora.scenes.synthetic import DEMO, demo_folder, demo_scenes, scene_fault, toy_scene
+from vggt_lora.supervision.depth_map import splat_nearest
+from vggt_lora.supervision.sparse import FATES
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "01_depth.ipynb"
 SMALL = dict(frames=3, size=(84, 126))
@@ -134,12 +135,12 @@ def test_the_parameters_cell_is_tagged_and_names_what_the_step_takes():
 
 def test_the_step_re_exports_its_block_and_stays_light():
     import vggt_lora.depth
-    from vggt_lora.scenes import sparse
+    from vggt_lora.supervision import sparse
 
     assert {"sparse_depth", "laser_depth", "DepthMap"} <= set(vggt_lora.depth.__all__)
     assert vggt_lora.depth.sparse_depth is sparse.sparse_depth and DepthMap is sparse.DepthMap
     heavy = "{'torch', 'open3d', 'matplotlib', 'ipywidgets', 'peft', 'pycolmap'}"
-    code = f"import vggt_lora.depth, vggt_lora.scenes.synthetic, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import vggt_lora.depth, vggt_lora.demo.demo_scenes, sys; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -182,7 +183,7 @@ def test_two_processes_that_want_the_demo_at_once_get_one_whole_set(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_generation_leaves_no_scene_and_the_next_one_cleans_up(tmp_path):
-    code = f"from vggt_lora.scenes.synthetic import toy_scene; toy_scene({str(tmp_path)!r}, 'cut', frames=60, size=(168, 252))"
+    code = f"from vggt_lora.demo.demo_scenes import toy_scene; toy_scene({str(tmp_path)!r}, 'cut', frames=60, size=(168, 252))"
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(tmp_path.glob(".cut.*.part/scene/exact_depth/*.npy")):

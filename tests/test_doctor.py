@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from vggt_lora import doctor
 from vggt_lora.core import WeightsError
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.doctor import Finding, Plan, examine, main
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.scenes.synthetic import toy_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +39,7 @@ def weights(tmp_path_factory):
 def no_views(monkeypatch):
     """Open3D is tried once, in the first test; elsewhere it would only cost time."""
     monkeypatch.setenv("VGGT_LORA_OPEN3D", "off")
-    from vggt_lora.views.renderer import open3d_fault
+    from vggt_lora.views.clouds.renderer import open3d_fault
     open3d_fault.cache_clear()
     yield
     open3d_fault.cache_clear()

@@ -19,16 +19,15 @@ from pathlib import Path
 
 import py7zr
 import pytest
-from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError, SceneError
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.download import main
-from vggt_lora.scenes import archive, fetch
-from vggt_lora.scenes.archive import Packed, unpack, writers
-from vggt_lora.scenes.catalogue import find_scenes
-from vggt_lora.scenes.download import KINDS, fetch_scenes
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.fetch import DownloadError
-from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.files import archive, http as fetch
+from vggt_lora.files.archive import Packed, unpack, writers
+from vggt_lora.files.http import DownloadError
+from vggt_lora.reference_data import real_scene
+from vggt_lora.scenes.eth3d_server import KINDS, fetch_scenes
+from vggt_lora.scenes.opening import find_scenes, open_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 

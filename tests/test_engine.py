@@ -15,21 +15,22 @@ import pytest
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
-from vggt_lora.core import STOP, ConfigError
+from vggt_lora.core import STOP, ConfigError, TrainingError
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.scenes.samples import FrameCache
-from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.train import train
 from vggt_lora.training import loop as loop_module
+from vggt_lora.training.build import build_model, items_of, open_scenes, split_scenes
 from vggt_lora.training.checkpoint import DiskError, checkpoint_files, newest_checkpoint, read_checkpoint
 from vggt_lora.training.config import TrainConfig
-from vggt_lora.training.feed import Feed
-from vggt_lora.training.guard import TrainingError, replay
-from vggt_lora.training.loop import Stopped, fit
-from vggt_lora.training.retreat import Retreat
+from vggt_lora.training.loop import fit
+from vggt_lora.training.oom_recovery import Retreat
+from vggt_lora.training.replay import replay
 from vggt_lora.training.run import RunFolder, without_wall
-from vggt_lora.training.setup import build_model, items_of, open_scenes, split_scenes
-from vggt_lora.views.widgets_run import read_metrics, watch_run
+from vggt_lora.training.run_state import Stopped
+from vggt_lora.training.sample_source import Feed
+from vggt_lora.views.widgets.run import read_metrics, watch_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

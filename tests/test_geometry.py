@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vggt_lora.checks import reference
-from vggt_lora.scenes.geometry import (
+from vggt_lora.reference_data import reference
+from vggt_lora.geometry.cameras import (
     camera_centre, centre_to_corner_intrinsics, corner_to_centre_intrinsics, crop_intrinsics, crop_pixels,
     decode_pose, encode_pose, invert_pose, matrix_to_quaternion, project_points, quaternion_to_matrix,
     relative_to_first, resize_intrinsics, resize_pixels, to_4x4, transform_points, unproject_depth)

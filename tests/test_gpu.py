@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import train_step
 from tests.gpu import GPU, OnGPU, standing_in
 from vggt_lora.adapters.adapter import apply_lora
-from vggt_lora.adapters.gate import BaseGate
+from vggt_lora.adapters.base_check import BaseGate
 from vggt_lora.core import ConfigError
-from vggt_lora.model.vggt import VGGTConfig
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluate import evaluate, largest_difference
-from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.model.vggt import VGGTConfig
 from vggt_lora.train import TrainConfig, train
-from vggt_lora.training.guard import replay
+from vggt_lora.training.replay import replay
 from vggt_lora.training.run import without_wall
 
 

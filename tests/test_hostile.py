@@ -155,7 +155,7 @@ def test_notebooks_load_nothing_from_the_network(path):
 
 def test_no_module_opens_connections_but_the_downloads():
     """Who may ask the network is named: the dataset's download and the hub's library, both on the user's word."""
-    allowed = {"scenes/fetch.py", "scenes/download.py", "download.py", "model/weights.py", "adapters/hub.py", "doctor.py"}
+    allowed = {"files/http.py", "scenes/eth3d_server.py", "download.py", "model/weights.py", "adapters/hub.py", "doctor.py"}
     for path in sorted((ROOT / "vggt_lora").rglob("*.py")):
         name = path.relative_to(ROOT / "vggt_lora").as_posix()
         if re.search(r"^\s*(import|from) (requests|urllib\.request|http\.client|http\.server|socket|ftplib|aiohttp|huggingface_hub)\b", path.read_text(encoding="utf-8"), re.M):
@@ -178,7 +178,7 @@ def code_of(path: Path) -> str:
 def test_a_photo_may_not_be_named_outside_of_its_scene(name, tmp_path):
     """Photos named by a model lie in the scene's folder, whatever the model says."""
     from tests.torture.jobs import scene_of
-    from vggt_lora.scenes.eth3d import open_scene
+    from vggt_lora.scenes.opening import open_scene
 
     scene = scene_of(tmp_path / "base")
     (tmp_path / "base" / "outside.JPG").write_bytes(next((scene / "images").rglob("*.JPG")).read_bytes())
@@ -231,7 +231,7 @@ def test_an_archive_makes_plain_files_only(kind, tmp_path):
     import stat
 
     py7zr = pytest.importorskip("py7zr")
-    from vggt_lora.scenes.archive import unpack
+    from vggt_lora.files.archive import unpack
 
     with py7zr.SevenZipFile(tmp_path / "bad.7z", "w") as packed:
         packed.writestr(b"/etc/passwd", "pipes/a")
@@ -248,7 +248,7 @@ def test_an_archive_makes_plain_files_only(kind, tmp_path):
 def test_a_zip_is_no_archive_of_a_scene(tmp_path):
     import zipfile
 
-    from vggt_lora.scenes.archive import unpack
+    from vggt_lora.files.archive import unpack
 
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as packed:
         packed.writestr("../../evil", "x")
@@ -295,9 +295,9 @@ def test_widgets_show_names_as_text():
     import numpy as np
 
     from vggt_lora.views.audits import PhotoSlider
-    from vggt_lora.views.widgets import Choice, Panel, Tick
-    from vggt_lora.views.widgets_model import TreePage
-    from vggt_lora.views.widgets_run import MonitorPage
+    from vggt_lora.views.widgets.base import Choice, Panel, Tick
+    from vggt_lora.views.widgets.model import TreePage
+    from vggt_lora.views.widgets.run import MonitorPage
 
     class Evil(Panel):
         def picture(self):

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vggt_lora.checks import reference
 from vggt_lora.core import SceneError
+from vggt_lora.datasets.crop import training_crop
+from vggt_lora.reference_data import reference
 from vggt_lora.scenes import images
-from vggt_lora.scenes.crop import training_crop
-from vggt_lora.scenes.geometry import (
+from vggt_lora.geometry.cameras import (
     centre_to_corner_intrinsics, corner_to_centre_intrinsics, depth_to_cam_points, project_points, unproject_depth)
 from vggt_lora.scenes.images import (
     MODES, load_image, plan_image, preprocess_images, square_coordinates, target_size)

@@ -16,18 +16,19 @@ from PIL import Image
 pycolmap = pytest.importorskip("pycolmap")
 pytest.importorskip("open3d")
 
-from vggt_lora.checks import real_scene
 from vggt_lora.core import ConfigError, SceneError
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.demo.demo_scenes import demo_scene, toy_scene
 from vggt_lora.depth import laser_agreement, laser_depth, photo_mask, sparse_depth
-from vggt_lora.scenes.distorted import Original, original_camera, pixel_centres, read_originals, to_original, to_undistorted
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.geometry import resize_intrinsics
+from vggt_lora.geometry.cameras import pixel_centres, resize_intrinsics
+from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import plan_image, target_size
 from vggt_lora.scenes.masks import mask_at
-from vggt_lora.scenes.samples import DEPTH_SOURCES, FrameCache, depth_source
-from vggt_lora.scenes.scans import SCAN_FATES, load_occluder, load_scans, scan_depth
-from vggt_lora.scenes.sparse import DepthAbsent, DepthMap, pool_front
-from vggt_lora.scenes.synthetic import demo_scene, toy_scene
+from vggt_lora.scenes.opening import open_scene
+from vggt_lora.scenes.undistortion import Original, original_camera, read_originals, to_original, to_undistorted
+from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap, pool_front
+from vggt_lora.supervision.laser_scans import SCAN_FATES, load_occluder, load_scans, scan_depth
+from vggt_lora.supervision.sources import DEPTH_SOURCES, depth_source
 from vggt_lora.training.config import TrainConfig
 
 SETTINGS = {"frames": 3, "size": (252, 378), "seed": 4, "style": "stone", "layout": "corner"}
@@ -247,7 +248,7 @@ def test_scans_do_not_care_where_the_world_begins(copy, scene):
 
 
 def test_files_are_read_once(scene, monkeypatch):
-    import vggt_lora.scenes.scans as scans
+    import vggt_lora.supervision.laser_scans as scans
 
     load_scans(scene), load_occluder(scene)
     monkeypatch.setattr(scans, "read_ply", lambda path: pytest.fail(f"{path} was read again"))
@@ -386,7 +387,7 @@ def test_a_broken_file_stops_a_mixture_too(scene, tmp_path):
 
 def test_importing_the_sources_is_light():
     heavy = "{'torch', 'open3d', 'matplotlib', 'pycolmap', 'scipy.ndimage'}"
-    code = f"import vggt_lora.scenes.laser_depth, vggt_lora.scenes.samples, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import vggt_lora.supervision.laser, vggt_lora.datasets.samples, sys; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

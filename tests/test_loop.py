@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora, load_adapter
+from vggt_lora.datasets.samples import load_sample
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluation.runner import evaluate_windows
-from vggt_lora.scenes.samples import load_sample
-from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.train import TrainConfig, train
-from vggt_lora.training.feed import Feed
-from vggt_lora.training.loop import epoch_order, fit, held_out_loss, learning_rate, loss_config, window_loss
-from vggt_lora.training.losses import LossConfig
+from vggt_lora.training.build import build_model, frame_cache, items_of, open_scenes, split_scenes
+from vggt_lora.training.loop import fit, held_out_loss
+from vggt_lora.training.losses import loss_config, window_loss, LossConfig
 from vggt_lora.training.run import RunFolder, read_checkpoint
-from vggt_lora.training.setup import build_model, frame_cache, items_of, open_scenes, split_scenes
+from vggt_lora.training.sample_source import Feed
+from vggt_lora.training.schedule import epoch_order, learning_rate
 
 WEIGHTS = {"camera": 1.5, "depth_conf": 0.5, "depth_reg": 4.0, "depth_grad": 3.0}  # all different: no two can be swapped unseen
 

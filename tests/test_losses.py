@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vggt_lora.checks import reference
-from vggt_lora.scenes.geometry import centre_to_corner_intrinsics
+from vggt_lora.geometry.cameras import centre_to_corner_intrinsics
+from vggt_lora.reference_data import reference
 from vggt_lora.training.losses import (WINDOW_LABEL, LossConfig, camera_loss, depth_loss, normalise_batch, point_loss, prepare_batch,
                                        training_loss)
-from vggt_lora.training.terms import difference_term, normal_term, quantile_filter
+from vggt_lora.training.loss_terms import difference_term, normal_term, quantile_filter
 
 SMALL = Path(__file__).parent / "data" / "losses_golden.safetensors"
 SIZE = (56, 84)

@@ -1,6 +1,6 @@
 """Every recorded number of the official model code, at the tolerance that the reference states.
 
-Needs the reference folder (see `vggt_lora.checks`); skipped with a message where it is absent. What a
+Needs the reference folder (see `vggt_lora.reference_data`); skipped with a message where it is absent. What a
 stranger's checkout can prove without it is in test_model_fallback.py.
 """
 import json
@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from vggt_lora.checks import reference
 from vggt_lora.model.camera_head import activate_pose
 from vggt_lora.model.dpt_head import activate_map, uv_axes, uv_embedding
 from vggt_lora.model.layers import rope_table, rotate
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.model.vit import resize_position_table
+from vggt_lora.reference_data import reference
 
 pytestmark = pytest.mark.skipif(
     reference("tiny_outputs.safetensors") is None,

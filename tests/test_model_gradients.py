@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from vggt_lora.checks import reference
 from vggt_lora.model.vggt import VGGT
+from vggt_lora.reference_data import reference
 from vggt_lora.training.losses import camera_loss, depth_loss, point_loss
 
 pytestmark = pytest.mark.skipif(

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tests.test_losses import leaves, scene
 from vggt_lora.core import SceneError
 from vggt_lora.evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
-from vggt_lora.scenes.geometry import decode_pose, encode_pose, invert_pose, matrix_to_quaternion, project_points, relative_to_first, unproject_depth
-from vggt_lora.training.guard import faults_of
+from vggt_lora.geometry.cameras import decode_pose, encode_pose, invert_pose, matrix_to_quaternion, project_points, relative_to_first, unproject_depth
 from vggt_lora.training.losses import LossConfig, training_loss
+from vggt_lora.training.step_guard import faults_of
 
 HARD = ("ordinary", "points far away", "tiny baseline", "pure rotation", "one plane", "half a turn", "a turn and a little", "huge world", "tiny world")
 
@@ -125,7 +125,7 @@ TEXTS = st.one_of(st.text(max_size=300), st.lists(st.sampled_from(["1", "PINHOLE
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(TEXTS, st.sampled_from(["cameras.txt", "images.txt", "points3D.txt"]))
 def test_colmap_text_is_read_or_refused(tmp_path_factory, text, name):
-    from vggt_lora.scenes.colmap import read_model
+    from vggt_lora.scenes.colmap_model import read_model
 
     folder = tmp_path_factory.mktemp("model", numbered=True)
     for other, content in {"cameras.txt": "1 PINHOLE 84 56 40 40 42 28\n", "images.txt": "1 1 0 0 0 0 0 0 1 a.JPG\n1 1 1\n", "points3D.txt": "1 0 0 1 9 9 9 0.1 1 0\n"}.items():

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vggt_lora.core import SceneError
-from vggt_lora.scenes.calibration import cameras_text
+from vggt_lora.demo.colmap_writer import cameras_text
 from vggt_lora.scenes.colmap_binary import scan_cameras_binary, scan_images_binary, scan_points_binary, write_binary
 from vggt_lora.scenes.colmap_text import scan_cameras_text, scan_images_text, scan_points_text
-from vggt_lora.scenes.laser_depth import read_ground_truth
 from vggt_lora.scenes.ply import PLY_TYPES, read_ply
+from vggt_lora.supervision.laser import read_ground_truth
 
 FEW = settings(deadline=None, max_examples=40, derandomize=True)
 numbers = st.floats(-1e6, 1e6, allow_subnormal=False)

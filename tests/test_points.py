@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from vggt_lora.core import ConfigError
+from vggt_lora.datasets.samples import load_sample
+from vggt_lora.demo.demo_scenes import toy_scene
+from vggt_lora.efficiency.frozen_prefix import dense_heads
 from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.lora import export_merged, model_card
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.scenes.samples import load_sample
-from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.train import as_it_began, read_config, train
 from vggt_lora.training import loop as loop_module
-from vggt_lora.training.boundary import dense_heads
+from vggt_lora.training.build import build_model, frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.config import TrainConfig
 from vggt_lora.training.losses import LossConfig, prepare_batch
 from vggt_lora.training.run import without_wall
-from vggt_lora.training.setup import build_model, frame_cache, items_of, open_scenes, split_scenes
 
 POINTS = {"point_conf_weight": 0.5, "point_reg_weight": 3.0, "point_grad_weight": 2.0, "point_gradient": "grad"}  # all different: no two can be swapped unseen
 

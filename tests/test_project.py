@@ -15,17 +15,24 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PACKAGE = ROOT / "vggt_lora"
 
-# package -> what it may import beside itself; steps are the modules at the top that a numbered notebook exports
-ALLOWED = {
-    "scenes": set(),
-    "model": set(),
-    "adapters": {"model"},
-    "training": {"scenes", "model", "adapters"},
-    "evaluation": {"scenes", "model"},
-    "views": {"scenes.geometry"},
-    "comparison": {"scenes", "model", "adapters", "training", "evaluation", "views"},
-}
+# The house, from the ground up: a module imports from its own floor's room or from rooms below, never upwards, at the top or inside a function.
+FLOORS = [
+    ["core", "settings", "progress", "reference_data", "geometry"],
+    ["files"],
+    ["model", "views", "demo"],
+    ["scenes", "adapters"],
+    ["stereo", "efficiency"],
+    ["supervision"],
+    ["datasets"],
+    ["training"],
+    ["preflight", "pretraining"],
+    ["evaluation"],
+    ["comparison"],
+    ["data", "depth", "lora", "train", "evaluate", "compare", "doctor", "download"],  # the chapters, in their order
+]
 STEPS = ["data", "depth", "lora", "train", "evaluate", "compare"]
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+GROUND = {"settings": {"core"}, "reference_data": {"core"}}  # what the modules of the ground floor may import of each other
 
 
 def imports(path: Path):
@@ -45,26 +52,49 @@ def modules():
     return [p for p in sorted(PACKAGE.rglob("*.py")) if p.name not in ("__init__.py", "_modidx.py")]
 
 
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
 def fault_of(path: Path) -> list[str]:
     faults = []
-    package = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    room = name_of(path).split(".")[0]
     for target, at_top in imports(path):
-        room = target.split(".")[0]
-        if room in ("core", "leftovers", "progress", "checks", "settings", package):
+        other = target.split(".")[0]
+        if other == room:
             continue
-        if package in ALLOWED and not any(target == a or target.startswith(a + ".") for a in ALLOWED[package]):
-            faults.append(f"{path.relative_to(ROOT)} imports {target}")
-        if package in STEPS and room in STEPS and STEPS.index(room) > STEPS.index(package):
-            faults.append(f"{path.relative_to(ROOT)} imports the later step {target}")
-        if package in STEPS and room == "views" and at_top:
+        if room in STEPS and other in STEPS:
+            if STEPS.index(other) > STEPS.index(room):
+                faults.append(f"{path.relative_to(ROOT)} imports the later step {target}")
+        elif ROOMS[other] > ROOMS[room] or ROOMS[other] == ROOMS[room] and other not in GROUND.get(room, ()):
+            faults.append(f"{path.relative_to(ROOT)} imports {target}, which stands on floor {ROOMS[other] + 1}, its own is {ROOMS[room] + 1}")
+        if room in STEPS and other == "views" and at_top:
             faults.append(f"{path.relative_to(ROOT)} imports {target} at the top, a headless run would load it")
     return faults
 
 
-def test_rooms_import_only_what_they_may():
-    found = [p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in modules()]
-    assert set(STEPS) <= set(found) and set(ALLOWED) <= set(found), "the rule would hold for nothing"
-    assert not [f for p in modules() for f in fault_of(p)]
+def circles(graph: dict[str, set]) -> list[str]:
+    """Modules that import each other in a loop: what is left when all that import nothing of the rest are taken away, again and again."""
+    left = {name: set(targets) & graph.keys() for name, targets in graph.items()}
+    while free := [name for name, targets in left.items() if not targets]:
+        for name in free:
+            del left[name]
+        left = {name: targets - set(free) for name, targets in left.items()}
+    return sorted(left)
+
+
+def test_every_room_stands_on_a_floor():
+    assert {name_of(p).split(".")[0] for p in modules()} == set(ROOMS)
+
+
+def test_no_import_runs_up():
+    assert not [fault for path in modules() for fault in fault_of(path)]
+
+
+def test_no_import_circle():
+    graph = {name_of(path): {target for target, _ in imports(path)} for path in modules()}
+    assert circles({"a": {"b"}, "b": {"a"}, "c": {"a"}}) and not circles({"a": {"b"}, "b": set()})
+    assert not circles(graph)
 
 
 def test_the_package_is_light():

@@ -11,6 +11,9 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from vggt_lora.core import ConfigError, SceneError
+from vggt_lora.datasets.samples import FrameCache, load_sample
+from vggt_lora.datasets.windows import make_windows
+from vggt_lora.demo.demo_scenes import demo_scene
 from vggt_lora.evaluate import evaluate
 from vggt_lora.evaluation import regions, runner
 from vggt_lora.evaluation.cameras import auc, camera_metrics, looks_swapped, pair_errors, pose_scale, umeyama
@@ -18,11 +21,8 @@ from vggt_lora.evaluation.confidence import ause, confidence_rows, confidence_ta
 from vggt_lora.evaluation.metrics import depth_metrics
 from vggt_lora.evaluation.protocols import PROTOCOLS, STANDARD, Protocol
 from vggt_lora.evaluation.runner import evaluate_windows, trusted_truth, window_scale
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.geometry import encode_pose, invert_pose, relative_to_first
-from vggt_lora.scenes.samples import FrameCache, load_sample
-from vggt_lora.scenes.synthetic import demo_scene
-from vggt_lora.scenes.windows import make_windows
+from vggt_lora.geometry.cameras import encode_pose, invert_pose, relative_to_first
+from vggt_lora.scenes.opening import open_scene
 from vggt_lora.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vggt_lora.checks import real_scene
 from vggt_lora.core import SceneError
-from vggt_lora.scenes.catalogue import find_scenes
-from vggt_lora.scenes.eth3d import ETH3D_PHOTOS, open_scene
-from vggt_lora.scenes.geometry import project_points
-from vggt_lora.scenes.windows import LeakError, Window, audit_split, split_windows
+from vggt_lora.datasets.splits import LeakError, audit_split, split_windows
+from vggt_lora.datasets.windows import Window
+from vggt_lora.geometry.cameras import project_points
+from vggt_lora.reference_data import real_scene
+from vggt_lora.scenes.opening import find_scenes, ETH3D_PHOTOS, open_scene
 
 # Two cameras of different size, three photos whose lines are not in capture order, two points, a keypoint outside the frame.
 CAMERAS = ["# cameras", "0 PINHOLE 100 80 90 91 50.5 40", "4 SIMPLE_PINHOLE 60 40 70 30 20"]

@@ -22,18 +22,17 @@ from test_engine import LAUNCHERS, ROOT, run_fit, settings, spoil_validations, w
 
 from vggt_lora import train as train_module
 from vggt_lora.core import STOP, ConfigError, VggtLoraError
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.scenes.samples import FrameCache
-from vggt_lora.scenes.synthetic import toy_scene
 from vggt_lora.train import first_frames, main, train, unreached_by_loss
-from vggt_lora.training import loop as loop_module
-from vggt_lora.training import processes
+from vggt_lora.training import loop as loop_module, distributed as processes
+from vggt_lora.training.build import build_model, items_of, open_scenes, put_adapter, split_scenes
 from vggt_lora.training.checkpoint import content_digest, load_checkpoint, newest_checkpoint, random_state, read_checkpoint, save_checkpoint, set_random_state
-from vggt_lora.training.guard import replay
-from vggt_lora.training.loop import learning_rate
-from vggt_lora.training.retreat import Retreat
+from vggt_lora.training.oom_recovery import Retreat
+from vggt_lora.training.replay import replay
 from vggt_lora.training.run import without_wall
-from vggt_lora.training.setup import build_model, items_of, open_scenes, put_adapter, split_scenes
+from vggt_lora.training.schedule import learning_rate
 
 LIMIT = 300  # s that two processes have for all their cases
 

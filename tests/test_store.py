@@ -13,17 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from vggt_lora.core import ConfigError, SceneError, write_text
+from vggt_lora.core import ConfigError, SceneError
+from vggt_lora.datasets import samples, frame_store as store
+from vggt_lora.datasets.frame_store import VERSION, FrameStore, entry_key
+from vggt_lora.datasets.samples import FrameCache, load_sample
+from vggt_lora.datasets.windows import Window, make_windows
+from vggt_lora.demo.demo_scenes import demo_scenes, toy_scene
 from vggt_lora.evaluate import evaluate, largest_difference
-from vggt_lora.scenes import samples, store
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.labels import label_files
-from vggt_lora.scenes.samples import DEPTH_SOURCES, FrameCache, load_sample
-from vggt_lora.scenes.store import VERSION, FrameStore, entry_key
-from vggt_lora.scenes.synthetic import demo_scenes, toy_scene
-from vggt_lora.scenes.windows import Window, make_windows
+from vggt_lora.files.atomic import write_text
+from vggt_lora.scenes.masks import label_files
+from vggt_lora.scenes.opening import open_scene
+from vggt_lora.supervision.sources import DEPTH_SOURCES
 from vggt_lora.train import TrainConfig, train
-from vggt_lora.training.setup import build_model, frame_cache
+from vggt_lora.training.build import build_model, frame_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, UNMASKED = 112, 7
@@ -130,7 +132,7 @@ def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp
 
 
 def test_the_store_is_light_to_import():
-    code = "import vggt_lora.scenes.store, sys; print([m for m in ('torch', 'open3d', 'pycolmap', 'matplotlib') if m in sys.modules])"
+    code = "import vggt_lora.datasets.frame_store, sys; print([m for m in ('torch', 'open3d', 'pycolmap', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -242,9 +244,9 @@ def test_an_own_source_counts_by_its_text_and_the_whole_scene(toy, tmp_path, mon
 
 OPENED = """
 import sys
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.samples import FrameCache
-from vggt_lora.scenes.store import entry_key
+from vggt_lora.datasets.frame_store import entry_key
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.scenes.opening import open_scene
 import dataclasses
 root, supervision, scans, what = sys.argv[1:]
 scene = open_scene(root)
@@ -330,7 +332,7 @@ def test_damage_is_noticed_without_prepare_too(toy, tmp_path):
 
 def test_the_work_of_other_code_is_neither_used_nor_touched(toy, tmp_path, monkeypatch):
     FrameStore(SIZE, folder=tmp_path).prepare(few(toy), progress=False)
-    monkeypatch.setattr(store, "maker", lambda: "f" * 64)
+    monkeypatch.setattr(store, "maker", lambda supervision: "f" * 64)
     newer = FrameStore(SIZE, folder=tmp_path)
     assert newer.prepare(few(toy), progress=False).made == 3
     assert "by other versions, which may be deleted" in newer.about()
@@ -403,9 +405,9 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(toy, tmp_path):
 
 BUILD = """
 import os, signal, sys, time
-from vggt_lora.scenes import samples, store
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.windows import make_windows
+from vggt_lora.datasets import samples, frame_store as store
+from vggt_lora.datasets.windows import make_windows
+from vggt_lora.scenes.opening import open_scene
 root, folder, moment, count = sys.argv[1:]
 calls = 0
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.torture.death import differences
 from tests.torture.jobs import JOBS, half_written, make_base
-from vggt_lora.core import ConfigError, atomic_path, write_json
+from vggt_lora.core import ConfigError
+from vggt_lora.files.atomic import atomic_path, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,7 +101,7 @@ def test_a_point_is_finished_when_its_notebook_ended(tmp_path):
 
 
 def test_pruning_leaves_what_another_process_is_writing(tmp_path):
-    from vggt_lora.scenes.store import FrameStore
+    from vggt_lora.datasets.frame_store import FrameStore
 
     store = FrameStore(56, folder=tmp_path)
     store.folder.mkdir()
@@ -136,7 +137,7 @@ def test_a_kill_reaches_children_with_sessions_of_their_own(tmp_path):
 def test_on_a_full_disk_the_last_good_file_stays(tmp_path):
     """A limit on the size of files stands for the disk: the error is the system's own, in the middle of a write."""
     write_json(tmp_path / "kept.json", {"good": 1})
-    code = ("import resource, signal, sys; from vggt_lora.core import write_json\n"
+    code = ("import resource, signal, sys; from vggt_lora.files.atomic import write_json\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
             "write_json(sys.argv[1], list(range(10000)))")
     done = call(code, tmp_path / "kept.json")
@@ -172,7 +173,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path):
 
 def test_little_address_space_is_an_error_and_no_crash(base):
     """A scene is read in a process that may take little memory: either it fits, or Python or the project says that it does not."""
-    code = ("import resource, sys; from pathlib import Path; from vggt_lora.scenes.eth3d import open_scene; from vggt_lora.core import VggtLoraError\n"
+    code = ("import resource, sys; from pathlib import Path; from vggt_lora.scenes.opening import open_scene; from vggt_lora.core import VggtLoraError\n"
             "from vggt_lora.scenes.images import load_image, plan_image\n"
             "def read(): scene = open_scene(Path(sys.argv[1])); return [load_image(f.image_path, plan_image(f.size, 84)) for f in scene.frames]\n"
             "read()  # the libraries are loaded\n"
@@ -187,9 +188,10 @@ def test_little_address_space_is_an_error_and_no_crash(base):
 
 def test_a_clock_that_goes_backwards_changes_nothing(base, tmp_path, monkeypatch):
     """Every call is an hour before the last one: a store is filled, young temporary files stay, a second pass finds all frames."""
-    from vggt_lora.scenes.eth3d import open_scene
-    from vggt_lora.scenes.store import FrameStore, remove_leftovers
-    from vggt_lora.scenes.windows import Window
+    from vggt_lora.scenes.opening import open_scene
+    from vggt_lora.datasets.frame_store import FrameStore
+    from vggt_lora.files.cache import remove_leftovers
+    from vggt_lora.datasets.windows import Window
 
     now = [time.time()]
     monkeypatch.setattr(time, "time", lambda: now.__setitem__(0, now[0] - 3600) or now[0])

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from vggt_lora.adapters.adapter import load_adapter
-from vggt_lora.checks import real_scene
-from vggt_lora.core import ConfigError
+from vggt_lora.core import ConfigError, TrainingError
+from vggt_lora.datasets.splits import LeakError
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluate import evaluate, largest_difference
-from vggt_lora.scenes.synthetic import toy_scene
-from vggt_lora.scenes.windows import LeakError
+from vggt_lora.reference_data import real_scene
 from vggt_lora.train import TrainConfig, small_photos, train
+from vggt_lora.training.build import build_model, frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
-from vggt_lora.training.guard import TrainingError
-from vggt_lora.training.loop import held_out_loss, loss_config
+from vggt_lora.training.loop import held_out_loss
+from vggt_lora.training.losses import loss_config
 from vggt_lora.training.run import without_wall
-from vggt_lora.training.setup import build_model, frame_cache, items_of, open_scenes, split_scenes
 
 
 @pytest.fixture(scope="module")

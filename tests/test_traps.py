@@ -1,4 +1,4 @@
-"""The traps of this field, each walked into on purpose: something must catch it. `vggt_lora.checks.TRAPS` lists them with the tests."""
+"""The traps of this field, each walked into on purpose: something must catch it. `vggt_lora.reference_data.TRAPS` lists them with the tests."""
 import ast
 import copy
 import dataclasses
@@ -12,21 +12,23 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from vggt_lora.adapters.adapter import apply_lora, load_adapter, save_adapter
-from vggt_lora.adapters.gate import BaseGate, GateError
-from vggt_lora.checks import TRAPS, real_scene, trap_table
-from vggt_lora.core import WeightsError, write_json
+from vggt_lora.adapters.base_check import BaseGate, GateError
+from vggt_lora.core import WeightsError
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.datasets.splits import LeakError, content_hash
+from vggt_lora.datasets.windows import make_windows
+from vggt_lora.demo.demo_scenes import demo_scene, toy_scene
 from vggt_lora.evaluate import evaluate
 from vggt_lora.evaluation.clouds import evaluate_clouds, write_clouds
+from vggt_lora.evaluation.evaluation_store import NOT_COMPUTED, answers, place_for, question, renew_report, write_answer, write_forgetting
 from vggt_lora.evaluation.forgetting import Drift
-from vggt_lora.evaluation.records import NOT_COMPUTED, answers, place_for, question, renew_report, write_answer, write_forgetting
 from vggt_lora.evaluation.runner import evaluate_windows
+from vggt_lora.files.atomic import write_json
 from vggt_lora.model.vggt import VGGT
+from vggt_lora.reference_data import TRAPS, real_scene, trap_table
 from vggt_lora.scenes import masks
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.samples import FrameCache
+from vggt_lora.scenes.opening import open_scene
 from vggt_lora.scenes.scene import SceneError
-from vggt_lora.scenes.synthetic import demo_scene, toy_scene
-from vggt_lora.scenes.windows import LeakError, content_hash, make_windows
 from vggt_lora.training.config import TrainConfig
 from vggt_lora.views.report import run_report
 

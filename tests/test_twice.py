@@ -30,8 +30,9 @@ jobs.store(base, out / "store")
 jobs.train(base, out / "run", epochs=2)
 from vggt_lora.evaluate import evaluate
 found = evaluate(out / "run")
-from vggt_lora.scenes.eth3d import open_scene
-from vggt_lora.scenes.windows import make_windows, split_windows
+from vggt_lora.datasets.splits import split_windows
+from vggt_lora.datasets.windows import make_windows
+from vggt_lora.scenes.opening import open_scene
 scene = open_scene(base / "small_house")
 (out / "windows.txt").write_text(repr(split_windows([scene], 2, 0.5, 0.5)) + repr(make_windows(scene, 3, 0.5)))
 (out / "evaluation.json").write_text(json.dumps([found.rows, found.table(), found.cameras()], default=str))
@@ -97,8 +98,8 @@ def test_the_planes_of_a_photo_are_the_same_each_time(both):
 
     pytest.importorskip("open3d")
     from vggt_lora.evaluation.regions import true_planes
-    from vggt_lora.scenes.eth3d import open_scene
-    from vggt_lora.scenes.laser_depth import laser_depth
+    from vggt_lora.scenes.opening import open_scene
+    from vggt_lora.supervision.laser import laser_depth
 
     scene = open_scene(both[0][0] / "small_house")
     frame = scene.frames[-1]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from vggt_lora.adapters import export, hub, stack
 from vggt_lora.adapters.adapter import _exactly, fingerprint, load_adapter, merge, save_adapter
-from vggt_lora.core import ConfigError, VggtLoraError, WeightsError, write_json
+from vggt_lora.core import ConfigError, VggtLoraError, WeightsError
+from vggt_lora.files.atomic import write_json
 from vggt_lora.model import track_head
 from vggt_lora.model.embedded import write_shipped
 from vggt_lora.model.vggt import VGGT, VGGTConfig

@@ -11,7 +11,7 @@ import pytest
 CELL = """\
 import sys, time
 from types import SimpleNamespace
-from vggt_lora.views.widgets_run import LiveView
+from vggt_lora.views.widgets.run import LiveView
 
 live = LiveView(interactive=True)
 live.begin(FOLDER)
@@ -85,7 +85,7 @@ def test_the_stop_button_works_while_the_cell_runs(tmp_path):
 def test_a_training_that_is_watched_is_the_same_and_stops_when_asked(tmp_path):
     """Looking changes no number up to the wish to stop, which ends the run early with an adapter on disk."""
     from vggt_lora.train import TrainConfig, train
-    from vggt_lora.views.widgets_run import LiveView, read_metrics
+    from vggt_lora.views.widgets.run import LiveView, read_metrics
 
     pytest.importorskip("ipywidgets")
     config = TrainConfig(model="random", strategy="a", scenes="demo_held", epochs=4, image_size=56, frames=4, overlap=0.0, train_share=0.6,

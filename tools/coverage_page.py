@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vggt_lora.core import write_text
+from vggt_lora.files.atomic import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vggt_lora.scenes.synthetic import toy_scene
+from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.checkpoint import checkpoint_files
 from vggt_lora.training.run import without_wall

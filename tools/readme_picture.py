@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from vggt_lora.evaluate import align_depth, evaluate, newest_run
-from vggt_lora.views.clouds3d import depth_to_cloud, orbit_camera, render_cloud
+from vggt_lora.views.clouds.clouds3d import depth_to_cloud, orbit_camera, render_cloud
 from vggt_lora.views.figures import new_figure
 from vggt_lora.views.plots import up_direction
 

@@ -1,7 +1,7 @@
 """Execute the notebooks as nbdev_test does, with every exported cell in the place that it has in its module: so that the lines which a chapter's own checks run are counted.
 
     python -m coverage run tools/run_chapters.py              all, two at a time; `make coverage` adds them to what pytest runs
-    python tools/run_chapters.py nbs/training/counting.ipynb  those named
+    python tools/run_chapters.py nbs/preflight/memory_estimate.ipynb  those named
 
 nbdev_test runs the source of a module inside its notebook, where coverage does not see which line of the module that is. The status is the number of notebooks that failed.
 """

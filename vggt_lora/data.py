@@ -7,9 +7,10 @@ __all__ = ['open_scene', 'Scene', 'Frame', 'Points', 'Window', 'Split', 'LeakErr
            'audit_split']
 
 # %% ../nbs/00_data.ipynb #a0195110
-from .scenes.eth3d import open_scene
+from .datasets.splits import LeakError, Split, audit_split, split_windows
+from .datasets.windows import Window, make_windows
+from .scenes.opening import open_scene
 from .scenes.scene import Frame, Points, Scene
-from .scenes.windows import LeakError, Split, Window, audit_split, make_windows, split_windows
 
 # %% ../nbs/00_data.ipynb #492e55cc
 _all_ = ["open_scene", "Scene", "Frame", "Points", "Window", "Split", "LeakError", "make_windows", "split_windows", "audit_split"]

@@ -10,14 +10,15 @@ __all__ = ['keypoint_offsets', 'coverage', 'coverage_text', 'against_sparse', 's
 # %% ../nbs/01_depth.ipynb #4734f243
 import numpy as np
 
-from .scenes.audit import AuditLimits, SceneAudit, audit_scene
-from .scenes.completion import completed_depth
-from .scenes.dense_depth import dense_depth
-from .scenes.geometry import project_points, resize_intrinsics
+from .datasets.audit import AuditLimits, SceneAudit, audit_scene
+from .geometry.cameras import project_points, resize_intrinsics
 from .scenes.images import target_size
-from .scenes.laser_depth import laser_agreement, laser_depth
 from .scenes.masks import photo_mask
-from .scenes.sparse import FATES, DepthAbsent, DepthMap, sparse_depth
+from .supervision.dense import dense_depth
+from .supervision.depth_map import DepthAbsent, DepthMap
+from .supervision.laser import laser_agreement, laser_depth
+from .supervision.sources import completed_depth
+from .supervision.sparse import FATES, sparse_depth
 
 # %% ../nbs/01_depth.ipynb #68369091
 _all_ = ["sparse_depth", "laser_depth", "dense_depth", "laser_agreement", "photo_mask", "completed_depth", "audit_scene", "SceneAudit", "AuditLimits", "DepthMap", "DepthAbsent"]

@@ -268,10 +268,10 @@ def _compare_header(file) -> None:
 
 # %% ../nbs/doctor.ipynb #94e99514
 def counted(plan: Plan):
-    """What the preflight's arithmetic says of a plan (training.counting.Counted), counted on the meta device; raises ConfigError or WeightsError."""
+    """What the preflight's arithmetic says of a plan (preflight.memory_estimate.Counted), counted on the meta device; raises ConfigError or WeightsError."""
     from vggt_lora.training.config import TrainConfig
-    from vggt_lora.training.counting import count
-    from vggt_lora.training.processes import resolve_device, resolve_precision
+    from vggt_lora.preflight.memory_estimate import count
+    from vggt_lora.training.distributed import resolve_device, resolve_precision
 
     shape = planned_config(plan)
     if shape is None:
@@ -282,10 +282,10 @@ def counted(plan: Plan):
 
 def photo_size(plan: Plan, own: int) -> tuple[int, int]:
     """(height, width) of the first photo of the data at the network's size; square where none is there yet, which is the most."""
-    from vggt_lora.scenes.catalogue import find_scenes
-    from vggt_lora.scenes.eth3d import open_scene
+    from vggt_lora.scenes.opening import find_scenes
+    from vggt_lora.scenes.opening import open_scene
     from vggt_lora.scenes.images import plan_image
-    from vggt_lora.scenes.synthetic import DEMO, demo_folder
+    from vggt_lora.demo.demo_scenes import DEMO, demo_folder
 
     long_side = plan.image_size or own
     first = demo_folder() / next(iter(DEMO))
@@ -300,8 +300,8 @@ def free_memory(
     name: str,  # auto, cpu or cuda
 ) -> tuple[int, str]:
     """(bytes that are free, where), as the preflight of a run on this device asks."""
-    from vggt_lora.training.budget import free_memory as found
-    from vggt_lora.training.processes import resolve_device
+    from vggt_lora.preflight.preflight import free_memory as found
+    from vggt_lora.training.distributed import resolve_device
 
     return found(resolve_device(name))
 
@@ -346,7 +346,7 @@ MOST = 40  # scenes that are looked at
 
 def check_data(plan: Plan) -> list[Finding]:
     """The folder is there and unpacked, and every scene in it opens."""
-    from vggt_lora.scenes.catalogue import find_scenes
+    from vggt_lora.scenes.opening import find_scenes
 
     if plan.data == "demo":
         return _check_demo()
@@ -366,7 +366,7 @@ def check_data(plan: Plan) -> list[Finding]:
 
 def _check_demo() -> list[Finding]:
     """The demo buildings, or room to make them."""
-    from vggt_lora.scenes.synthetic import DEMO, demo_folder
+    from vggt_lora.demo.demo_scenes import DEMO, demo_folder
 
     folder = demo_folder()
     missing = [name for name in DEMO if not (folder / name / "complete.json").is_file()]
@@ -384,8 +384,8 @@ def look_at_scene(
     """Open a scene, decode its first and last photo, and count what supervises it."""
     from PIL import Image
 
-    from vggt_lora.scenes.eth3d import open_scene
-    from vggt_lora.scenes.laser_depth import has_laser
+    from vggt_lora.scenes.opening import open_scene
+    from vggt_lora.supervision.laser import has_laser
 
     what = "scene"
     try:
@@ -411,7 +411,7 @@ def look_at_scene(
 # %% ../nbs/doctor.ipynb #9de0289f
 def check_views(plan: Plan) -> list[Finding]:
     """Whether Open3D renders; without it views are drawn with matplotlib."""
-    from vggt_lora.views.renderer import REMEDY, open3d_fault
+    from vggt_lora.views.clouds.renderer import REMEDY, open3d_fault
 
     fault = open3d_fault()
     return [Finding("ok", "open3d", "renders without a display")] if fault is None else [

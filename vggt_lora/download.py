@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .core import ConfigError, VggtLoraError, unknown
-from .scenes.download import ETH3D_LICENCE, ETH3D_PHOTOS, ETH3D_URL, KINDS, SIZES, fetch_scenes, only_one
-from .scenes.fetch import Part, amount, check_room, fetch
+from .files.http import Part, amount, check_room, fetch
+from .scenes.eth3d_server import ETH3D_LICENCE, ETH3D_PHOTOS, ETH3D_URL, KINDS, SIZES, fetch_scenes, only_one
 
 # %% ../nbs/download.ipynb #7079a46f
 WEIGHTS_LICENCES = {"facebook/VGGT-1B": "the weights are for non-commercial use; read the terms on the repository's page",

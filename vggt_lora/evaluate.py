@@ -16,24 +16,25 @@ from pathlib import Path
 
 from .adapters.adapter import load_adapter
 from .core import ConfigError, given_parameters, project_root, unknown, user_path
+from .datasets.splits import Split
+from .datasets.windows import make_windows
 from .evaluation.cameras import camera_metrics
-from .evaluation.confidence import calibration, confidence_rows, confidence_table, sparsification
-from .evaluation.forgetting import Drift, DriftLimits, drift, world_samples
 from .evaluation.clouds import CloudEvaluation, cloud_effects, evaluate_clouds, write_clouds
+from .evaluation.confidence import calibration, confidence_rows, confidence_table, sparsification
+from .evaluation.evaluation_store import answers, place_for, question, read_forgetting, renew_report, write_answer, write_forgetting
+from .evaluation.forgetting import Drift, DriftLimits, drift, world_samples
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.protocols import PROTOCOLS, PUBLISHED, STANDARD, Protocol, find_protocols
-from .evaluation.records import answers, place_for, question, read_forgetting, renew_report, write_answer, write_forgetting
 from .evaluation.regions import HYPOTHESES, check_claims, region_effects, region_masks, region_rows, true_planes, world_up
 from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_samples, evaluate_windows
 from .evaluation.statistics import effects, in_words
-from .scenes.windows import Split, make_windows
 from .train import Run
 from .training.config import TrainConfig, read_config
-from .training.loop import resolve_device, resolve_precision
+from .training.distributed import resolve_device, resolve_precision
 from .training.run import environment
-from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
+from .training.build import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
                                       split_scenes, truth_source)
-from .training.speed import placed
+from .efficiency.compute_options import placed
 
 # %% ../nbs/04_evaluate.ipynb #016704e7
 _all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "PROTOCOLS", "Protocol", "camera_metrics", "Evaluation", "evaluate_windows", "comparison_rows",

@@ -10,8 +10,8 @@ __all__ = ['inspect_targets', 'STRATEGIES', 'Strategy', 'Targets', 'TargetRow', 
 
 # %% ../nbs/02_lora.ipynb #4a34860d
 from .adapters.adapter import apply_lora, fingerprint, load_adapter, merge, save_adapter
+from .adapters.base_check import BaseGate, GateError, GateReport
 from .adapters.export import MergedReport, export_adapter, export_merged
-from .adapters.gate import BaseGate, GateError, GateReport
 from .adapters.hub import model_card, push_to_hub
 from .adapters.stack import adapter_names, scale_adapter, stack_adapters, without_adapter
 from .adapters.targets import STRATEGIES, Strategy, Targets, TargetRow, chosen_patterns, resolve_targets

@@ -17,35 +17,36 @@ from pathlib import Path
 import torch
 
 from .adapters.adapter import load_adapter, save_adapter, summed_once
-from .adapters.gate import BaseGate
-from .core import ConfigError, VggtLoraError, atomic_path, given_parameters, in_markdown, let_go
-from .evaluation.protocols import DEFAULT
-from .evaluation.pictures import save_pictures
-from .evaluation.runner import base_of, comparison_rows, evaluate_windows
+from .adapters.base_check import BaseGate
+from .core import ConfigError, VggtLoraError, given_parameters, in_markdown, let_go
+from .datasets.coverage import supervision_coverage
+from .datasets.samples import load_sample
+from .datasets.windows import Window
+from .efficiency.compute_options import placed, set_speed
+from .efficiency.frozen_prefix import dense_heads, network
 from .evaluation.confidence import confidence_rows, confidence_table
+from .evaluation.evaluation_store import later_lines
 from .evaluation.forgetting import drift
-from .evaluation.records import later_lines
+from .evaluation.pictures import save_pictures
+from .evaluation.protocols import DEFAULT
 from .evaluation.regions import check_claims, region_effects, region_rows
+from .evaluation.runner import base_of, comparison_rows, evaluate_windows
 from .evaluation.statistics import effects, in_words
-from .scenes.samples import load_sample
-from .scenes.windows import Window
+from .files.atomic import atomic_path
+from .preflight.memory_profile import untouched
+from .preflight.preflight import budgeted, refused, preflight as predicted
+from .preflight.resource_usage import CostMeter
 from .settings import command
-from .training.boundary import dense_heads, network
-from .training.budget import budgeted, refused
-from .training.budget import preflight as predicted
 from .training.checkpoint import content_digest, disk_errors, newest_checkpoint
 from .training.config import TrainConfig, read_config
-from .training.cost import CostMeter
-from .training.coverage import supervision_coverage
-from .training.glimpse import Glimpse, begin
-from .training.loop import fit, loss_config, resolve_device, resolve_precision, window_loss
-from .training.measuring import untouched
-from .training.prefix import cached_feed
-from .training.processes import Team
-from .training.retreat import memory_errors
+from .training.distributed import resolve_device, resolve_precision, Team
+from .training.feature_cache import cached_feed
+from .training.loop import fit
+from .training.losses import loss_config, window_loss
+from .training.oom_recovery import memory_errors
+from .training.preview import Glimpse, begin
 from .training.run import RunFolder, code_fingerprint, environment, reproducible, run_path
-from .training.speed import placed, set_speed
-from .training.setup import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of, put_adapter,
+from .training.build import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of, put_adapter,
                                       split_scenes, truth_source, with_rate)
 
 # %% ../nbs/03_train.ipynb #b6a02645

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.adversary.attack import GOOD, Outcome
 from tests.adversary.catalogue import bases, outcomes
-from vggt_lora.core import write_text
+from vggt_lora.files.atomic import write_text
 
 DEFECTS = Path(__file__).with_name("defects.md")  # written by hand
 WORDS = {"refused": "one of the project's own errors, whose message names the file or the parameter", "told": "the result differs, and what is said beside it (notes, counts) differs too",

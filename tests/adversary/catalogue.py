@@ -16,7 +16,7 @@ ATTACKS: dict[str, list[Attack]] = {
 
 def bases(room: Path) -> dict[str, Path]:
     """Make the good input once: a small scene in the whole ETH3D layout, the same with a binary model, a network with an adapter, a filled store."""
-    from vggt_lora.scenes.synthetic import demo_scene
+    from vggt_lora.demo.demo_scenes import demo_scene
 
     scene = demo_scene(room / "base", "small_house", 4, (84, 126), seed=3, style="plaster", layout="corner")
     binary = copy_of(scene, room / "binary" / "small_house")

@@ -70,8 +70,8 @@ def split_of(**values):
 
 def use_split(folder: Path) -> tuple:
     """Split two scenes that are copies of one another in all but their photos, and audit it."""
-    from vggt_lora.scenes.eth3d import open_scene
-    from vggt_lora.scenes.windows import audit_split, split_windows
+    from vggt_lora.scenes.opening import open_scene
+    from vggt_lora.datasets.splits import audit_split, split_windows
 
     path = folder / "split.json"
     settings = {"frames": 2, "overlap": 0.5, "train_share": 0.6, "hold_out": (), "groups": ""} | (json.loads(path.read_text()) if path.exists() else {})
@@ -97,8 +97,8 @@ def use_store(folder: Path) -> tuple:
     """Read all frames through the store that lies beside the scene; a damaged entry has to be told and made anew."""
     import warnings
 
-    from vggt_lora.scenes.eth3d import open_scene
-    from vggt_lora.scenes.store import FrameStore
+    from vggt_lora.scenes.opening import open_scene
+    from vggt_lora.datasets.frame_store import FrameStore
 
     scene = open_scene(folder / "small_house")
     store = FrameStore(84, supervision="laser+sparse", folder=folder / "frames")
@@ -158,7 +158,7 @@ def store_attacks() -> list[Attack]:
 def use_generated(folder: Path) -> tuple:
     """Ask whether a generated scene is whole; what is wrong has to be named."""
     from vggt_lora.core import SceneError
-    from vggt_lora.scenes.synthetic import scene_fault
+    from vggt_lora.demo.demo_scenes import scene_fault
 
     fault = scene_fault(folder)
     if fault:
@@ -205,7 +205,7 @@ def use_prefix(folder: Path) -> tuple:
     import torch
 
     from vggt_lora.model.vggt import VGGT, VGGTConfig
-    from vggt_lora.training.prefix_store import PrefixStore
+    from vggt_lora.efficiency.feature_store import PrefixStore
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

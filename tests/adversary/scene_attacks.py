@@ -22,9 +22,9 @@ def counted(found) -> list[str]:
 
 def use_scene(folder: Path, *, depth: str = "sparse", images: bool = False) -> tuple:
     """Open a scene and bring all of its frames to one size."""
-    from vggt_lora.scenes.eth3d import open_scene
+    from vggt_lora.scenes.opening import open_scene
     from vggt_lora.scenes.images import load_image, plan_image
-    from vggt_lora.scenes.samples import DEPTH_SOURCES
+    from vggt_lora.supervision.sources import DEPTH_SOURCES
 
     scene = open_scene(folder)
     said, parts = [str(note).replace(str(folder), "") for note in scene.notes], [len(scene), len(scene.points), scene.metric]

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from vggt_lora.checks import reference
-from vggt_lora.core import atomic_path
+from vggt_lora.files.atomic import atomic_path
 from vggt_lora.model.vggt import VGGT, VGGTConfig
+from vggt_lora.reference_data import reference
 
 FILE = Path(__file__).with_name("model_golden.safetensors")
 TESTS = ("test_model_goldens.py", "test_model_gradients.py")

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a copied process 
 from tests.torture.death import Death, kill_before_writes, pair, torture  # noqa: E402
 from tests.torture.jobs import JOBS, QUICK, SHARED, make_base  # noqa: E402
 from tests.torture.scarcity import WANTS, starve  # noqa: E402
-from vggt_lora.core import write_text  # noqa: E402
+from vggt_lora.files.atomic import write_text  # noqa: E402
 
 KILLS = {"demo": 16, "store": 18, "dense depth": 12, "checkpoints": 16, "training": 16, "prefix": 10, "export": 8, "comparison": 4}  # 100
 WRITES = {"demo": 16, "store": 20, "dense depth": 16, "checkpoints": 60, "training": 60, "prefix": 12, "export": 16}  # about 200: a command may have fewer
@@ -36,7 +36,7 @@ def load() -> None:
     import vggt_lora.adapters.export  # noqa: F401
     import vggt_lora.compare  # noqa: F401
     import vggt_lora.train  # noqa: F401
-    import vggt_lora.training.prefix  # noqa: F401
+    import vggt_lora.training.feature_cache  # noqa: F401
 
     matplotlib.use("agg")
     torch.set_num_threads(1)

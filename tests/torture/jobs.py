@@ -18,23 +18,23 @@ class Job:
 
 def scene_of(base: Path) -> Path:
     """The scene that all jobs read; made where it is absent."""
-    from vggt_lora.scenes.synthetic import demo_scene
+    from vggt_lora.demo.demo_scenes import demo_scene
 
     return demo_scene(base, "small_house", 4, (84, 126), seed=3, style="plaster", layout="corner")
 
 
 def demo(base: Path, out: Path) -> None:
     """A generated scene."""
-    from vggt_lora.scenes.synthetic import demo_scene
+    from vggt_lora.demo.demo_scenes import demo_scene
 
     demo_scene(out, "house", 4, (84, 126), seed=5, style="brick", layout="corner")
 
 
 def store(base: Path, out: Path) -> None:
     """Frames preprocessed and kept."""
-    from vggt_lora.scenes.eth3d import open_scene
-    from vggt_lora.scenes.store import FrameStore
-    from vggt_lora.scenes.windows import Window
+    from vggt_lora.scenes.opening import open_scene
+    from vggt_lora.datasets.frame_store import FrameStore
+    from vggt_lora.datasets.windows import Window
 
     scene = open_scene(scene_of(base))
     FrameStore(56, supervision="laser+sparse", folder=out).prepare([(scene, Window(scene.name, tuple(range(len(scene)))))], progress=False)
@@ -42,9 +42,9 @@ def store(base: Path, out: Path) -> None:
 
 def dense(base: Path, out: Path) -> None:
     """Dense depth with its cache."""
-    from vggt_lora.scenes.dense_depth import dense_depths
-    from vggt_lora.scenes.dense_estimate import write_arrays
-    from vggt_lora.scenes.eth3d import open_scene
+    from vggt_lora.supervision.dense import dense_depths
+    from vggt_lora.files.cache import write_arrays
+    from vggt_lora.scenes.opening import open_scene
 
     maps = dense_depths(open_scene(scene_of(base)), (56, 84), cache=out / "cache", progress=False)
     write_arrays(out / "maps.npz", **{name: found.depth for name, found in maps.items()})
@@ -95,7 +95,7 @@ def prefix(base: Path, out: Path) -> None:
     import torch
 
     from vggt_lora.model.vggt import VGGT, VGGTConfig
-    from vggt_lora.training.prefix_store import PrefixStore
+    from vggt_lora.efficiency.feature_store import PrefixStore
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

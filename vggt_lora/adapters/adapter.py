@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from .targets import Targets, chosen_patterns, resolve_targets
-from ..core import ConfigError, VggtLoraError, WeightsError, leads_out, read_json, system_errors, write_json
-from ..leftovers import put_in_place, temporary_folder
+from ..core import ConfigError, VggtLoraError, WeightsError
+from ..files.atomic import leads_out, read_json, system_errors, write_json, put_in_place, temporary_folder
 
 # %% ../../nbs/adapters/adapter.ipynb #50a194fb
 def fingerprint(

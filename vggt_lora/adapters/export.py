@@ -20,8 +20,8 @@ from pathlib import Path, PureWindowsPath
 import torch
 
 from .adapter import BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge, whole_folder
-from ..core import ConfigError, VggtLoraError, WeightsError, atomic_path, short_of_memory, user_path, write_json, write_text
-from ..leftovers import take
+from ..core import ConfigError, VggtLoraError, WeightsError, short_of_memory, user_path
+from ..files.atomic import atomic_path, write_json, write_text, take
 from ..model.config import VGGTConfig
 from ..model.embedded import SHIPPED, to_float32
 from ..model.vggt import VGGT, load_vggt

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .adapter import _read_json
 from .export import Trained, export_adapter, export_merged, portable, public_name, trained
-from ..core import ConfigError, VggtLoraError, write_text
+from ..core import ConfigError, VggtLoraError
+from ..files.atomic import write_text
 from ..model.weights import REPOSITORY
 
 # %% ../../nbs/adapters/hub.ipynb #6bc03547

@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from .grid import PLACE, Point
-from ..core import ConfigError, unknown, write_json
-from ..leftovers import take
+from ..core import ConfigError, unknown
+from ..files.atomic import write_json, take
 from ..training.config import TrainConfig, read_config
 
 # %% ../../nbs/comparison/launch.ipynb #308f83d7

@@ -10,10 +10,11 @@ __all__ = ['VERDICT_CLASSES', 'MOST_SHOWN', 'change_words', 'settings_table', 'p
 from pathlib import Path
 
 from .summary import NAMES, Comparison
-from ..core import ConfigError, write_text
+from ..core import ConfigError
 from ..evaluation.metrics import align_depth
 from ..evaluation.pictures import read_pictures
 from ..evaluation.statistics import LEVEL, Effect
+from ..files.atomic import write_text
 
 # %% ../../nbs/comparison/page.ipynb #76ac731a
 def change_words(effect: Effect) -> str:
@@ -67,14 +68,14 @@ def cost_table(comparison: Comparison):
 # %% ../../nbs/comparison/page.ipynb #38882c9b
 def curves(comparison: Comparison):
     """Learning curves of all runs."""
-    from vggt_lora.views.overlays import curves_overlaid
+    from vggt_lora.views.comparison_plots import curves_overlaid
 
     return curves_overlaid([(s.label, run.records) for s in comparison.settings for run in s.runs])
 
 
 def effects_figure(comparison: Comparison, metric: int = 0):
     """Each setting's change against the base."""
-    from vggt_lora.views.overlays import effects_chart
+    from vggt_lora.views.comparison_plots import effects_chart
 
     rows = [{"label": s.label, **comparison.against_base[s.label][metric].row()} for s in comparison.settings]
     name = comparison.against_base[comparison.settings[0].label][metric].metric
@@ -86,7 +87,7 @@ MOST_SHOWN = 5  # settings side by side
 
 def side_by_side(comparison: Comparison, photos: int = 3):
     """The same held-out photos from the base and from the first run of each setting; returns (figure or None, what is not shown and why)."""
-    from vggt_lora.views.overlays import frames_side_by_side
+    from vggt_lora.views.comparison_plots import frames_side_by_side
 
     how = comparison.alignment.split()[0]
     kept, missing = {}, []

@@ -9,7 +9,7 @@ __all__ = ['ANGLES', 'AREAS', 'FEWEST_CAMERAS', 'rotation_angles', 'direction_an
 # %% ../../nbs/evaluation/cameras.ipynb #8457fdb0
 import numpy as np
 
-from ..scenes.geometry import camera_centre, compose_poses, invert_pose
+from ..geometry.cameras import camera_centre, compose_poses, invert_pose
 
 # %% ../../nbs/evaluation/cameras.ipynb #1d8f9d65
 def rotation_angles(

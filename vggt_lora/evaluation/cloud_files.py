@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, atomic_path, unknown
+from ..core import ConfigError, unknown
+from ..files.atomic import atomic_path
 
 # %% ../../nbs/evaluation/cloud_files.ipynb #5df211f8
 EXTRA = {"photo": "<i4", "confidence": "<f4", "error": "<f4", "region": "u1"}  # columns beside place and colour

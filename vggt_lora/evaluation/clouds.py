@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, unknown, write_json
+from ..core import ConfigError, unknown
+from ..datasets.samples import FrameCache, load_sample
 from .cloud_files import write_cloud
 from .cloud_metrics import BEAM_ANGLE, BEAM_START, THRESHOLDS, VOXEL, Beams, photo_scores, score_cloud
 from .fusion import Cloud, Similarity, fit_similarity, fuse_depth, join_clouds, make_cloud
 from .runner import trusted_truth, window_scale
 from .statistics import DRAWS, LEVEL, Effect, draw_counts, drawn_effect, in_words
-from ..scenes.distorted import grid_camera, look_up, pixel_centres
-from ..scenes.geometry import camera_centre, decode_pose, project_points, transform_points, unproject_depth
+from ..files.atomic import write_json
+from ..geometry.cameras import look_up, pixel_centres, camera_centre, decode_pose, project_points, transform_points, unproject_depth
 from ..scenes.masks import LASER_DROPS, mask_at, photo_mask
-from ..scenes.samples import FrameCache, load_sample
-from ..scenes.scans import angular_step, disc_surface, load_occluder, load_scans
+from ..scenes.undistortion import grid_camera
+from ..supervision.laser_scans import angular_step, disc_surface, load_occluder, load_scans
 
 # %% ../../nbs/evaluation/clouds.ipynb #7abe312c
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ..core import ConfigError
+from ..datasets.samples import Sample
 from .runner import heads_of
-from ..scenes.samples import Sample
 
 # %% ../../nbs/evaluation/forgetting.ipynb #5801a724
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +112,10 @@ def world_samples(
     count: int = 3,  # worlds
     frames: int = 4,  # photos of each that are seen together
     first_seed: int = 1_000_000,  # seeds from here on are held out when the tiny base is trained
-    **settings,  # of scenes.worlds.make_world
+    **settings,  # of pretraining.worlds.make_world
 ) -> list[Sample]:
     """Worlds that the tiny base did not see, of the kind it was trained on, as samples; made on first use."""
-    from vggt_lora.scenes.worlds import stored_world
+    from vggt_lora.pretraining.worlds import stored_world
 
     samples = []
     for seed in range(first_seed, first_seed + count):

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from ..core import ConfigError
-from ..scenes.geometry import camera_centre, project_points, to_4x4, unproject_depth
+from ..geometry.cameras import camera_centre, project_points, to_4x4, unproject_depth
 
 # %% ../../nbs/evaluation/fusion.ipynb #d8ea2be5
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, atomic_path
+from ..core import ConfigError
+from ..files.atomic import atomic_path
 
 # %% ../../nbs/evaluation/pictures.ipynb #1fe92785
 DEPTHS = ("truth", "base", "adapted")

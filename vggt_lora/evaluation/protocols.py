@@ -10,8 +10,8 @@ import dataclasses
 import math
 
 from ..core import ConfigError, unknown
+from ..datasets.windows import Window
 from .metrics import ALIGNMENTS, SCOPES, TAU, alignment_name
-from ..scenes.windows import Window
 
 # %% ../../nbs/evaluation/protocols.ipynb #2b5b2f2e
 RESOLUTIONS = ("network", "photo")

@@ -19,7 +19,7 @@ import numpy as np
 from ..core import ConfigError, SceneError
 from .metrics import align_depth, alignment_name, depth_metrics
 from .statistics import Effect, effects, in_words
-from ..scenes.geometry import depth_to_cam_points
+from ..geometry.cameras import depth_to_cam_points
 from ..scenes.images import ImagePlan, open_photo
 
 # %% ../../nbs/evaluation/regions.ipynb #bee5ac51
@@ -177,7 +177,7 @@ def world_up(
     planes: list[list[Plane]] | None = None,  # of true_planes, for each map; default: they are found, as far as Open3D is there
 ) -> dict[str, np.ndarray]:
     """Return the up direction (3,) of each scene's world, by level cameras and upright planes of its photos."""
-    from vggt_lora.scenes.planesweep import down_direction
+    from vggt_lora.geometry.cameras import down_direction
 
     found = {}
     for scene in dict.fromkeys(frame["scene"] for frame in maps):

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from ..core import ConfigError
+from ..datasets.samples import FrameCache, Sample, load_sample
 from .cameras import camera_metrics, looks_swapped, pair_errors, pose_scale
 from .metrics import align_depth, evaluate_frames, summarise
 from .protocols import STANDARD, Protocol, find_protocols, protocol_windows
+from ..geometry.cameras import decode_pose, relative_to_first, unproject_depth
 from ..progress import progress_bar
-from ..scenes.geometry import decode_pose, relative_to_first, unproject_depth
 from ..scenes.images import ImagePlan
-from ..scenes.samples import FrameCache, Sample, load_sample
 
 # %% ../../nbs/evaluation/runner.ipynb #8248325b
 def trusted_truth(
@@ -211,7 +211,7 @@ def evaluate_samples(
 # %% ../../nbs/evaluation/runner.ipynb #507e59d3
 def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[int], answers: dict, unit: float) -> list[int]:
     """Keep what pictures and regions need of the fresh frames that have truth, and return their numbers."""
-    from vggt_lora.scenes.labels import region_labels
+    from vggt_lora.scenes.masks import region_labels
 
     measured = [i for i in fresh if trusted[i].any()]
     result.left_out += [f"{sample.scene}/{sample.names[i]}" for i in fresh if i not in measured]

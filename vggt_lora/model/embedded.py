@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ..core import WeightsError, atomic_path, write_json
+from ..core import WeightsError
+from ..files.atomic import atomic_path, write_json
 from .config import VGGTConfig
 
 # %% ../../nbs/model/embedded.ipynb #d08a3680

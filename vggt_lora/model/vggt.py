@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import ConfigError, WeightsError, atomic_path, unknown, write_json
+from ..core import ConfigError, WeightsError, unknown
+from ..files.atomic import atomic_path, write_json
 from .aggregator import Aggregator, AggregatorState, check_images
 from .camera_head import CameraHead
 from .config import VGGTConfig

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..core import ConfigError, WeightsError, leads_out, read_json, user_path
+from ..core import ConfigError, WeightsError, user_path
+from ..files.atomic import leads_out, read_json
 from .config import VGGTConfig
 from .embedded import SHIPPED, ModelCard, card_beside, find_shipped, remedy
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import ConfigError, SceneError, unknown
-from .geometry import crop_intrinsics, crop_pixels, resize_intrinsics, resize_pixels
+from ..geometry.cameras import crop_intrinsics, crop_pixels, resize_intrinsics, resize_pixels
 
 # %% ../../nbs/scenes/images.ipynb #e6f5ab67
 MODES = ("aspect", "crop", "pad", "squash")

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from ..core import ConfigError, SceneError, unknown, user_path
-from ..leftovers import temporary_folder
+from ..files.atomic import temporary_folder
 from ..settings import command
 
 # %% ../../nbs/scenes/reconstruct.ipynb #6da403ef

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from ..core import ConfigError
-from ..scenes.samples import FrameCache, Sample, load_sample
-from ..scenes.windows import Window
+from ..datasets.samples import FrameCache, Sample, load_sample
+from ..datasets.windows import Window
 from .config import TrainConfig, drawn_sizes
-from .targets import normalise_batch
+from .normalization import normalise_batch
 
 # %% ../../nbs/training/augment.ipynb #1f818e87
 PATCH = 14  # px; sides of the network's images are multiples of it

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import ConfigError, VggtLoraError, atomic_path
+from ..core import ConfigError, VggtLoraError
+from ..files.atomic import atomic_path
 
 # %% ../../nbs/training/checkpoint.ipynb #0ad6f931
 def random_state() -> dict:

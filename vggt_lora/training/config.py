@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..adapters.targets import STRATEGIES, strategy_named
 from ..core import ConfigError, unknown, user_path
-from ..scenes.samples import depth_source
 from ..settings import check_values
+from ..supervision.sources import depth_source
 
 # %% ../../nbs/training/config.ipynb #278cf274
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TrainConfig:
     heads: str = "camera,depth"  # heads that are trained and run: camera, depth or both
     rank: int = 16  # of the adapters
     alpha: float = 32.0  # adapters are scaled by alpha / rank
-    dropout: float = 0.0  # on the adapters' input; more than 0 costs a fifth of a step, see training.fold
+    dropout: float = 0.0  # on the adapters' input; more than 0 costs a fifth of a step, see efficiency.lora_forward
     rslora: bool = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
     dora: bool = False  # train the length of each weight row apart from its direction (DoRA)
     lr: float = 0.0  # peak learning rate; 0: the strategy's own, larger for a network that is narrower than VGGT-1B

@@ -18,8 +18,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from ..core import STOP, ConfigError, project_root, user_path, write_json, write_text
-from ..leftovers import take
+from ..core import STOP, ConfigError, project_root, user_path
+from ..files.atomic import write_json, write_text, take
 from .checkpoint import CheckpointError, checkpoint_files, load_checkpoint, read_checkpoint, save_checkpoint
 from .config import TrainConfig
 

@@ -13,7 +13,7 @@ import textwrap
 
 import numpy as np
 
-from .clouds3d import someone_watches
+from .clouds.clouds3d import someone_watches
 from .figures import faded, known_pixels, new_figure, robust_range, to_photo
 from .page import words
 

@@ -11,7 +11,8 @@ __all__ = ['NOT_COMPUTED', 'CAPTIONS', 'read_json', 'number', 'per_cent', 'train
 import json
 from pathlib import Path
 
-from ..core import ConfigError, write_text
+from ..core import ConfigError
+from ..files.atomic import write_text
 from .page import facts, page, picture, section, table, tag
 
 # %% ../../nbs/views/report.ipynb #53000ad9
