@@ -21,11 +21,11 @@ from vggt_lora.adapters.adapter import apply_lora
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.datasets.splits import split_windows
 from vggt_lora.demo.demo_scenes import toy_scene
-from vggt_lora.efficiency.feature_store import PrefixStore
+from vggt_lora.efficiency.feature_store import FeatureStore
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.scenes.opening import open_scene
 from vggt_lora.training.config import TrainConfig
-from vggt_lora.training.feature_cache import cached_feed
+from vggt_lora.training.feature_cache import cached_source
 from vggt_lora.training.loop import fit
 from vggt_lora.training.run import RunFolder
 
@@ -42,17 +42,17 @@ def noisy(compute, seed: int):
 
 def losses(work: Path, base: VGGT, items: dict, strategy: str, name: str, steps: int, seed: int | None = None) -> dict:
     """Train from a cache in float32, from one in bfloat16 (name "bf16"), or from one changed at random (with a seed); losses by split."""
-    config = TrainConfig(strategy=strategy, epochs=-(-steps // len(items["train"])), frames=4, rank=2, lr=2e-3, variants=2, image_size=56,
-                         cache="bf16" if name == "bf16" else "float32")
+    config = TrainConfig(strategy=strategy, epochs=-(-steps // len(items["train"])), frames=4, rank=2, lr=2e-3, distinct_epochs=2, image_size=56,
+                         feature_cache="bf16" if name == "bf16" else "float32")
     model, run = apply_lora(copy.deepcopy(base), strategy, rank=2, seed=0, dropout=0.1)[0], RunFolder(work / f"{strategy}-{name}")
-    compute = PrefixStore.compute
-    PrefixStore.compute = compute if seed is None else noisy(compute, seed)
+    compute = FeatureStore.compute
+    FeatureStore.compute = compute if seed is None else noisy(compute, seed)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            feed = cached_feed(model, FrameCache(56), config, items["train"], items["val"], lambda line: None, folder=work / f"cache-{strategy}-{name}")
-            fit(model, items["train"], items["val"], config, run, feed)
+            sample_source = cached_source(model, FrameCache(56), config, items["train"], items["val"], lambda line: None, folder=work / f"cache-{strategy}-{name}")
+            fit(model, items["train"], items["val"], config, run, sample_source)
     finally:
-        PrefixStore.compute = compute
+        FeatureStore.compute = compute
         run.close()
     return {split: np.array([r["loss"] for r in run.records if r["split"] == split]) for split in ("train", "val")}
 

@@ -26,7 +26,7 @@ from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import ImagePlan, load_image
 from vggt_lora.scenes.masks import photo_mask
 from vggt_lora.scenes.opening import open_scene
-from vggt_lora.stereo.estimate import DenseSettings, companion, estimate, main_shot
+from vggt_lora.stereo.estimate import DenseSettings, neighbour_frame, estimate, main_frame
 from vggt_lora.stereo.planesweep import depth_range
 from vggt_lora.stereo.view_selection import find_neighbours
 from vggt_lora.supervision.dense import confirmations, dense_depth, dense_estimate, prepare_dense, scene_down, sparsification
@@ -80,8 +80,8 @@ def seen_by(scene, frame, size, settings) -> np.ndarray:
         exact = resized(np.load(scene.root / "exact_depth" / f"{Path(shot.frame.name).stem}.npy"), shot.plan.size)
         return torch.from_numpy(np.where(exact > 0, 1 / np.where(exact > 0, exact, 1), 1e-6).astype(np.float32))
 
-    main = main_shot(frame, size, None)
-    others = [companion(main, other) for other in scene.frames if other.name != frame.name]
+    main = main_frame(frame, size, None)
+    others = [neighbour_frame(main, other) for other in scene.frames if other.name != frame.name]
     return confirmations(main, inverse(main), [(other, inverse(other)) for other in others], settings)[0].numpy()
 
 
@@ -191,8 +191,8 @@ def held_out(scene, arguments, cache) -> None:
 def seconds(scene, size, arguments) -> None:
     """Print the processor time of one estimate."""
     frame = scene.frames[len(scene) // 2]
-    main = main_shot(frame, size, None)
-    others = [companion(main, scene.frames[n.index]) for n in find_neighbours(scene, frame, arguments.settings.views)]
+    main = main_frame(frame, size, None)
+    others = [neighbour_frame(main, scene.frames[n.index]) for n in find_neighbours(scene, frame, arguments.settings.views)]
     depths = depth_range(scene, frame, arguments.settings.near, arguments.settings.far)
     start, worked = time.perf_counter(), time.process_time()
     _, _, planes = estimate(main, others, depths, arguments.settings, arguments.device, np.array(scene_down(scene)))

@@ -56,7 +56,7 @@ def run(place: Path) -> int:
     (place / "base" / "config.json").unlink()  # as on the hub, where no configuration of ours lies beside the weights
     since = step("VGGT-1B with random weights written", since)
     model = VGGT.from_pretrained(place / "base", point_head=False)
-    adapted, targets = apply_lora(model, "c", rank=16, full=["depth_head.resize_layers.0", "depth_head.resize_layers.1", "depth_head.norm"], seed=0)
+    adapted, targets = apply_lora(model, "c", rank=16, full_finetune=["depth_head.resize_layers.0", "depth_head.resize_layers.1", "depth_head.norm"], seed=0)
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:

@@ -33,7 +33,7 @@ from vggt_lora import train as training  # noqa: E402
 from vggt_lora.demo.demo_scenes import toy_scene  # noqa: E402
 from vggt_lora.training import loop  # noqa: E402
 
-MODES = {"fast": {}, "small": {"checkpointing": True, "frames_chunk": 1}}
+MODES = {"fast": {}, "small": {"gradient_checkpointing": True, "frames_chunk": 1}}
 
 
 def steps(memory, size: str, shape, strategy: str, kind: str) -> None:
@@ -67,18 +67,18 @@ def whole_run(memory, patch, size: str, shape, strategy: str, mode: str, folder:
     with patch.context() as own:
         own.setenv("VGGT_LORA_CACHE", str(folder / "cache"))  # nothing made up may stay
         own.setattr(training, "build_model", base)
-        own.setattr(loop, "faults_of", lambda result: [])  # made-up counts of what is not finite
+        own.setattr(loop, "nonfinite_terms", lambda result: [])  # made-up counts of what is not finite
         own.setattr("vggt_lora.adapters.adapter.fingerprint", lambda *_, **__: "made up")
-        for name in ("gated_adapter", "measure"):
+        for name in ("build_checked_adapter", "measure"):
             own.setattr(training, name, measured(name, getattr(training, name)))
         scene = toy_scene(folder / "scene", frames=3 * shape[0], size=tuple(side // 2 for side in shape[1]))
-        config = training.TrainConfig(strategy=strategy, model="random", data=str(scene), output=str(folder / "run"), epochs=1, frames=shape[0], image_size=max(shape[1]), train_share=0.6,
+        config = training.TrainConfig(strategy=strategy, model="random", data=str(scene), output=str(folder / "run"), epochs=1, frames=shape[0], image_size=max(shape[1]), train_fraction=0.6,
                                       device="cuda", lr=1e-4, **MODES[mode])
         with contextlib.redirect_stdout(sys.stderr):  # what a run says
             run = training.train(config)
-    budget = json.loads((run.folder / "budget.json").read_text(encoding="utf-8"))
+    budget = json.loads((run.folder / "preflight.json").read_text(encoding="utf-8"))
     held, predicted = budget["measured"]["peak"], budget["predicted"]
-    print(f"{strategy:8}  {mode:5}  {peaks['gated_adapter'] / 1e9:6.2f}  {held / 1e9:9.2f}  {predicted['peak'] / 1e9:9.2f} ({predicted['peak'] / held - 1:+.1%})"
+    print(f"{strategy:8}  {mode:5}  {peaks['build_checked_adapter'] / 1e9:6.2f}  {held / 1e9:9.2f}  {predicted['peak'] / 1e9:9.2f} ({predicted['peak'] / held - 1:+.1%})"
           f"  {peaks['measure'] / 1e9:9.2f}  {predicted['evaluation'] / 1e9:9.2f} ({predicted['evaluation'] / peaks['measure'] - 1:+.1%})", flush=True)
 
 

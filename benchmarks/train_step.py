@@ -37,10 +37,10 @@ import torch
 
 from vggt_lora.adapters.adapter import apply_lora
 from vggt_lora.datasets.samples import Sample
-from vggt_lora.efficiency.compute_options import halve_frozen, set_checkpointing
-from vggt_lora.efficiency.feature_store import PrefixStore
-from vggt_lora.efficiency.frozen_prefix import find_boundary, free_prefix, pieces
-from vggt_lora.efficiency.lora_forward import fold_adapters
+from vggt_lora.efficiency.compute_options import cast_frozen_to_bf16, set_gradient_checkpointing
+from vggt_lora.efficiency.feature_store import FeatureStore
+from vggt_lora.efficiency.frozen_prefix import find_frozen_prefix, free_prefix, pieces
+from vggt_lora.efficiency.lora_forward import fuse_lora_forward
 from vggt_lora.model.aggregator import AggregatorState
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.training.config import TrainConfig
@@ -76,10 +76,10 @@ def set_way(model, kind: str) -> None:
     if kind == "plain":
         bare.set_gradient_checkpointing(True)
     else:
-        set_checkpointing(model, kind == "small")
+        set_gradient_checkpointing(model, kind == "small")
         bare.depth_head.frames_chunk = 1 if kind == "small" else None
         bare.depth_head.body_dtype = torch.bfloat16 if kind == "half" else None
-        fold_adapters(model)
+        fuse_lora_forward(model)
 
 
 class Stepper:
@@ -91,12 +91,12 @@ class Stepper:
         self.precision = precision
         set_way(self.model, kind)
         if kind != "plain" and self.precision == "bf16":
-            halve_frozen(self.model)
+            cast_frozen_to_bf16(self.model)
         self.losses = loss_config(TrainConfig(strategy=strategy))
         self.optimizer = make_optimizer(self.model, TrainConfig(strategy=strategy))
         if kind in ("cache", "half", "small"):
-            layer = find_boundary(self.model).layer
-            self.store = PrefixStore(self.model, layer, self.precision, precision=self.precision, folder=folder)
+            layer = find_frozen_prefix(self.model).layer
+            self.store = FeatureStore(self.model, layer, self.precision, precision=self.precision, folder=folder)
             self.digests = tuple(map(str, range(len(sample.names))))
             self.store.state(sample.images, self.digests)
             if free:
@@ -146,7 +146,7 @@ def count_step(config: VGGTConfig, shape, strategy: str, kind: str) -> tuple[int
     with torch.device("meta"):
         model = apply_lora(VGGT(dataclasses.replace(config, point_head=False)).requires_grad_(False), strategy, dropout=TrainConfig().dropout)[0].train()
     set_way(model, "cache" if kind == "half" else kind)  # as many operations; autocast knows no meta device
-    layer, last = find_boundary(model).layer, model.get_base_model().config.depth - 1
+    layer, last = find_frozen_prefix(model).layer, model.get_base_model().config.depth - 1
     images = torch.empty(1, shape[0], 3, *shape[1], device="meta")
     whole = {"state": blank_state(model, layer, shape, False)} if kind in ("cache", "half", "small") else {"images": images}
     counts = []

@@ -31,7 +31,7 @@ def images():
 @pytest.fixture
 def folder(base, tmp_path):
     """A saved adapter with a layer in full beside it."""
-    adapted, _ = apply_lora(copy.deepcopy(base), "a", rank=2, full=["depth_head.norm"], seed=0)
+    adapted, _ = apply_lora(copy.deepcopy(base), "a", rank=2, full_finetune=["depth_head.norm"], seed=0)
     with torch.no_grad():
         for p in adapted.parameters():
             if p.requires_grad:
@@ -157,12 +157,12 @@ def test_a_second_adapter_is_refused(base, folder):
 
 
 CHOICES = [
-    ({"strategy": "b", "targets": ["depth_head"]}, "brings its own"), ({"strategy": "custom"}, "needs targets"),
-    ({"strategy": "custom", "targets": " , "}, "needs targets"), ({"strategy": "b", "rank": 0}, "at least 1"),
+    ({"strategy": "b", "target_modules": ["depth_head"]}, "brings its own"), ({"strategy": "custom"}, "needs target_modules"),
+    ({"strategy": "custom", "target_modules": " , "}, "needs target_modules"), ({"strategy": "b", "rank": 0}, "at least 1"),
     ({"strategy": "b", "rank": -3}, "at least 1"), ({"strategy": "b", "rank": 2.5}, "at least 1"), ({"strategy": "z"}, "choose one of"),
-    ({"strategy": "a", "full": ["depth_head"]}, "nothing is left for adapters"),
-    ({"strategy": "custom", "targets": "depth_head.norm"}, "cannot be adapted"),
-    ({"strategy": "custom", "targets": "depth_heda"}, "Did you mean 'depth_head'"), ({"strategy": "a", "full": "depth_head.nrom"}, "full pattern"),
+    ({"strategy": "a", "full_finetune": ["depth_head"]}, "nothing is left for adapters"),
+    ({"strategy": "custom", "target_modules": "depth_head.norm"}, "cannot be adapted"),
+    ({"strategy": "custom", "target_modules": "depth_heda"}, "Did you mean 'depth_head'"), ({"strategy": "a", "full_finetune": "depth_head.nrom"}, "full pattern"),
 ]
 
 
@@ -180,8 +180,8 @@ def test_inspecting_refuses_what_applying_refuses(base, choice, word):
 
 @pytest.mark.parametrize("targets", ["depth_head.scratch,camera_head", " depth_head.scratch , camera_head, ", ["depth_head.scratch", " camera_head"]])
 def test_blanks_between_patterns_do_not_matter(base, targets):
-    seen = inspect_targets(base, "custom", targets=targets, full=" depth_head.norm ,")
-    _, applied = apply_lora(copy.deepcopy(base), "custom", targets=targets, full=" depth_head.norm ,")
+    seen = inspect_targets(base, "custom", target_modules=targets, full_finetune=" depth_head.norm ,")
+    _, applied = apply_lora(copy.deepcopy(base), "custom", target_modules=targets, full_finetune=" depth_head.norm ,")
     assert seen == applied and seen.patterns == ("depth_head.scratch", "camera_head") and seen.named("full") == ["depth_head.norm"]
 
 
@@ -198,5 +198,5 @@ def test_notebook_02_stops_at_a_wrong_parameter(parameters, word, tmp_path):
 
 def test_notebook_02_takes_patterns_with_blanks(tmp_path):
     done = subprocess.run([sys.executable, "-m", "papermill", "nbs/02_lora.ipynb", str(tmp_path / "out.ipynb"), "-p", "strategy", "custom",
-                           "-p", "targets", "depth_head, camera_head"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+                           "-p", "target_modules", "depth_head, camera_head"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -83,7 +83,7 @@ def scene(tmp_path_factory):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    values = {"data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "dropout": 0.0, "model": "random", "store": False,
+    values = {"data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "dropout": 0.0, "model": "random", "frame_cache": False,
               "supervision": "sparse"}
     return TrainConfig(**{**values, **changes})
 
@@ -91,7 +91,7 @@ def settings(scene, output, **changes) -> TrainConfig:
 def test_the_loop_trains_on_varied_windows_and_measures_on_plain_ones(scene, tmp_path):
     opened, records = open_scene(scene), {}
     items = [(opened, Window(opened.name, frames)) for frames in ((0, 1), (2, 3), (4, 5))]
-    for name, changes in {"plain": {}, "varied": {"image_sizes": "1,1.25", "augment": ",".join(CHANGES), "mix_share": 1.0}}.items():
+    for name, changes in {"plain": {}, "varied": {"image_sizes": "1,1.25", "augment": ",".join(CHANGES), "mix_probability": 1.0}}.items():
         config = settings(scene, tmp_path / name, **changes)
         run = RunFolder(config.output)
         fit(apply_lora(build_model(config), "b", rank=2, dropout=0.0, seed=0)[0], items[:2], items[2:], config, run, FrameCache(56))
@@ -102,7 +102,7 @@ def test_the_loop_trains_on_varied_windows_and_measures_on_plain_ones(scene, tmp
 
 
 def test_mixtures_take_from_training_windows_alone(scene):
-    config, opened = settings(scene, "nowhere", augment="cutmix,mixup", mix_share=1.0), open_scene(scene)
+    config, opened = settings(scene, "nowhere", augment="cutmix,mixup", mix_probability=1.0), open_scene(scene)
     seen = []
 
     class Watched(FrameCache):
@@ -119,11 +119,11 @@ def test_mixtures_take_from_training_windows_alone(scene):
 
 def test_an_untrained_adapter_is_held_at_no_cost(scene):
     """Before the first step the model is the base: the term that holds it there is 0, up to the move into the truth's unit."""
-    config = settings(scene, "nowhere", keep_base=1.0, normalise="base")
+    config = settings(scene, "nowhere", base_consistency_weight=1.0, scale_normalization="base")
     model, _ = apply_lora(build_model(config), "b", rank=2, dropout=0.0, seed=0)
     opened = open_scene(scene)
     sample = load_sample(opened, Window(opened.name, (0, 1, 2)), FrameCache(56))
     result = window_loss(model.eval(), sample, loss_config(config), "cpu")
-    assert result.terms["keep_base"].item() < 1e-4 and result.counts["pixels_kept_near_base"] > 0
+    assert result.terms["base_consistency"].item() < 1e-4 and result.counts["pixels_kept_near_base"] > 0
     moved = window_loss(model, sample, dataclasses.replace(loss_config(config), scale="points"), "cpu")
-    assert moved.terms["keep_base"].item() > 1e-3  # the truth's own unit is another
+    assert moved.terms["base_consistency"].item() > 1e-3  # the truth's own unit is another

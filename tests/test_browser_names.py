@@ -65,7 +65,7 @@ def write_run(folder: Path) -> None:
         "coverage.json": [{"scene": NAME, "frames": 6, "frames_without_depth": 1, "share": 0.03, "least": 0.0, "by_source": {NAME: 0.02}}],
     }.items():
         (folder / name).write_text(json.dumps(value), encoding="utf-8")
-    (folder / "gate.txt").write_text(NAME, encoding="utf-8")
+    (folder / "base_check.txt").write_text(NAME, encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.datasets.windows import Window
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.preflight.memory_profile import extrapolate
-from vggt_lora.preflight.preflight import Budget, _leaving, budgeted, preflight, refused
+from vggt_lora.preflight.preflight import PreflightReport, _leaving, budgeted, preflight, refuse_or_warn
 from vggt_lora.training.build import build_model, items_of, open_scenes, split_scenes
 from vggt_lora.training.config import TrainConfig
-from vggt_lora.training.feature_cache import asked, cached_feed, plan_cache, predict
+from vggt_lora.training.feature_cache import asked, cached_source, plan_cache, predict
 from vggt_lora.training.loop import fit
 from vggt_lora.training.run import RunFolder, without_wall
 
@@ -26,7 +26,7 @@ def scene(tmp_path_factory):
 
 def settings(scene, output, **changes) -> TrainConfig:
     values = {"strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2,
-              "lr": 1e-3, "device": "cpu", "store": False}
+              "lr": 1e-3, "device": "cpu", "frame_cache": False}
     return TrainConfig(**{**values, **changes})
 
 
@@ -44,8 +44,8 @@ def run(config, folder, check: bool):
     record = RunFolder(config.output)
     budget = preflight(model, train, held_out, frames, config, folder=folder) if check else None
     with budgeted(budget, record) as clock:
-        feed = cached_feed(model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(), folder=folder)
-        fit(model, train, held_out, config, record, feed, (clock,))
+        sample_source = cached_source(model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(), folder=folder)
+        fit(model, train, held_out, config, record, sample_source, (clock,))
     record.close()
     return model, record.records
 
@@ -56,10 +56,10 @@ def test_training_is_bit_for_bit_the_same_after_a_preflight(scene, tmp_path):
     assert without_wall(records) == without_wall(expected) and records
     theirs = without.state_dict()
     assert all(torch.equal(tensor.nan_to_num(), theirs[name].nan_to_num()) for name, tensor in with_one.state_dict().items())
-    found = json.loads((tmp_path / "one" / "budget.json").read_text())
+    found = json.loads((tmp_path / "one" / "preflight.json").read_text())
     assert found["measured"]["peak"] > 0 and abs(found["error"]["peak"]) < 1
     assert {"step", "epoch"} <= found["measured"].keys() & found["error"].keys() and found["said"].count("were predicted") == 3
-    assert not (tmp_path / "two" / "budget.json").exists()
+    assert not (tmp_path / "two" / "preflight.json").exists()
 
 
 def test_gradients_and_random_streams_survive(scene, tmp_path):
@@ -96,14 +96,14 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(tmp_path, mon
     roomy = ask(config, 5 * 10**9)
     assert roomy.fits and not roomy.proposal and not roomy.refusal()
     tight = ask(config, 300 * 10**6)
-    assert not tight.fits and tight.proposal == {"checkpointing": True}
-    with pytest.raises(ConfigError, match="checkpointing=True would fit"):
-        refused(tight, "refuse", lambda text: None)
+    assert not tight.fits and tight.proposal == {"gradient_checkpointing": True}
+    with pytest.raises(ConfigError, match="gradient_checkpointing=True would fit"):
+        refuse_or_warn(tight, "refuse", lambda text: None)
     said = []
-    assert refused(tight, "warn", said.append) is tight and "WARNING" in said[-1]
+    assert refuse_or_warn(tight, "warn", said.append) is tight and "WARNING" in said[-1]
     assert ask(dataclasses.replace(config, **tight.proposal), 300 * 10**6).fits
     very = ask(config, 120 * 10**6)
-    assert very.proposal["checkpointing"] and very.proposal["frames"] < 6 and very.proposal["accumulate"] > 1
+    assert very.proposal["gradient_checkpointing"] and very.proposal["frames"] < 6 and very.proposal["gradient_accumulation_steps"] > 1
     assert ask(dataclasses.replace(config, **very.proposal), 120 * 10**6).fits
     none = ask(config, 10 * 10**6)
     assert not none.fits and not none.proposal and "smaller image_size" in none.refusal()
@@ -118,7 +118,7 @@ def test_memory_that_runs_out_in_the_preflight_itself_ends_in_a_refusal(scene, t
     monkeypatch.setattr(module, "measure_window", fails)
     config = settings(scene, tmp_path / "run")
     found = preflight(*ready(config), config, folder=tmp_path / "cache")
-    assert not found.fits and found.refusal() and isinstance(found, Budget)
+    assert not found.fits and found.refusal() and isinstance(found, PreflightReport)
 
 
 def test_attention_that_writes_its_matrix_is_seen():
@@ -140,7 +140,7 @@ def by_law(monkeypatch):
 
 
 def test_the_largest_size_decides_memory_and_the_mean_decides_time(scene, tmp_path, by_law):
-    one = settings(scene, tmp_path / "run", cache="off")
+    one = settings(scene, tmp_path / "run", feature_cache="off")
     found = {sizes: preflight(*ready(config := dataclasses.replace(one, image_sizes=sizes)), config, free=10**12, folder=tmp_path / "cache") for sizes in ("", "28,56,112")}
     plain, drawn = found[""], found["28,56,112"]
     assert plain.size == (42, 56) and drawn.size == (84, 112)
@@ -163,7 +163,7 @@ def test_frozen_weights_are_summed_once(scene, tmp_path, monkeypatch):
     with adapter.summed_once():
         preflight(model, train, held_out, frames, config, folder=tmp_path / "cache")
         first = len(counted)
-        cached_feed(model, frames, config, train, held_out, lambda text: None, folder=tmp_path / "cache")
+        cached_source(model, frames, config, train, held_out, lambda text: None, folder=tmp_path / "cache")
     assert len(counted) == first > 0
 
 
@@ -196,14 +196,14 @@ def test_a_run_on_the_cpu_asks_the_host_although_there_is_a_gpu(monkeypatch):
 
 def test_what_is_drawn_decides_what_the_cache_holds(scene, tmp_path):
     """Sizes up to twice the run's own: the plan is what lies on disk, and a limit between the two takes an earlier layer and not a store that fills up."""
-    one = settings(scene, tmp_path / "run", cache="float32", image_sizes="56,112", epochs=4, strategy="a")
+    one = settings(scene, tmp_path / "run", feature_cache="float32", image_sizes="56,112", epochs=4, strategy="a")
 
     def filled(config, name):
         model, train, held_out, frames = ready(config)
         budget = preflight(model, train, held_out, frames, config, free=10**12, folder=tmp_path / f"{name}-before")
         plan = plan_cache(model, train, held_out, frames, config, True, tmp_path / f"{name}-plan")[0]
         leaving = _leaving(model, plan, config)
-        store = cached_feed(model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(), folder=tmp_path / name).store
+        store = cached_source(model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(), folder=tmp_path / name).store
         assert (budget.cache_bytes, budget.cache_entries) == (plan.bytes, plan.entries) and store.report.made == plan.entries
         assert 0 < store.report.used - plan.bytes < 700 * plan.entries, "more than the headers"
         assert not store.full and store.freed.bytes == leaving > 0
@@ -213,7 +213,7 @@ def test_what_is_drawn_decides_what_the_cache_holds(scene, tmp_path):
     model, train, held_out, frames = ready(one)
     own_size = plan_cache(model, train, held_out, frames, dataclasses.replace(one, image_sizes=""), True, tmp_path / "own")[0]
     assert own_size.layer == roomy.layer and 1.2 * own_size.bytes < roomy.bytes
-    tight = filled(dataclasses.replace(one, cache_limit_gb=(own_size.bytes + roomy.bytes) / 2e9), "tight")
+    tight = filled(dataclasses.replace(one, feature_cache_gb=(own_size.bytes + roomy.bytes) / 2e9), "tight")
     assert tight.layer < roomy.layer and tight.bytes < own_size.bytes + roomy.bytes
 
 

@@ -78,7 +78,7 @@ def invented_run(folder: Path, strategy: str, seed: int, factor: float):
             for model, found in values.items() for i, v in enumerate(found)]
     write_json(folder / "config.json", {"config": {"strategy": strategy, "seed": seed, "data": "<img src=x onerror=alert(1)>"}, "environment": {"code": "x"}})
     write_json(folder / "results.json", {"protocol": {"truth": "laser"}, "frames": rows, "table": []})
-    write_json(folder / "cost.json", {"trainable": 100, "seconds": 10.0})
+    write_json(folder / "resource_usage.json", {"trainable": 100, "seconds": 10.0})
     (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "split": "{s}", "loss": {1 / (1 + i)}}}\n' for i in range(3) for s in ("train", "val")))
     truth = np.linspace(6, 14, 48)[None, :] * np.ones((32, 1))
     maps = [{"scene": "<hall>", "name": "0.jpg", "metric": True, "photo": np.full((32, 48, 3), 0.5), "valid": truth > 0, "truth": truth, "base": truth * 2 + 1, "adapted": truth}]

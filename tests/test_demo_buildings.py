@@ -16,7 +16,7 @@ pycolmap = pytest.importorskip("pycolmap")
 from vggt_lora.core import SceneError
 from vggt_lora.demo.demo_scenes import DEMO, DEMO_HELD_OUT, STYLES, demo_scene, demo_scenes, folder_hashes, scene_fault
 from vggt_lora.demo.panels import PARTS, UNSCANNED, Caster
-from vggt_lora.demo.render_photos import points_per_photo, prepare, undistorted
+from vggt_lora.demo.render_photos import points_per_photo, prepare, undistort
 from vggt_lora.demo.shading import photograph, pinhole_rays
 from vggt_lora.demo.write_scene import write_demo
 from vggt_lora.geometry.cameras import project_points
@@ -102,7 +102,7 @@ def test_resampling_moves_nothing():
     centre = -rotation.T @ photo.world_to_cam[:3, 3]
     bent, _, _ = photograph(caster, rotation, centre, shoot.rays[photo.camera_id], camera.original_size, camera.original_K[0, 0], light)
     direct, _, _ = photograph(caster, rotation, centre, pinhole_rays(photo.K, photo.size), photo.size, photo.K[0, 0], light)
-    there = undistorted(bent, shoot.sources[photo.camera_id]).mean(2)[4:-4, 4:-4]
+    there = undistort(bent, shoot.sources[photo.camera_id]).mean(2)[4:-4, 4:-4]
     here = direct.mean(2)
     down, right = (g[4:-4, 4:-4].ravel() for g in np.gradient(here))
     shift = np.linalg.lstsq(np.stack([right, down], 1), (here[4:-4, 4:-4] - there).ravel(), rcond=None)[0]

@@ -21,7 +21,7 @@ from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import plan_image
 from vggt_lora.scenes.opening import open_scene
 from vggt_lora.scenes.scene import Frame, Points, Scene
-from vggt_lora.stereo.estimate import DenseSettings, Shot, companion, main_shot
+from vggt_lora.stereo.estimate import DenseSettings, SweepFrame, neighbour_frame, main_frame
 from vggt_lora.stereo.planesweep import Warper, half_size, plane_steps, relative_mapping, sweep, to_full_size
 from vggt_lora.stereo.refinement import plane_fit, refine
 from vggt_lora.stereo.view_selection import find_neighbours
@@ -126,7 +126,7 @@ def test_neighbours_of_other_sizes_shapes_and_plans_give_the_same_depth(tmp_path
     top, left, bottom, right = padded_plan.content_box
     assert padded.valid.sum() == padded.valid[top:bottom, left:right].sum() > 0.3 * (bottom - top) * (right - left)
     photos = [dataclasses.replace(f, size=(140, 98)) for f in scene.frames]
-    assert companion(Shot(frame, plan), photos[1]).plan.size == (99, 69)  # as many pixels, its own shape
+    assert neighbour_frame(SweepFrame(frame, plan), photos[1]).plan.size == (99, 69)  # as many pixels, its own shape
 
 
 @settings(max_examples=40, deadline=None)
@@ -208,7 +208,7 @@ def test_a_blank_wall_gets_no_depth(tmp_path, estimates):
 
 def test_depth_that_other_photos_contradict_is_not_confirmed(tmp_path):
     scene, z = plane_scene(tmp_path)
-    shots = [main_shot(frame, SIZE, None) for frame in scene.frames]
+    shots = [main_frame(frame, SIZE, None) for frame in scene.frames]
     exact = [torch.tensor(1 / plane_photo(f.K, f.world_to_cam, SIZE)[1], dtype=torch.float32) for f in scene.frames]
     others = list(zip(shots[1:], exact[1:]))
     count, mean = confirmations(shots[0], exact[0], others, DenseSettings())
@@ -217,7 +217,7 @@ def test_depth_that_other_photos_contradict_is_not_confirmed(tmp_path):
     wrong = exact[0].clone()
     wrong[30:60] *= 1.05
     assert confirmations(shots[0], wrong, others, DenseSettings())[0][30:60].max() == 0
-    behind = Shot(dataclasses.replace(scene.frames[1], world_to_cam=pose_at((0, 0, 0), np.pi)), shots[1].plan)
+    behind = SweepFrame(dataclasses.replace(scene.frames[1], world_to_cam=pose_at((0, 0, 0), np.pi)), shots[1].plan)
     assert confirmations(shots[0], exact[0], [(behind, exact[1])], DenseSettings())[0].max() == 0
 
 
@@ -460,8 +460,8 @@ def test_on_a_gpu_every_tensor_is_made_there():
     first = to_full_size(sweep(half_size(grey), half, torch.linspace(0.1, 0.5, 32, device="meta")), (40, 60))
     inverse, error = refine(grey, whole, first, 0.01)
     frame = Frame("a", None, (40, 60), np.array([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]]), np.eye(4), 0, 0, np.zeros(0, int), np.zeros((0, 2)))
-    shot = main_shot(frame, (40, 60), None)
-    count, mean = confirmations(shot, inverse, [(Shot(dataclasses.replace(frame, world_to_cam=pose_at((0.5, 0, 0))), shot.plan), inverse)], DenseSettings())
+    shot = main_frame(frame, (40, 60), None)
+    count, mean = confirmations(shot, inverse, [(SweepFrame(dataclasses.replace(frame, world_to_cam=pose_at((0.5, 0, 0))), shot.plan), inverse)], DenseSettings())
     confidence = confidence_of(count, error, bends(mean))
     assert (confidence.device.type, confidence.shape) == ("meta", (40, 60))
 
@@ -486,7 +486,7 @@ def test_the_fountain_agrees_with_its_laser(tmp_path):
                                      if text and text[0] != "#" for word in text.split()[2:8])
     laser = np.fromfile(scene.root / "ground_truth_depth" / "dslr_images" / frame.image_path.name, "<f4").reshape(int(height), int(width))
     rows, columns = np.nonzero(np.isfinite(laser))
-    K = main_shot(frame, size, None).K
+    K = main_frame(frame, size, None).K
     u, v = K[0, 0] * (columns + 0.5 - cx) / fx + K[0, 2], K[1, 1] * (rows + 0.5 - cy) / fy + K[1, 2]
     inside = (u >= 0) & (v >= 0) & (u < size[1]) & (v < size[0])
     row, column = v[inside].astype(int), u[inside].astype(int)

@@ -22,7 +22,7 @@ from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import plan_image
 from vggt_lora.scenes.opening import open_scene
 from vggt_lora.scenes.scene import Frame, Points, Scene
-from vggt_lora.supervision.depth_map import splat_nearest
+from vggt_lora.supervision.depth_map import zbuffer_min
 from vggt_lora.supervision.sparse import FATES
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "01_depth.ipynb"
@@ -86,7 +86,7 @@ def test_order_of_points_does_not_matter(toy):
 
 def test_a_point_on_the_border_belongs_to_one_pixel_only():
     pixels = np.array([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
-    flat, rows, fates = splat_nearest(pixels, np.ones(4), (1, 2))
+    flat, rows, fates = zbuffer_min(pixels, np.ones(4), (1, 2))
     assert (flat.tolist(), rows.tolist(), fates["outside"]) == ([0, 1], [0, 1], 2)
 
 

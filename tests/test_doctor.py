@@ -69,7 +69,7 @@ BROKEN = {
     "no such model": (lambda place: {"model": str(place / "none.safetensors")}, "weights", "no weights"),
     "not downloaded": (lambda place: {"model": "nobody/nothing-like-this"}, "weights", "is not on this machine"),
     "unknown strategy": (lambda place: {"strategy": "z"}, "memory", "unknown strategy 'z'"),
-    "custom without targets": (lambda place: {"strategy": "custom"}, "memory", "needs targets"),
+    "custom without targets": (lambda place: {"strategy": "custom"}, "memory", "needs target_modules"),
     "output is a file": (lambda place: {"output": str(place / "file")}, "output", "cannot be written"),
 }
 

@@ -25,11 +25,11 @@ from vggt_lora.training.build import build_model, items_of, open_scenes, split_s
 from vggt_lora.training.checkpoint import DiskError, checkpoint_files, newest_checkpoint, read_checkpoint
 from vggt_lora.training.config import TrainConfig
 from vggt_lora.training.loop import fit
-from vggt_lora.training.oom_recovery import Retreat
+from vggt_lora.training.oom_recovery import OomRecovery
 from vggt_lora.training.replay import replay
 from vggt_lora.training.run import RunFolder, without_wall
 from vggt_lora.training.run_state import Stopped
-from vggt_lora.training.sample_source import Feed
+from vggt_lora.training.sample_source import SampleSource
 from vggt_lora.views.widgets.run import read_metrics, watch_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +46,8 @@ def settings(scene, output, **changes) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
-class Spoiled(Feed):
-    """A feed that multiplies the photos of some training windows by a number, for instance NaN."""
+class Spoiled(SampleSource):
+    """A sample source that multiplies the photos of some training windows by a number, for instance NaN."""
 
     def __init__(self, cache, spoil: dict):
         super().__init__(cache)
@@ -64,15 +64,15 @@ def run_fit(config, hooks=(), spoil=None, writes=True):
     """fit on its own, without the gate and the evaluation: (run, progress, model); of several processes only the first one writes."""
     base, scenes = build_model(config), open_scenes(config)
     split, _ = split_scenes(scenes, config)
-    adapted, _ = apply_lora(base, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, seed=config.seed, dora=config.dora,
-                            rslora=config.rslora, heads=config.trained_heads, targets=config.names("targets"))
+    adapted, _ = apply_lora(base, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, seed=config.seed, use_dora=config.use_dora,
+                            use_rslora=config.use_rslora, heads=config.trained_heads, target_modules=config.names("target_modules"))
     folder = Path(config.output)
     counters = newest_checkpoint(folder / "checkpoints")[1]["counters"] if config.resume else {"step": None, "records": None}
     run = RunFolder(folder, counters["step"], counters["records"], writes)
     run.write("config.json", {"config": dataclasses.asdict(config)})
-    feed = Spoiled(FrameCache(config.image_size, supervision=config.supervision), spoil or {})
+    sample_source = Spoiled(FrameCache(config.image_size, supervision=config.supervision), spoil or {})
     try:
-        progress = fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), config, run, feed, hooks)
+        progress = fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), config, run, sample_source, hooks)
     finally:
         run.close()
     return run, progress, adapted
@@ -292,7 +292,7 @@ def test_a_step_that_is_not_finite_is_skipped_kept_and_replayed(scene, tmp_path)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_replay_gives_the_number_of_the_step(scene, tmp_path, precision):
     """A step skipped for its gradient has a finite loss: the file must give it again, with dropout where it fell."""
-    config = settings(scene, tmp_path / "run", epochs=4, dropout=0.3, explode=1.0001, max_bad=1000, precision=precision)
+    config = settings(scene, tmp_path / "run", epochs=4, dropout=0.3, skip_grad_factor=1.0001, max_skipped_steps=1000, precision=precision)
     losses = {}
 
     def skip(loop, chunk, said, *rest):
@@ -311,10 +311,10 @@ def test_replay_gives_the_number_of_the_step(scene, tmp_path, precision):
 
 
 def test_bad_steps_in_a_row_end_the_run_and_name_head_and_term(scene, tmp_path):
-    config = settings(scene, tmp_path / "run", epochs=2, max_bad=2)
-    with pytest.raises(TrainingError, match=r"2 steps in a row .*step 4.*depth_nonfinite_pixels \(depth head\).*replay.*a higher max_bad"):
+    config = settings(scene, tmp_path / "run", epochs=2, max_skipped_steps=2)
+    with pytest.raises(TrainingError, match=r"2 steps in a row .*step 4.*depth_nonfinite_pixels \(depth head\).*replay.*a higher max_skipped_steps"):
         run_fit(config, spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
-    run, progress, _ = run_fit(dataclasses.replace(config, max_bad=3, resume=True), spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
+    run, progress, _ = run_fit(dataclasses.replace(config, max_skipped_steps=3, resume=True), spoil=dict.fromkeys(windows_of(config)[2:4], math.nan))
     assert progress.step == progress.total_steps and [r["step"] for r in run.records if "skipped" in r] == [3, 4]  # the advice was good
 
 
@@ -341,7 +341,7 @@ def spoil_validations(monkeypatch, bad) -> None:
 def test_a_validation_that_is_not_finite_is_recorded_and_the_run_goes_on(scene, tmp_path, whole, monkeypatch):
     """Nothing else changes: not the steps, not the other validations; it is never the best, and counts for the patience."""
     spoil_validations(monkeypatch, {1})
-    events, config = [], settings(scene, tmp_path / "run", keep="best")
+    events, config = [], settings(scene, tmp_path / "run", adapter_weights="best")
     run, progress, _ = run_fit(config, (lambda event, p: events.append((event, p.stale, p.best)),))
     ours, theirs = without_wall(run.metrics_path), without_wall(whole[0].metrics_path)
     at = next(i for i, r in enumerate(theirs) if r["split"] == "val" and r["epoch"] == 1)
@@ -354,7 +354,7 @@ def test_a_validation_that_is_not_finite_is_recorded_and_the_run_goes_on(scene, 
 
 def test_validations_that_stay_not_finite_end_by_patience_with_the_best_weights(scene, tmp_path, monkeypatch):
     spoil_validations(monkeypatch, range(2, 9))
-    run, progress, model = run_fit(settings(scene, tmp_path / "run", epochs=8, patience=2, keep="best"))
+    run, progress, model = run_fit(settings(scene, tmp_path / "run", epochs=8, patience=2, adapter_weights="best"))
     best = read_checkpoint(run.folder / "checkpoints" / "best.pt")
     assert progress.epoch == 3 and progress.held_out == math.inf and best["counters"]["epoch"] == 1
     assert all(torch.equal(p.detach(), best["weights"][n]) for n, p in model.named_parameters() if p.requires_grad)
@@ -387,7 +387,7 @@ def test_out_of_memory_is_answered_by_smaller_pieces_and_the_run_goes_on(scene, 
     ours, theirs = (without_wall(r.records) for r in (run, plain))
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
     assert [r["grad_norm"] for r in ours if "lr" in r] == pytest.approx([r["grad_norm"] for r in theirs if "lr" in r], rel=1e-3)
-    assert newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["retreat"] == [{"chunk": 1, "head": True, "blocks": True}]
+    assert newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["oom_recovery"] == [{"chunk": 1, "head": True, "blocks": True}]
 
 
 def test_frames_at_once_that_were_set_become_fewer_too_and_an_error_without_words_is_one():
@@ -404,7 +404,7 @@ def test_frames_at_once_that_were_set_become_fewer_too_and_an_error_without_word
             raise MemoryError
         return list(seen)
 
-    assert Retreat(model, 8, said.append).attempt(work) == [1] * 8
+    assert OomRecovery(model, 8, said.append).attempt(work) == [1] * 8
     assert [line.split(";")[0] for line in said] == [f"out of memory: dense heads now take {n} at once" for n in ("2 frames", "1 frame")]
 
 
@@ -416,7 +416,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(scene, tmp_path, whole, mo
     if real and (os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * size + 200_000}", "none", str(place)], capture_output=True).returncode):
         pytest.skip("a small tmpfs cannot be mounted here")
     try:
-        config = settings(scene, place / "run", save_every=1, keep_last=50, epochs=2)
+        config = settings(scene, place / "run", save_every=1, keep_checkpoints=50, epochs=2)
         if not real:
             def full(self, content):
                 if len(checkpoint_files(place / "run" / "checkpoints")) >= 4:
@@ -453,9 +453,9 @@ def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         words = [word.format(port=free.getsockname()[1]) for word in LAUNCHERS[launcher]]
-    common = settings(scene, tmp_path / "one", dropout=0.0, epochs=1, save_every=1, keep_last=9, clip=1e6, accumulate=2)
+    common = settings(scene, tmp_path / "one", dropout=0.0, epochs=1, save_every=1, keep_checkpoints=9, max_grad_norm=1e6, gradient_accumulation_steps=2)
     train(common)
-    config = dataclasses.replace(common, output=str(tmp_path / "two"), accumulate=1)
+    config = dataclasses.replace(common, output=str(tmp_path / "two"), gradient_accumulation_steps=1)
     given = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     done = subprocess.run([sys.executable, "-m", *words, "vggt_lora.train", *given], env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, cwd=ROOT,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
@@ -475,14 +475,14 @@ def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(
     assert json.loads((tmp_path / "two" / "results.json").read_text())["table"]
     unused = [line.split("accelerate's ")[1].split("=")[0] for line in (tmp_path / "two" / "train.log").read_text().splitlines() if "is not used: this run has" in line]
     assert unused == ["gradient_accumulation_steps", *([] if launcher == "torchrun" else ["dynamo_backend", "mixed_precision"])]
-    budget = json.loads((tmp_path / "two" / "budget.json").read_text())["predicted"]
+    budget = json.loads((tmp_path / "two" / "preflight.json").read_text())["predicted"]
     assert budget["processes"] == 2 and budget["steps"] == sum(r["split"] == "train" for r in ours)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
 def test_patience_and_keep_best(scene, tmp_path):
-    config = settings(scene, tmp_path / "run", epochs=8, lr=0.008, min_lr=0.006, warmup=0.0, clip=1e6, explode=0.0, patience=2, keep="best", save_every=0)
+    config = settings(scene, tmp_path / "run", epochs=8, lr=0.008, min_lr=0.006, warmup_ratio=0.0, max_grad_norm=1e6, skip_grad_factor=0.0, patience=2, adapter_weights="best", save_every=0)
     run, progress, model = run_fit(config)
     losses = [r["loss"] for r in run.records if r["split"] == "val"]
     assert progress.epoch < 8 and progress.stale == 2 and min(losses) == losses[-3] == progress.best
@@ -509,14 +509,14 @@ def test_one_head_alone(scene, tmp_path, heads, terms):
     assert not any(p.requires_grad for n, p in model.named_parameters() if f"{'depth' if heads == 'camera' else 'camera'}_head" in n)
 
 
-@pytest.mark.parametrize("changes", [{"rslora": True, "lora_plus": 16.0}, {"dora": True}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("changes", [{"use_rslora": True, "loraplus_lr_ratio": 16.0}, {"use_dora": True}], ids=lambda c: next(iter(c)))
 def test_every_variant_trains_and_its_adapter_measures_the_same(scene, tmp_path, changes):
     from vggt_lora.evaluate import evaluate, largest_difference
     from vggt_lora.train import train
 
     run = train(settings(scene, tmp_path / "run", epochs=1, **changes))
     saved = json.loads((run.adapter / "adapter_config.json").read_text())
-    assert (saved["use_rslora"], saved["use_dora"]) == ("rslora" in changes, "dora" in changes)
+    assert (saved["use_rslora"], saved["use_dora"]) == ("use_rslora" in changes, "use_dora" in changes)
     assert run.results["held_out_loss"]["after"] < run.results["held_out_loss"]["before"]
     assert largest_difference(evaluate(run.folder).table(), run.results["table"]) == 0
 

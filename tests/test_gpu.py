@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import train_step
 from tests.gpu import GPU, OnGPU, standing_in
 from vggt_lora.adapters.adapter import apply_lora
-from vggt_lora.adapters.base_check import BaseGate
+from vggt_lora.adapters.base_check import BaseCheck
 from vggt_lora.core import ConfigError
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluate import evaluate, largest_difference
@@ -106,15 +106,15 @@ def test_without_numbers_it_counts_the_same(monkeypatch, tmp_path, kind, strateg
     assert found[0] == found[1] > 10_000_000
 
 
-SPARING = {"checkpointing": True, "frames_chunk": 1, "head_precision": "bf16"}
+SPARING = {"gradient_checkpointing": True, "frames_chunk": 1, "head_precision": "bf16"}
 
 
 @pytest.mark.parametrize("changes", [
-    {"strategy": "a", **SPARING, "keep_base": 0.1, "depth_normal_weight": 1.0, "normalise": "base"},
+    {"strategy": "a", **SPARING, "base_consistency_weight": 0.1, "depth_normal_weight": 1.0, "scale_normalization": "base"},
     {"strategy": "b", "epochs": 2},
-    {"strategy": "c", "dropout": 0.1, "augment": "crop,colour,flip,turn,tilt,mixup,cutmix", "image_sizes": "42,56", "variants": 2, "epochs": 2},
-    {"strategy": "custom", "targets": "aggregator.global_blocks.3, depth_head.scratch", "full": "depth_head.norm", "dora": True, "cache": "off", "precision": "float32"},
-    {"strategy": "b", "point_conf_weight": 1.0, "point_grad_weight": 1.0, "accumulate": 3, "supervision": "sparse", "window_weight": 1.0},
+    {"strategy": "c", "dropout": 0.1, "augment": "crop,colour,flip,turn,tilt,mixup,cutmix", "image_sizes": "42,56", "distinct_epochs": 2, "epochs": 2},
+    {"strategy": "custom", "target_modules": "aggregator.global_blocks.3, depth_head.scratch", "full_finetune": "depth_head.norm", "use_dora": True, "feature_cache": "off", "precision": "float32"},
+    {"strategy": "b", "point_conf_weight": 1.0, "point_grad_weight": 1.0, "gradient_accumulation_steps": 3, "supervision": "sparse", "glass_weight": 1.0},
 ], ids=lambda c: "-".join(map(str, c.values()))[:40])
 def test_a_whole_run_stays_on_its_side_and_within_its_prediction(gpu, scene, tmp_path, changes):
     held = {}
@@ -127,7 +127,7 @@ def test_a_whole_run_stays_on_its_side_and_within_its_prediction(gpu, scene, tmp
     held["evaluation"] = gpu.peak
     loss = run.results["held_out_loss"]
     assert np.isfinite([loss["before"], loss["after"]]).all() and loss["after"] != loss["before"]
-    budget = json.loads((run.folder / "budget.json").read_text())
+    budget = json.loads((run.folder / "preflight.json").read_text())
     assert budget["predicted"]["peak"] == pytest.approx(held["training"], rel=0.1) and budget["predicted"]["evaluation"] > 0.9 * held["evaluation"], (budget, held)
     assert all(r["wall"]["gpu_peak_gb"] > 0 for r in run.records if "wall" in r)
     assert run.results["protocol"]["precision"] == changes.get("precision", "bf16")
@@ -138,7 +138,7 @@ def test_the_proof_before_a_run_recomputes(monkeypatch):
     images, peaks = torch.rand(1, 2, 3, 154, 224), []
     with standing_in(monkeypatch, numbers=False) as memory:
         base = train_step.new_base(VGGTConfig.tiny(), "cuda")
-        gate = BaseGate(base, images.to("cuda"))
+        gate = BaseCheck(base, images.to("cuda"))
         adapted, targets = apply_lora(base, "c")
         for work in (lambda: gate.check(adapted.to("cuda"), targets), lambda: adapted(images.to("cuda"))["depth"].sum().backward()):
             gc.collect()
@@ -166,7 +166,7 @@ def test_what_comes_after_a_run_stays_on_its_side_too(gpu, scene, tmp_path, monk
     from vggt_lora.training import loop
 
     found = iter([[], ["made up (depth head)"]])
-    monkeypatch.setattr(loop, "faults_of", lambda result: next(found, []))
+    monkeypatch.setattr(loop, "nonfinite_terms", lambda result: next(found, []))
     run = train(settings(scene, tmp_path / "run"))
     (file,) = (run.folder / "bad").glob("*.pt")
     assert all(np.isfinite(found["loss"]) for found in replay(run.folder, file))
@@ -176,7 +176,7 @@ def test_what_comes_after_a_run_stays_on_its_side_too(gpu, scene, tmp_path, monk
 
 def wide(scene, output, **changes) -> TrainConfig:
     """A run in which activations weigh more than the network."""
-    return settings(scene, output, **{"frames": 8, "image_size": 112, "train_share": 0.7, "cache": "off", **changes})
+    return settings(scene, output, **{"frames": 8, "image_size": 112, "train_fraction": 0.7, "feature_cache": "off", **changes})
 
 
 def test_what_does_not_fit_is_refused_and_the_proposal_fits(gpu, scene, tmp_path):
@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_refused_and_the_proposal_fits(gpu, scene, tmp_path
     assert proposal
     run = train(wide(scene, tmp_path / "proposed", **proposal))
     assert "out of memory" not in (run.folder / "train.log").read_text()
-    assert abs(json.loads((run.folder / "budget.json").read_text())["error"]["peak"]) < 0.1
+    assert abs(json.loads((run.folder / "preflight.json").read_text())["error"]["peak"]) < 0.1
 
 
 def test_memory_that_runs_out_costs_a_smaller_chunk_and_not_the_run(gpu, scene, tmp_path):

@@ -69,7 +69,7 @@ def hostile_run(folder: Path) -> Path:
     from test_compare import invented_run
 
     invented_run(folder, "a", 0, 0.7)
-    for name in ("config.json", "results.json", "cost.json"):
+    for name in ("config.json", "results.json", "resource_usage.json"):
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace("<hall>", json.dumps(EVIL)[1:-1]).replace('"laser"', json.dumps(EVIL)))
     config = json.loads((folder / "config.json").read_text())
@@ -80,7 +80,7 @@ def hostile_run(folder: Path) -> Path:
     results = json.loads((folder / "results.json").read_text())
     results |= {"warnings": [EVIL], "claims": [{"sentence": EVIL}], "frames_left_out": [EVIL]}
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "cost.json").unlink()
+    (folder / "resource_usage.json").unlink()
     (folder / "train.log").write_text(EVIL + "\n")
     return folder
 
@@ -97,7 +97,7 @@ def test_a_comparison_of_such_runs_too(tmp_path):
     from vggt_lora.compare import compare_runs, comparison_page, read_record
 
     hostile_run(tmp_path / "run")
-    (tmp_path / "run" / "cost.json").write_text('{"trainable": 100, "seconds": 10.0}')
+    (tmp_path / "run" / "resource_usage.json").write_text('{"trainable": 100, "seconds": 10.0}')
     page = comparison_page(compare_runs([read_record(tmp_path / "run")]), EVIL, {EVIL: {"state": "failed", "error": EVIL}}, notes=(EVIL,))
     assert asks(page) == [] and "<script" not in page
 

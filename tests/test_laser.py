@@ -26,7 +26,7 @@ from vggt_lora.scenes.images import plan_image, target_size
 from vggt_lora.scenes.masks import mask_at
 from vggt_lora.scenes.opening import open_scene
 from vggt_lora.scenes.undistortion import Original, original_camera, read_originals, to_original, to_undistorted
-from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap, pool_front
+from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap, zbuffer_mean
 from vggt_lora.supervision.laser_scans import SCAN_FATES, load_occluder, load_scans, scan_depth
 from vggt_lora.supervision.sources import DEPTH_SOURCES, depth_source
 from vggt_lora.training.config import TrainConfig
@@ -156,7 +156,7 @@ def test_size_of_the_photo_on_disk_does_not_matter(scene):
 def test_pooling_is_the_harmonic_mean_of_the_front(seed, count, cells):
     rng = np.random.default_rng(seed)
     flat, z = rng.integers(0, cells, count), (rng.uniform(1, 4, count) if seed % 2 else rng.choice([2.0, 2.03, 2.2, 5.0], count)).astype(np.float32)
-    depth, front = pool_front(flat, z, cells)
+    depth, front = zbuffer_mean(flat, z, cells)
     for cell in range(cells):
         own = z[flat == cell]
         near = own[own <= own.min() * np.float32(1.02)] if len(own) else own

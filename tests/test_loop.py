@@ -12,11 +12,11 @@ from vggt_lora.datasets.samples import load_sample
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluation.runner import evaluate_windows
 from vggt_lora.train import TrainConfig, train
-from vggt_lora.training.build import build_model, frame_cache, items_of, open_scenes, split_scenes
+from vggt_lora.training.build import build_model, make_frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.loop import fit, held_out_loss
 from vggt_lora.training.losses import loss_config, window_loss, LossConfig
 from vggt_lora.training.run import RunFolder, read_checkpoint
-from vggt_lora.training.sample_source import Feed
+from vggt_lora.training.sample_source import SampleSource
 from vggt_lora.training.schedule import epoch_order, learning_rate
 
 WEIGHTS = {"camera": 1.5, "depth_conf": 0.5, "depth_reg": 4.0, "depth_grad": 3.0}  # all different: no two can be swapped unseen
@@ -28,9 +28,9 @@ def scene(tmp_path_factory):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    values = {"strategy": "b", "data": str(scene), "metric": "yes", "output": str(output), "epochs": 2, "frames": 4, "image_size": 56,
-              "rank": 4, "alpha": 12.0, "dropout": 0.0, "lr": 1e-2, "min_lr": 1e-4, "warmup": 0.5, "weight_decay": 0.1, "clip": 0.5,
-              "accumulate": 3, "depth_min": 0.2, "depth_max": 9.0, "seed": 5, **{f"{name}_weight": value for name, value in WEIGHTS.items()}}
+    values = {"strategy": "b", "data": str(scene), "units_are_metres": "yes", "output": str(output), "epochs": 2, "frames": 4, "image_size": 56,
+              "rank": 4, "alpha": 12.0, "dropout": 0.0, "lr": 1e-2, "min_lr": 1e-4, "warmup_ratio": 0.5, "weight_decay": 0.1, "max_grad_norm": 0.5,
+              "gradient_accumulation_steps": 3, "depth_min": 0.2, "depth_max": 9.0, "seed": 5, **{f"{name}_weight": value for name, value in WEIGHTS.items()}}
     return TrainConfig(**{**values, **changes})
 
 
@@ -38,7 +38,7 @@ def parts(config: TrainConfig):
     """The data of a configuration: (base model, cache, training items, held-out items)."""
     model, scenes = build_model(config), open_scenes(config)
     split, _ = split_scenes(scenes, config)
-    return model, frame_cache(config, model), items_of(split.train, scenes), items_of(split.val, scenes)
+    return model, make_frame_cache(config, model), items_of(split.train, scenes), items_of(split.val, scenes)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,8 @@ def in_type(sample, dtype):
                                           if isinstance(value := getattr(sample, f.name), torch.Tensor) and value.is_floating_point()})
 
 
-class Typed(Feed):
-    """A feed in float64."""
+class Typed(SampleSource):
+    """A sample source in float64."""
 
     def load(self, scene, window, order=None, epoch=0):
         sample, state = super().load(scene, window, order, epoch)
@@ -191,14 +191,14 @@ def test_every_loss_setting_reaches_the_loss(scene, tmp_path):
     config = settings(scene, tmp_path)
     wanted = dataclasses.replace(LossConfig(), **WEIGHTS, depth_range=(0.2, 9.0))
     assert dataclasses.asdict(loss_config(config)) == dataclasses.asdict(wanted)
-    more = settings(scene, tmp_path, camera_kind="l2", camera_translation_weight=0.3, camera_rotation_weight=0.4, camera_view_weight=0.6, depth_gradient="grad_conf",
+    more = settings(scene, tmp_path, camera_loss="l2", camera_translation_weight=0.3, camera_rotation_weight=0.4, camera_fov_weight=0.6, depth_grad_loss="grad_conf",
                     point_conf_weight=0.7, point_reg_weight=0.8, point_grad_weight=0.9, point_gradient="normal_conf")
-    wanted = dataclasses.replace(wanted, camera_kind="l2", camera_weights=(0.3, 0.4, 0.6), gradient="grad_conf", point_conf=0.7, point_reg=0.8, point_grad=0.9, point_gradient="normal_conf")
+    wanted = dataclasses.replace(wanted, camera_loss="l2", camera_weights=(0.3, 0.4, 0.6), gradient="grad_conf", point_conf=0.7, point_reg=0.8, point_grad=0.9, point_gradient="normal_conf")
     assert dataclasses.asdict(loss_config(more)) == dataclasses.asdict(wanted)
 
 
 def test_every_adapter_setting_reaches_peft(scene, tmp_path):
-    config = settings(scene, tmp_path / "run", strategy="custom", targets="depth_head.scratch, camera_head", full="depth_head.norm",
+    config = settings(scene, tmp_path / "run", strategy="custom", target_modules="depth_head.scratch, camera_head", full_finetune="depth_head.norm",
                       rank=3, alpha=7.0, dropout=0.25, epochs=1, seed=9)
     adapter = train(config).adapter
     saved = json.loads((adapter / "adapter_config.json").read_text())
@@ -223,7 +223,7 @@ def test_the_seed_decides_the_adapter(scene, tmp_path):
 # --- order ----------------------------------------------------------------------------------------------------------
 
 def test_windows_and_frames_are_shuffled_anew_in_every_epoch(scene, tmp_path):
-    config = settings(scene, tmp_path, variants=0)
+    config = settings(scene, tmp_path, distinct_epochs=0)
     epochs = [epoch_order(20, [6] * 20, config, epoch) for epoch in range(3)]
     for order in epochs:
         assert sorted(i for i, _ in order) == list(range(20)) != [i for i, _ in order]
@@ -237,7 +237,7 @@ def test_windows_and_frames_are_shuffled_anew_in_every_epoch(scene, tmp_path):
 
 
 def test_first_frames_come_round_and_the_others_stay_in_order(scene, tmp_path):
-    config = settings(scene, tmp_path, variants=3)
+    config = settings(scene, tmp_path, distinct_epochs=3)
     epochs = [dict(epoch_order(20, [6] * 20, config, epoch)) for epoch in range(6)]
     assert epochs[:3] == epochs[3:] and len({tuple(frames) for frames in epochs[0].values()}) > 3
     for window in range(20):
@@ -248,7 +248,7 @@ def test_first_frames_come_round_and_the_others_stay_in_order(scene, tmp_path):
 
 @pytest.mark.parametrize("warmup, total", [(0.0, 7), (0.1, 40), (0.5, 4), (0.9, 20)])
 def test_schedule_rises_to_the_peak_and_falls_to_the_end(scene, tmp_path, warmup, total):
-    config = settings(scene, tmp_path, warmup=warmup)
+    config = settings(scene, tmp_path, warmup_ratio=warmup)
     rates = [learning_rate(step, total, config) for step in range(total)]
     top = rates.index(max(rates))
     assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
@@ -282,7 +282,7 @@ def test_validation_is_without_dropout_and_changes_nothing(scene, tmp_path):
 
 def test_best_is_the_lowest_held_out_loss_and_its_weights(scene, tmp_path):
     """With a learning rate far too high the loss goes up and down; best.pt holds the lowest, last.pt the last."""
-    config = settings(scene, tmp_path / "run", epochs=5, lr=0.02, clip=1e6, accumulate=1, warmup=0.0, min_lr=0.018)
+    config = settings(scene, tmp_path / "run", epochs=5, lr=0.02, max_grad_norm=1e6, gradient_accumulation_steps=1, warmup_ratio=0.0, min_lr=0.018)
     model, cache, items, held_out = parts(config)
     model, _ = apply_lora(model, "b", rank=4, alpha=12.0, dropout=0.0, seed=5)
     folder = RunFolder(tmp_path / "run")

@@ -229,7 +229,7 @@ def scene(valid_share: float = 0.5, scenes: int = 2, size: tuple[int, int] = (28
     valid = torch.rand(shape, generator=random) < valid_share
     batch = {"images": torch.zeros(scenes, 3, 3, *size), "K": K, "world_to_cam": poses, "valid": valid, "metric": True,
              "depth": torch.where(valid, 4 + torch.rand(shape, generator=random), 0.0),
-             "labels": torch.arange(size[1]).expand(shape).to(torch.uint8) // 10, "base_depth": 0.5 + torch.rand(shape, generator=random)}
+             "labels": torch.arange(size[1]).expand(shape).to(torch.uint8) // 10, "base_prediction": 0.5 + torch.rand(shape, generator=random)}
     outputs = {"depth": torch.rand((*shape, 1), generator=random), "depth_conf": 1 + torch.rand(shape, generator=random),
                "world_points": torch.rand((*shape, 3), generator=random), "world_points_conf": 1 + torch.rand(shape, generator=random)}
     outputs["pose_enc_list"] = [torch.rand((scenes, 3, 9), generator=random) for _ in range(4)]
@@ -248,7 +248,7 @@ def leaves(outputs: dict) -> list[torch.Tensor]:
 CONFIGS = {"default": LossConfig(), "points": LossConfig(point_conf=1, point_reg=1, point_grad=1), "official": LossConfig.official(point=True),
            "grad_conf": LossConfig(gradient="grad_conf", point_grad=1, point_gradient="normal_conf"),
            "more": LossConfig(depth_normal=1, window=2, confidence_error="relative", scale="base")}
-KEEP = LossConfig(keep_base=2, depth_normal=1, scale="base")
+KEEP = LossConfig(base_consistency=2, depth_normal=1, scale="base")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -319,21 +319,21 @@ def test_window_pixels_count_more_by_the_stated_factor():
 def test_the_base_holds_pixels_without_truth_and_no_others():
     outputs, batch = scene()
     leaves(outputs)
-    result = training_loss(outputs, batch, LossConfig(camera=0, depth_conf=0, depth_reg=1e-9, depth_grad=0, keep_base=1))
+    result = training_loss(outputs, batch, LossConfig(camera=0, depth_conf=0, depth_reg=1e-9, depth_grad=0, base_consistency=1))
     result.total.backward()
     gradient = outputs["depth"].grad[..., 0]
     assert (gradient[batch["valid"]].abs() < 1e-9).all() and (gradient[~batch["valid"]] != 0).all()
     assert result.counts["pixels_kept_near_base"] == int((~batch["valid"]).sum())
-    right = {**outputs, "depth": batch["base_depth"] * 0.3}  # the base's shape, in the unit of a truth that is 0.3 times the base
-    kept = training_loss(right, batch | {"depth": batch["base_depth"] * 6, "scale": 20.0}, LossConfig(keep_base=1))
-    assert kept.terms["keep_base"].item() == pytest.approx(0, abs=1e-5)
+    right = {**outputs, "depth": batch["base_prediction"] * 0.3}  # the base's shape, in the unit of a truth that is 0.3 times the base
+    kept = training_loss(right, batch | {"depth": batch["base_prediction"] * 6, "scale": 20.0}, LossConfig(base_consistency=1))
+    assert kept.terms["base_consistency"].item() == pytest.approx(0, abs=1e-5)
     full = training_loss(outputs, batch | {"valid": torch.ones_like(batch["valid"]), "depth": torch.full_like(batch["depth"], 5.0)}, KEEP)
-    assert full.left_out == {"keep_base": "every pixel is supervised"}
+    assert full.left_out == {"base_consistency": "every pixel is supervised"}
 
 
 def test_the_unit_of_the_base_does_not_depend_on_what_supervises():
     outputs, batch = scene(1.0)
-    batch["depth"] = batch["base_depth"] * 7  # the base is right, in another unit
+    batch["depth"] = batch["base_prediction"] * 7  # the base is right, in another unit
     near = batch["valid"] & (batch["depth"] < 7)
     for valid in (batch["valid"], near, batch["valid"] & ~near):
         truth, _ = prepare_batch(batch | {"valid": valid}, LossConfig(scale="base"))

@@ -12,7 +12,7 @@ from vggt_lora.core import SceneError
 from vggt_lora.evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from vggt_lora.geometry.cameras import decode_pose, encode_pose, invert_pose, matrix_to_quaternion, project_points, relative_to_first, unproject_depth
 from vggt_lora.training.losses import LossConfig, training_loss
-from vggt_lora.training.step_guard import faults_of
+from vggt_lora.training.step_guard import nonfinite_terms
 
 HARD = ("ordinary", "points far away", "tiny baseline", "pure rotation", "one plane", "half a turn", "a turn and a little", "huge world", "tiny world")
 
@@ -58,7 +58,7 @@ def test_losses_and_gradients_agree_with_their_twins_in_double(kind):
         tensors = leaves(ours)
         result = training_loss(ours, theirs, config)
         result.total.backward()
-        assert not faults_of(result) and all(t.grad is None or t.grad.isfinite().all() for t in tensors)
+        assert not nonfinite_terms(result) and all(t.grad is None or t.grad.isfinite().all() for t in tensors)
         results.append((result, [t.grad for t in tensors if t.grad is not None]))
     (double, wanted), (half, found) = results
     assert double.counts == half.counts and double.left_out == half.left_out

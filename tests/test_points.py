@@ -12,9 +12,9 @@ from vggt_lora.efficiency.frozen_prefix import dense_heads
 from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.lora import export_merged, model_card
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.train import as_it_began, read_config, train
+from vggt_lora.train import resumed_config, read_config, train
 from vggt_lora.training import loop as loop_module
-from vggt_lora.training.build import build_model, frame_cache, items_of, open_scenes, split_scenes
+from vggt_lora.training.build import build_model, make_frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.config import TrainConfig
 from vggt_lora.training.losses import LossConfig, prepare_batch
 from vggt_lora.training.run import without_wall
@@ -75,7 +75,7 @@ def test_the_truth_of_points_is_depth_lifted_into_the_first_camera(scene, weight
     """By hand: pixel centres through K, into the world, into the first camera, over the mean distance."""
     config = settings(scene, weights, tmp_path, **POINTS)
     model, scenes = build_model(config), open_scenes(config)
-    sample = load_sample(*items_of(split_scenes(scenes, config)[0].train, scenes)[0], frame_cache(config, model))
+    sample = load_sample(*items_of(split_scenes(scenes, config)[0].train, scenes)[0], make_frame_cache(config, model))
     truth, _ = prepare_batch({n: getattr(sample, n) for n in ("K", "world_to_cam", "depth", "valid", "weight")}, LossConfig(depth_range=None))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in sample.depth.shape[-2:]), indexing="ij")
     rays = torch.stack([columns + 0.5, rows + 0.5, torch.ones_like(rows)], -1)
@@ -95,7 +95,7 @@ def test_points_alone_teach_the_layers_of_the_aggregator(scene, weights, tmp_pat
     assert not any("grad_norm_depth_head" in r for r in steps(found))
 
 
-@pytest.mark.parametrize("changes", [{"cache": "off"}, {"checkpointing": True, "frames_chunk": 1}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize("changes", [{"feature_cache": "off"}, {"gradient_checkpointing": True, "frames_chunk": 1}], ids=lambda c: next(iter(c)))
 def test_choices_of_time_and_memory_change_no_number(scene, weights, tmp_path, run, changes):
     other = train(settings(scene, weights, tmp_path / "run", **POINTS, **changes))
     for ours, theirs in zip(without_wall(other.records), without_wall(run.records), strict=True):
@@ -125,11 +125,11 @@ def test_out_of_memory_makes_both_dense_heads_take_smaller_pieces(scene, weights
 def test_a_run_from_before_the_weights_is_resumed(plain, tmp_path):
     new = {f"point_{n}" for n in ("conf_weight", "reg_weight", "grad_weight", "gradient")} | {f"camera_{n}" for n in ("kind", "translation_weight", "rotation_weight", "view_weight")}
     about = json.loads((plain.folder / "config.json").read_text())
-    about["config"] = {n: v for n, v in about["config"].items() if n not in new | {"depth_gradient"}}
+    about["config"] = {n: v for n, v in about["config"].items() if n not in new | {"depth_grad_loss"}}
     (tmp_path / "config.json").write_text(json.dumps(about))
-    as_it_began(dataclasses.replace(plain.config, resume=True), read_config(tmp_path))
+    resumed_config(dataclasses.replace(plain.config, resume=True), read_config(tmp_path))
     with pytest.raises(ConfigError, match="point_reg_weight was 0.0, now 1.0"):
-        as_it_began(dataclasses.replace(plain.config, resume=True, point_reg_weight=1.0), read_config(tmp_path))
+        resumed_config(dataclasses.replace(plain.config, resume=True, point_reg_weight=1.0), read_config(tmp_path))
 
 
 def test_the_adapter_leaves_merged_and_its_card_says_which_heads(run, tmp_path):

@@ -317,7 +317,7 @@ def test_evaluate_takes_models_folders_and_configurations(folder):
         return {"depth": torch.ones(1, images.shape[1], *images.shape[-2:], 1)}
 
     everything = evaluate(flat, folder, protocol="median")
-    held_out = evaluate({"base": flat}, TrainConfig(data=str(folder), train_share=0.5, frames=3, store=False), protocol=("median", "none"))
+    held_out = evaluate({"base": flat}, TrainConfig(data=str(folder), train_fraction=0.5, frames=3, frame_cache=False), protocol=("median", "none"))
     assert (everything.table()[0]["frames"], held_out.table()[0]["frames"]) == (6, 3) and calls == [6, 3]
     with pytest.raises(ConfigError, match="needs data"):
         evaluate(flat)

@@ -25,11 +25,11 @@ from vggt_lora.core import STOP, ConfigError, VggtLoraError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.train import first_frames, main, train, unreached_by_loss
+from vggt_lora.train import first_frames, main, train, check_loss_reaches_adapter
 from vggt_lora.training import loop as loop_module, distributed as processes
-from vggt_lora.training.build import build_model, items_of, open_scenes, put_adapter, split_scenes
+from vggt_lora.training.build import build_model, items_of, open_scenes, add_adapter, split_scenes
 from vggt_lora.training.checkpoint import content_digest, load_checkpoint, newest_checkpoint, random_state, read_checkpoint, save_checkpoint, set_random_state
-from vggt_lora.training.oom_recovery import Retreat
+from vggt_lora.training.oom_recovery import OomRecovery
 from vggt_lora.training.replay import replay
 from vggt_lora.training.run import without_wall
 from vggt_lora.training.schedule import learning_rate
@@ -185,7 +185,7 @@ def as_rank(scene: str, folder: str) -> None:
         found[f"{name} resumed"] = attempt(config(name, resume=True), rank)
     order = windows_of(config("order"))  # five windows in an epoch: steps of two, two and one, and the second of two is the second process's
     found["one bad"] = attempt(config("one bad"), rank, spoil={order[3]: math.nan})
-    found["two bad"] = attempt(config("two bad", max_bad=2), rank, spoil={order[6]: math.nan, order[8]: math.nan})
+    found["two bad"] = attempt(config("two bad", max_skipped_steps=2), rank, spoil={order[6]: math.nan, order[8]: math.nan})
     found["other"] = {"settings": command(config("other", lr=1e-3 * (1 + rank)), rank), "base": command(config("other"), rank, other_base), "taken": command(config("whole"), rank)}
     found["scenes"] = command(config("no scenes"), rank, no_scenes)
     for name, happen in ENDS.items():
@@ -193,7 +193,7 @@ def as_rank(scene: str, folder: str) -> None:
     found["no place"] = attempt(config("no place"), rank, no_place_for_what_was_bad, spoil={order[3]: math.nan})
     if rank == 1:
         on_another_machine([str(Path(folder) / name) for name in ("whole command", "command")])
-    sure = {"preflight": "off", "keep": "best"}
+    sure = {"preflight": "off", "adapter_weights": "best"}
     found["command"] = {"whole": command(config("whole command", **sure), rank), "stopped": command(config("command", **sure), rank, in_a_step),
                         "resumed": command(config("command", **sure, resume=True), rank)}
     (Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
@@ -255,7 +255,7 @@ def test_memory_that_one_process_lacks_is_on_record_and_each_goes_on_as_it_was(p
     assert found[0]["memory resumed"] == found[1]["memory resumed"] and not found[0]["memory resumed"]["raised"]
     log = (folder / "memory" / "train.log").read_text()
     assert log.count("process 2 of 2: out of memory: dense heads now take 1 frame at once; the step is made again") == log.count("out of memory") == 1
-    assert read_checkpoint(folder / "memory" / "checkpoints" / "last.pt")["counters"]["retreat"] == [{"chunk": 3, "head": False, "blocks": False}, {"chunk": 1, "head": True, "blocks": False}]
+    assert read_checkpoint(folder / "memory" / "checkpoints" / "last.pt")["counters"]["oom_recovery"] == [{"chunk": 3, "head": False, "blocks": False}, {"chunk": 1, "head": True, "blocks": False}]
     ours, theirs = ([r["loss"] for r in without_wall(folder / name / "metrics.jsonl")] for name in ("memory", "whole"))
     assert ours == pytest.approx(theirs, rel=1e-3)  # dropout draws its numbers piece by piece
 
@@ -311,7 +311,7 @@ def test_bad_steps_of_one_process_end_both_and_name_head_and_term(pair):
     folder, *found = pair
     ours = found[0]["two bad"]
     assert ours == found[1]["two bad"] and [step for step, _, skipped in ours["steps"] if skipped] == [4, 5]
-    for word in ("2 steps in a row were skipped, the last at step 5", "depth_nonfinite_pixels (depth head)", "(camera head)", ".JPG", "a higher max_bad"):
+    for word in ("2 steps in a row were skipped, the last at step 5", "depth_nonfinite_pixels (depth head)", "(camera head)", ".JPG", "a higher max_skipped_steps"):
         assert word in ours["raised"], word
     assert sorted(p.name for p in (folder / "two bad" / "bad").iterdir()) == [f"step-00000{step}{of}.pt" for step in (4, 5) for of in ("-1", "")]
 
@@ -333,7 +333,7 @@ def test_processes_wait_for_each_other_for_a_day(monkeypatch):
         monkeypatch.setenv(name, str(value))
     try:
         with pytest.raises(Met):
-            processes.Team(settings("unused", "unused"))
+            processes.Distributed(settings("unused", "unused"))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert (asked["timeout"], asked["backend"]) == (datetime.timedelta(days=1), "gloo")
@@ -381,7 +381,7 @@ def test_a_launcher_that_is_told_to_end_waits_until_all_is_saved(scene, tmp_path
 
 def test_one_of_two_processes_is_killed_and_the_run_goes_on(pair, scene, tmp_path):
     """SIGKILL to the second process after its third step or later: the launcher ends the first, and both go on, told no more than where, to what two undisturbed processes come to."""
-    sure, quiet = {"preflight": "off", "keep": "best", "epochs": 2}, {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    sure, quiet = {"preflight": "off", "adapter_weights": "best", "epochs": 2}, {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process, metrics = begun(tmp_path, scene, torchrun(), 5, sure, **quiet)
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # one that has just ended
@@ -494,7 +494,7 @@ def network():
 @pytest.mark.parametrize("lacks", LACKING.values(), ids=LACKING)
 def test_an_allocator_that_gives_up_is_answered(network, lacks):
     left, said = [lacks, lambda: "done"], []
-    assert Retreat(network, 4, said.append).attempt(lambda: left.pop(0)()) == "done"
+    assert OomRecovery(network, 4, said.append).attempt(lambda: left.pop(0)()) == "done"
     assert len(said) == 1 and said[0].startswith("out of memory: ")
 
 
@@ -503,7 +503,7 @@ def test_another_error_is_not_taken_for_lack_of_memory(network, error):
     """It comes out as it is, at once: a step made again would hide it."""
     calls, said = [], []
     with pytest.raises(type(error)) as found:
-        Retreat(network, 4, said.append).attempt(lambda: calls.append(0) or raises(error)())
+        OomRecovery(network, 4, said.append).attempt(lambda: calls.append(0) or raises(error)())
     assert found.value is error and len(calls) == 1 and not said
 
 
@@ -512,16 +512,16 @@ def test_another_error_is_not_taken_for_lack_of_memory(network, error):
 def test_a_trained_part_that_the_loss_does_not_reach_is_named(scene, tmp_path):
     """All of it is counted, one tensor is named, and the model is left as it was."""
     config = settings(scene, tmp_path / "run", strategy="c")
-    model, scenes = put_adapter(build_model(config), config)[0], open_scenes(config)
+    model, scenes = add_adapter(build_model(config), config)[0], open_scenes(config)
     sample = first_frames(items_of(split_scenes(scenes, config)[0].train, scenes), FrameCache(config.image_size))
     head = model.get_base_model().depth_head
     before = head.recompute, head.frames_chunk, model.training, content_digest(random_state())
     for part, weights in {"camera_head": ("camera_weight",), "depth_head": ("depth_conf_weight", "depth_reg_weight", "depth_grad_weight")}.items():
         deaf = [n for n, p in model.named_parameters() if p.requires_grad and f".{part}." in n]
         with pytest.raises(ConfigError) as error:
-            unreached_by_loss(model, sample, dataclasses.replace(config, **dict.fromkeys(weights, 0.0)))
+            check_loss_reaches_adapter(model, sample, dataclasses.replace(config, **dict.fromkeys(weights, 0.0)))
         assert f"no gradient reaches {len(deaf)} of the tensors that strategy c trains, for instance {deaf[0]};" in str(error.value) and deaf
-    unreached_by_loss(model, sample, config)
+    check_loss_reaches_adapter(model, sample, config)
     assert (head.recompute, head.frames_chunk, model.training, content_digest(random_state())) == before
     assert all(p.grad is None for p in model.parameters())
 
@@ -568,13 +568,13 @@ def test_a_time_of_use_that_cannot_be_written_ends_no_run(scene, tmp_path, cache
 
 
 def test_a_run_whose_last_weights_have_no_finite_loss_says_so(scene, tmp_path, monkeypatch):
-    """With keep="last" they are what is saved and measured: a warning in the log, in the results and on both pages tells why, and where better ones are."""
+    """With adapter_weights="last" they are what is saved and measured: a warning in the log, in the results and on both pages tells why, and where better ones are."""
     spoil_validations(monkeypatch, {1})
     run = train(settings(scene, tmp_path / "run", epochs=1, preflight="off"))
     loss = run.results["held_out_loss"]
     assert loss["after"] is None and loss["best"] == loss["before"] == newest_checkpoint(run.folder / "checkpoints")[1]["counters"]["best"]
     said = run.results["warnings"][0]
-    for word in ("not finite: depth_nonfinite_pixels (depth head) on ", ".JPG", "best.pt has those after epoch 0", f"{loss['best']:.4f}", "keep='best'"):
+    for word in ("not finite: depth_nonfinite_pixels (depth head) on ", ".JPG", "best.pt has those after epoch 0", f"{loss['best']:.4f}", "adapter_weights='best'"):
         assert word in said, word
     log = (run.folder / "train.log").read_text()
     assert f"WARNING: {said}" in log and "goes on" not in log

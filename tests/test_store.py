@@ -25,7 +25,7 @@ from vggt_lora.scenes.masks import label_files
 from vggt_lora.scenes.opening import open_scene
 from vggt_lora.supervision.sources import DEPTH_SOURCES
 from vggt_lora.train import TrainConfig, train
-from vggt_lora.training.build import build_model, frame_cache
+from vggt_lora.training.build import build_model, make_frame_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, UNMASKED = 112, 7
@@ -115,10 +115,10 @@ def named_like(source):
 def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "cache"))
     settings = {"data": str(toy.root), "epochs": 1, "frames": 4, "model": "random", "image_size": 56, "rank": 4, "lr": 1e-3}
-    without = train(TrainConfig(output=str(tmp_path / "without"), store=False, **settings))
+    without = train(TrainConfig(output=str(tmp_path / "without"), frame_cache=False, **settings))
     assert not (tmp_path / "cache" / "frames").exists()
     config = TrainConfig(output=str(tmp_path / "stored"), **settings)
-    made = frame_cache(config, build_model(config), items=items(toy))
+    made = make_frame_cache(config, build_model(config), items=items(toy))
     assert "0 frames reused, 8 made" in made.about() and "MB" in made.about()
     monkeypatch.setattr(samples, "load_image", refuse)
     stored = train(config)
@@ -397,7 +397,7 @@ def test_a_photo_that_changes_while_it_is_read_is_not_kept(toy, tmp_path, monkey
 
 def test_a_folder_that_cannot_be_written_says_what_to_do(toy, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match="VGGT_LORA_CACHE.*store=False"):
+    with pytest.raises(ConfigError, match="VGGT_LORA_CACHE.*frame_cache=False"):
         FrameStore(SIZE, folder=tmp_path / "file").prepare(few(toy), progress=False)
 
 

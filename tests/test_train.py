@@ -14,7 +14,7 @@ from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.reference_data import real_scene
 from vggt_lora.train import TrainConfig, small_photos, train
-from vggt_lora.training.build import build_model, frame_cache, items_of, open_scenes, split_scenes
+from vggt_lora.training.build import build_model, make_frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
 from vggt_lora.training.loop import held_out_loss
 from vggt_lora.training.losses import loss_config
@@ -33,8 +33,8 @@ def quick(scene, output, **changes) -> TrainConfig:
 
 @pytest.mark.parametrize("changes", [
     {"strategy": "a"}, {"strategy": "b"}, {"strategy": "c"},
-    {"strategy": "custom", "targets": "aggregator.global_blocks.3, depth_head.scratch", "full": "depth_head.norm"},
-    {"strategy": "b", "accumulate": 3, "image_mode": "crop"},
+    {"strategy": "custom", "target_modules": "aggregator.global_blocks.3, depth_head.scratch", "full_finetune": "depth_head.norm"},
+    {"strategy": "b", "gradient_accumulation_steps": 3, "image_mode": "crop"},
     {"strategy": "b", "image_mode": "pad"},
 ], ids=lambda c: "-".join(map(str, c.values())))
 def test_every_strategy_learns_and_its_file_reproduces_the_numbers(scene, tmp_path, changes):
@@ -97,16 +97,16 @@ def evaluate_model(run):
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_a_run_that_was_stopped_reports_the_loss_of_the_weights_it_kept(scene, tmp_path, keep):
-    """Stopped in the middle of an epoch, where the loss is lower than any before: with keep="best" those weights are given up."""
+    """Stopped in the middle of an epoch, where the loss is lower than any before: with adapter_weights="best" those weights are given up."""
     def stop(event, progress):
         progress.stop |= event == "step" and progress.epoch == 1 and progress.position == 2
 
-    run = train(quick(scene, tmp_path / "run", keep=keep), hooks=[stop])
+    run = train(quick(scene, tmp_path / "run", adapter_weights=keep), hooks=[stop])
     stopped, loss = run.records[-1], run.results["held_out_loss"]
     assert stopped["stopped"] and stopped["loss"] < min(r["loss"] for r in run.records[:-1] if r["split"] == "val"), "the case shows nothing"
     model, scenes = load_adapter(build_model(run.config), run.adapter), open_scenes(run.config)
     items = items_of(split_scenes(scenes, run.config)[0].val, scenes)
-    measured = held_out_loss(model, items, frame_cache(run.config, model), loss_config(run.config), "cpu")["loss"]
+    measured = held_out_loss(model, items, make_frame_cache(run.config, model), loss_config(run.config), "cpu")["loss"]
     assert loss["after"] == loss["best"] == pytest.approx(measured, rel=1e-6) and (loss["after"] == stopped["loss"]) == (keep == "last")
     assert f"{loss['after']:.4f} with the adapter" in (run.folder / "report.md").read_text()
 
@@ -164,14 +164,14 @@ def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):
 
 def test_a_run_given_up_for_its_gradients_goes_on_as_its_error_says(scene, tmp_path):
     """What is written stays, and what follows is that of a run that was never given up."""
-    config = quick(scene, tmp_path / "run", epochs=4, explode=1.0001, max_bad=1, store=False)
-    with pytest.raises(TrainingError, match="times its median.*resume=True.*explode=0"):
+    config = quick(scene, tmp_path / "run", epochs=4, skip_grad_factor=1.0001, max_skipped_steps=1, frame_cache=False)
+    with pytest.raises(TrainingError, match="times its median.*resume=True.*skip_grad_factor=0"):
         train(config)
     with pytest.raises(ConfigError, match="lr was 0.001, now 0.0001"):
         train(dataclasses.replace(config, lr=1e-4, resume=True))
-    run = train(dataclasses.replace(config, explode=0.0, resume=True))
-    assert "explode is 0.0 from here on, the run began with 1.0001" in (run.folder / "train.log").read_text()
-    assert without_wall(run.records) == without_wall(train(dataclasses.replace(config, explode=0.0, output=str(tmp_path / "never"))).records)
+    run = train(dataclasses.replace(config, skip_grad_factor=0.0, resume=True))
+    assert "skip_grad_factor is 0.0 from here on, the run began with 1.0001" in (run.folder / "train.log").read_text()
+    assert without_wall(run.records) == without_wall(train(dataclasses.replace(config, skip_grad_factor=0.0, output=str(tmp_path / "never"))).records)
 
 
 # --- what must not happen -------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_a_scene_that_changed_cannot_move_training_photos_into_validation(scene,
     with pytest.raises(LeakError, match="was trained on"):
         evaluate(tmp_path / "run")
     with pytest.raises(LeakError, match="was trained on"):
-        evaluate(tmp_path / "run", dataclasses.replace(config, train_share=0.3))
+        evaluate(tmp_path / "run", dataclasses.replace(config, train_fraction=0.3))
 
 
 def test_settings_that_cannot_work_stop_before_the_folder_is_taken(scene, tmp_path):

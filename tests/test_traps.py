@@ -1,4 +1,4 @@
-"""The traps of this field, each walked into on purpose: something must catch it. `vggt_lora.reference_data.TRAPS` lists them with the tests."""
+"""The traps of this field, each walked into on purpose: something must catch it. `vggt_lora.reference_data.KNOWN_PITFALLS` lists them with the tests."""
 import ast
 import copy
 import dataclasses
@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from vggt_lora.adapters.adapter import apply_lora, load_adapter, save_adapter
-from vggt_lora.adapters.base_check import BaseGate, GateError
+from vggt_lora.adapters.base_check import BaseCheck, BaseCheckError
 from vggt_lora.core import WeightsError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.datasets.splits import LeakError, content_hash
@@ -25,7 +25,7 @@ from vggt_lora.evaluation.forgetting import Drift
 from vggt_lora.evaluation.runner import evaluate_windows
 from vggt_lora.files.atomic import write_json
 from vggt_lora.model.vggt import VGGT
-from vggt_lora.reference_data import TRAPS, real_scene, trap_table
+from vggt_lora.reference_data import KNOWN_PITFALLS, real_scene, trap_table
 from vggt_lora.scenes import masks
 from vggt_lora.scenes.opening import open_scene
 from vggt_lora.scenes.scene import SceneError
@@ -41,9 +41,9 @@ def defined_tests(path: Path) -> set[str]:
 
 
 def test_every_trap_names_tests_that_exist():
-    assert {trap.name for trap in TRAPS} == {"swapped camera convention", "base not loaded", "leaked frames", "metric scale forgotten", "masks shifted by the distortion",
+    assert {trap.name for trap in KNOWN_PITFALLS} == {"swapped camera convention", "base not loaded", "leaked frames", "metric scale forgotten", "masks shifted by the distortion",
                                              "alignment computed on invalid pixels"}
-    for trap in TRAPS:
+    for trap in KNOWN_PITFALLS:
         assert trap.tests and trap.caught_by
         for named in trap.tests:
             path, _, name = named.partition("::")
@@ -86,7 +86,7 @@ def test_a_base_that_was_not_loaded_is_refused(tmp_path):
         torch.manual_seed(1)
         fresh = VGGT(real.config)
     images = torch.rand(1, 2, 3, 56, 84, generator=torch.Generator().manual_seed(0))
-    gate = BaseGate(real, images)
+    gate = BaseCheck(real, images)
     adapted, targets = apply_lora(copy.deepcopy(real), "a", rank=2, seed=0)
     gate.check(adapted, targets)
     save_adapter(adapted, tmp_path / "adapter", {})
@@ -94,7 +94,7 @@ def test_a_base_that_was_not_loaded_is_refused(tmp_path):
         for name, tensor in adapted.get_base_model().named_parameters():
             if name in (own := dict(fresh.named_parameters())) and "lora_" not in name:
                 tensor.copy_(own[name])
-    with pytest.raises(GateError, match="changes the output|changed when"):
+    with pytest.raises(BaseCheckError, match="changes the output|changed when"):
         gate.check(adapted, targets)
     with pytest.raises(WeightsError, match="another base"):
         load_adapter(fresh, tmp_path / "adapter")
@@ -105,7 +105,7 @@ def test_a_base_that_was_not_loaded_is_refused(tmp_path):
 def test_photos_that_were_trained_on_cannot_be_measured_under_another_name(toy, tmp_path):
     """A run's record against a folder that holds one of its training photos, renamed: stopped before any weight is read."""
     scene = open_scene(toy)
-    config = TrainConfig(data=str(toy), frames=4, image_size=56, store=False)
+    config = TrainConfig(data=str(toy), frames=4, image_size=56, frame_cache=False)
     write_json(tmp_path / "run" / "config.json", {"config": dataclasses.asdict(config)})
     write_json(tmp_path / "run" / "split.json", {"train": {"elsewhere/renamed.jpg": content_hash(scene.frames[2].image_path)}, "val": {}})
     with pytest.raises(LeakError, match="1 photos would be measured on that this run was trained on, for instance .*" + Path(scene.frames[2].name).stem):

@@ -79,7 +79,7 @@ def test_training_results_and_report_are_the_same(both):
     """All files of a run but those that tell the time; records without their clocks."""
     (one_base, one, _), (two_base, two, _) = both
     assert without_wall(one / "run" / "metrics.jsonl") == without_wall(two / "run" / "metrics.jsonl")
-    job, told = JOBS["training"], ("budget.json", "config.json", "cost.json", "report.html", "train.log", "metrics.jsonl")
+    job, told = JOBS["training"], ("preflight.json", "config.json", "resource_usage.json", "report.html", "train.log", "metrics.jsonl")
     first, second = (final_names(out / "run", job) for out in (one, two))
     names = [n for n in first if not n.startswith(("tensorboard", "checkpoints")) and n not in told]
     assert {"results.json", "report.md", "split.json", "model.txt", "adapter/adapter_model.safetensors", "adapter/vggt_lora.json", "figures/losses.png"} <= set(names)

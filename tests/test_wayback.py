@@ -27,7 +27,7 @@ from vggt_lora.model.vggt import VGGT, VGGTConfig
 
 TARGETS = ["aggregator.frame_blocks.2.attn.qkv", "aggregator.global_blocks.3.mlp.fc1", "depth_head.projects.1", "depth_head.resize_layers.3",
            "depth_head.scratch.refinenet1.resConfUnit2.conv1", "camera_head.poseLN_modulation.1"]
-KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True, "modules_to_save": ["depth_head.norm"]},
+KINDS = {"lora": {}, "use_rslora": {"use_rslora": True}, "use_dora": {"use_dora": True, "modules_to_save": ["depth_head.norm"]},
          "full": {"modules_to_save": ["depth_head.resize_layers.0", "depth_head.norm", "camera_head.trunk_norm"]}}
 
 
@@ -84,7 +84,7 @@ def made(base: Path, folder: Path, kind: str = "lora", targets=TARGETS, seed: in
 
 # --- merged ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["rslora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["use_rslora", "use_dora", "full"])
 def test_a_merged_checkpoint_is_the_base_file_but_for_what_was_trained(base, plain, images, tmp_path, kind):
     run = made(base, tmp_path / "run", kind)
     wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
@@ -202,7 +202,7 @@ class Official(torch.nn.Module):
         return self.inner(images)
 
 
-@pytest.mark.parametrize("kind", ["dora", "full"])
+@pytest.mark.parametrize("kind", ["use_dora", "full"])
 def test_an_exported_adapter_loads_by_plain_peft(base, plain, images, tmp_path, kind):
     run = made(base, tmp_path / "run", kind)
     wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
@@ -248,7 +248,7 @@ def test_an_export_never_replaces_something_else(base, tmp_path):
 
 # --- stacked and scaled ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["rslora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["use_rslora", "use_dora", "full"])
 def test_scales_begin_at_the_base_and_end_as_loaded(base, plain, images, tmp_path, kind):
     run = made(base, tmp_path / "run", kind)
     bare, model = outputs(plain, images), load_adapter(copy.deepcopy(plain), run / "adapter")
@@ -270,14 +270,14 @@ def test_scales_begin_at_the_base_and_end_as_loaded(base, plain, images, tmp_pat
 
 def test_small_steps_of_the_scale_move_the_outputs_little(base, plain, images, tmp_path):
     """Nothing jumps on the way from the base to the adapter, DoRA's magnitudes and full layers included."""
-    model = load_adapter(copy.deepcopy(plain), made(base, tmp_path / "run", "dora") / "adapter")
+    model = load_adapter(copy.deepcopy(plain), made(base, tmp_path / "run", "use_dora") / "adapter")
     whole = (outputs(model, images)["depth"] - outputs(plain, images)["depth"]).abs().mean()
     stack.scale_adapter(model, 1e-4)
     assert (outputs(model, images)["depth"] - outputs(plain, images)["depth"]).abs().mean() < 0.01 * whole
 
 
 def test_disjoint_adapters_of_different_kinds_act_each_on_its_own(base, plain, images, tmp_path):
-    depth = made(base, tmp_path / "depth", "dora", [t for t in TARGETS if t.startswith("depth_head")]) / "adapter"
+    depth = made(base, tmp_path / "depth", "use_dora", [t for t in TARGETS if t.startswith("depth_head")]) / "adapter"
     camera = made(base, tmp_path / "camera", "lora", ["camera_head.poseLN_modulation.1"], seed=3) / "adapter"
     alone = [outputs(load_adapter(copy.deepcopy(plain), folder), images) for folder in (depth, camera)]
     both = stack.stack_adapters(copy.deepcopy(plain), {"depth": depth, "camera": camera})
@@ -289,7 +289,7 @@ def test_disjoint_adapters_of_different_kinds_act_each_on_its_own(base, plain, i
     assert equal(outputs(off, images), alone[1])
 
 
-@pytest.mark.parametrize("kinds, word", [(("dora", "lora"), "cannot be added"), (("lora", "dora"), "cannot be added"), (("full", "full"), "exclude each other")])
+@pytest.mark.parametrize("kinds, word", [(("use_dora", "lora"), "cannot be added"), (("lora", "use_dora"), "cannot be added"), (("full", "full"), "exclude each other")])
 def test_adapters_that_cannot_be_added_are_refused(base, tmp_path, kinds, word):
     folders = [made(base, tmp_path / f"run{i}", kind) / "adapter" for i, kind in enumerate(kinds)]
     model = VGGT.from_pretrained(base, point_head=False)

@@ -88,8 +88,8 @@ def test_a_training_that_is_watched_is_the_same_and_stops_when_asked(tmp_path):
     from vggt_lora.views.widgets.run import LiveView, read_metrics
 
     pytest.importorskip("ipywidgets")
-    config = TrainConfig(model="random", strategy="a", scenes="demo_held", epochs=4, image_size=56, frames=4, overlap=0.0, train_share=0.6,
-                         store=False, output=str(tmp_path / "plain"))
+    config = TrainConfig(model="random", strategy="a", scenes="demo_held", epochs=4, image_size=56, frames=4, overlap=0.0, train_fraction=0.6,
+                         frame_cache=False, output=str(tmp_path / "plain"))
     plain = train(config)
     live, looks, peek = LiveView(seconds=0, interactive=True), [], None
     live._looking, peek = -1e9, live.peek  # look after every epoch, however long it takes

@@ -46,7 +46,7 @@ def settings(scene: Path, output: Path) -> TrainConfig:
     """A run of a few seconds with dropout, several windows per step and a checkpoint after every step."""
     resume = bool(checkpoint_files(output / "checkpoints"))
     return TrainConfig(strategy="a", model="random", data=str(scene), output=str(output), resume=resume, epochs=2, frames=3, image_size=56, rank=2, lr=1e-3, dropout=0.1,
-                       save_every=1, device="cpu", store=False)
+                       save_every=1, device="cpu", frame_cache=False)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from .comparison.grid import grid_points, parse_grid
 from .comparison.launch import CLUSTERS, run_grid
 from .comparison.page import comparison_page, write_page
 from .comparison.summary import Comparison, RunRecord, compare_runs, read_record
-from .core import ConfigError, given_parameters, project_root, user_path
+from .core import ConfigError, notebook_parameters, project_root, user_path
 from .evaluation.statistics import UNITS
 from .settings import check_values
 

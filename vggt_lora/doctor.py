@@ -276,7 +276,7 @@ def counted(plan: Plan):
     shape = planned_config(plan)
     if shape is None:
         raise WeightsError(f"{plan.model} is not on this machine, its size is unknown")
-    config = TrainConfig(strategy=plan.strategy, targets=plan.targets, full=plan.full, rank=plan.rank, frames=plan.frames, image_size=plan.image_size)
+    config = TrainConfig(strategy=plan.strategy, target_modules=plan.targets, full_finetune=plan.full, rank=plan.rank, frames=plan.frames, image_size=plan.image_size)
     return count(shape, config, photo_size(plan, shape.img_size), resolve_precision("auto", resolve_device(plan.device)))
 
 
@@ -316,7 +316,7 @@ def check_memory(plan: Plan) -> list[Finding]:
             f"{plan.frames} photos, {amount(found.standing)} of them weights, gradients and moments")
     if free < found.standing:
         return [Finding("fail", "memory", said, "a strategy or rank with fewer parameters, a smaller model, or a larger GPU")]
-    return [Finding("warn", "memory", said, "checkpointing=True, fewer frames, or a smaller image_size; the preflight of the run measures and proposes") if free < found.least
+    return [Finding("warn", "memory", said, "gradient_checkpointing=True, fewer frames, or a smaller image_size; the preflight of the run measures and proposes") if free < found.least
             else Finding("ok", "memory", said)]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .core import ConfigError, VggtLoraError, unknown
+from .core import ConfigError, VggtLoraError, unknown_name_message
 from .files.http import Part, amount, check_room, fetch
 from .scenes.eth3d_server import ETH3D_LICENCE, ETH3D_PHOTOS, ETH3D_URL, KINDS, SIZES, fetch_scenes, only_one
 
@@ -137,7 +137,7 @@ def download(
     scenes = [name for name in names if name not in weights]
     for name in scenes:
         if name != "all" and name not in ETH3D_PHOTOS:
-            raise ConfigError(unknown("name", name, [*ETH3D_PHOTOS, "all", *WEIGHTS_LICENCES]))
+            raise ConfigError(unknown_name_message("name", name, [*ETH3D_PHOTOS, "all", *WEIGHTS_LICENCES]))
     common = {"tries": options.tries, "progress": not options.quiet}
     if scenes:
         fetch_scenes(scenes, options.kinds, options.to, base_url=options.base_url, keep=options.keep, replace=options.replace,

@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from .adapters.adapter import load_adapter
-from .core import ConfigError, given_parameters, project_root, unknown, user_path
+from .core import ConfigError, notebook_parameters, project_root, unknown_name_message, user_path
 from .datasets.splits import Split
 from .datasets.windows import make_windows
 from .evaluation.cameras import camera_metrics
@@ -32,9 +32,9 @@ from .train import Run
 from .training.config import TrainConfig, read_config
 from .training.distributed import resolve_device, resolve_precision
 from .training.run import environment
-from .training.build import (build_model, check_photos, frame_cache, items_of, open_scenes, photos_of,
+from .training.build import (build_model, check_photos, make_frame_cache, items_of, open_scenes, photos_of,
                                       split_scenes, truth_source)
-from .efficiency.compute_options import placed
+from .efficiency.compute_options import prepare_for_eval
 
 # %% ../nbs/04_evaluate.ipynb #016704e7
 _all_ = ["ALIGNMENTS", "align_depth", "depth_metrics", "PROTOCOLS", "Protocol", "camera_metrics", "Evaluation", "evaluate_windows", "comparison_rows",
@@ -89,9 +89,9 @@ def evaluate(
     precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
     models = {"base": run} if folder is None and not isinstance(run, dict) else run
     sized = build_model(config) if folder is not None else next((m for m in models.values() if hasattr(m, "config")), None) or build_model(config)
-    cache = frame_cache(config, sized, truth_source(config, scenes, split), items)
+    cache = make_frame_cache(config, sized, truth_source(config, scenes, split), items)
     if folder is not None:
-        adapted = placed(load_adapter(sized, folder / "adapter"), device, precision, config.frames_chunk)  # as in the run
+        adapted = prepare_for_eval(load_adapter(sized, folder / "adapter"), device, precision, config.frames_chunk)  # as in the run
         models = {"base": base_of(adapted), "adapted": adapted}
     models = {name: m.to(device) if hasattr(m, "to") else m for name, m in models.items()}
     result = evaluate_windows(models, items, cache, protocols, device, precision, limits)

@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['inspect_targets', 'STRATEGIES', 'Strategy', 'Targets', 'TargetRow', 'resolve_targets', 'apply_lora', 'save_adapter',
-           'load_adapter', 'merge', 'fingerprint', 'BaseGate', 'GateError', 'GateReport', 'MergedReport',
+           'load_adapter', 'merge', 'fingerprint', 'BaseCheck', 'BaseCheckError', 'BaseCheckReport', 'MergedReport',
            'export_adapter', 'export_merged', 'model_card', 'push_to_hub', 'adapter_names', 'scale_adapter',
            'stack_adapters', 'without_adapter']
 
 # %% ../nbs/02_lora.ipynb #4a34860d
 from .adapters.adapter import apply_lora, fingerprint, load_adapter, merge, save_adapter
-from .adapters.base_check import BaseGate, GateError, GateReport
+from .adapters.base_check import BaseCheck, BaseCheckError, BaseCheckReport
 from .adapters.export import MergedReport, export_adapter, export_merged
 from .adapters.hub import model_card, push_to_hub
 from .adapters.stack import adapter_names, scale_adapter, stack_adapters, without_adapter
 from .adapters.targets import STRATEGIES, Strategy, Targets, TargetRow, chosen_patterns, resolve_targets
-from .core import given_parameters
+from .core import notebook_parameters
 
 # %% ../nbs/02_lora.ipynb #4606a852
 _all_ = ["STRATEGIES", "Strategy", "Targets", "TargetRow", "resolve_targets", "apply_lora", "save_adapter", "load_adapter", "merge",
-         "fingerprint", "BaseGate", "GateError", "GateReport", "MergedReport", "export_adapter", "export_merged", "model_card", "push_to_hub",
+         "fingerprint", "BaseCheck", "BaseCheckError", "BaseCheckReport", "MergedReport", "export_adapter", "export_merged", "model_card", "push_to_hub",
          "adapter_names", "scale_adapter", "stack_adapters", "without_adapter"]
 
 # %% ../nbs/02_lora.ipynb #5c769c8c
@@ -27,9 +27,9 @@ def inspect_targets(
     model,  # a VGGT, also on the meta device
     strategy: str = "b",  # a, b, c or custom
     *,
-    targets=(),  # patterns for custom, or one text with commas between them
-    full=(),  # patterns of layers trained in full, likewise
+    target_modules=(),  # patterns for custom, or one text with commas between them
+    full_finetune=(),  # patterns of layers trained in full, likewise
     rank: int = 16,
 ) -> Targets:
     """Resolve a strategy on a model without changing it; raises ConfigError as apply_lora does."""
-    return resolve_targets(model, chosen_patterns(strategy, targets, model.config.depth), rank, full)
+    return resolve_targets(model, chosen_patterns(strategy, target_modules, model.config.depth), rank, full_finetune)

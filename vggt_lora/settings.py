@@ -15,7 +15,7 @@ import textwrap
 import tokenize
 
 # %% ../nbs/settings.ipynb #54fba710
-from .core import ConfigError, VggtLoraError, unknown
+from .core import ConfigError, VggtLoraError, unknown_name_message
 
 # %% ../nbs/settings.ipynb #9494cd47
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def check_values(
             raise ConfigError(f"{field.name} must be {wanted.__name__}, got {type(value).__name__} {value!r}{hint}")
     for name, allowed in (choices or {}).items():
         if getattr(config, name) not in allowed:
-            raise ConfigError(unknown(name, getattr(config, name), allowed))
+            raise ConfigError(unknown_name_message(name, getattr(config, name), allowed))
     for name, (low, high) in (ranges or {}).items():
         if not low <= getattr(config, name) <= high:  # not a number lies in no range
             raise ConfigError(f"{name} must lie between {low} and {high}, got {getattr(config, name)}")

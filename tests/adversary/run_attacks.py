@@ -33,8 +33,8 @@ def use_parameters(folder: Path) -> tuple:
 WRONG = {
     "str": [7, None, ["a"]], "int": ["x", 1.5, True, None, -1, 10**12], "float": ["x", float("nan"), float("inf"), -1.0, None, False], "bool": ["yes", 2, None],
 }
-MADE_UP = {"strategy": ["z", ""], "supervision": ["lidar", "sparse+sparse", "", "+"], "truth": ["guess"], "metric": ["maybe"], "image_mode": ["stretch"], "precision": ["float8"], "device": ["tpu"],
-           "image_size": [100, 13], "epochs": [0], "frames": [0], "rank": [0], "alpha": [0.0], "clip": [0.0], "train_share": [1.0, 0.0]}
+MADE_UP = {"strategy": ["z", ""], "supervision": ["lidar", "sparse+sparse", "", "+"], "eval_supervision": ["guess"], "units_are_metres": ["maybe"], "image_mode": ["stretch"], "precision": ["float8"], "device": ["tpu"],
+           "image_size": [100, 13], "epochs": [0], "frames": [0], "rank": [0], "alpha": [0.0], "max_grad_norm": [0.0], "train_fraction": [1.0, 0.0]}
 TOGETHER = {
     "depth limits the wrong way round": {"depth_min": 5.0, "depth_max": 1.0}, "custom without targets": {"strategy": "custom"}, "targets without custom": {"targets": "depth_head"},
     "resume without output": {"resume": True}, "smallest rate above the peak": {"min_lr": 0.5},
@@ -74,7 +74,7 @@ def use_split(folder: Path) -> tuple:
     from vggt_lora.datasets.splits import audit_split, split_windows
 
     path = folder / "split.json"
-    settings = {"frames": 2, "overlap": 0.5, "train_share": 0.6, "hold_out": (), "groups": ""} | (json.loads(path.read_text()) if path.exists() else {})
+    settings = {"frames": 2, "overlap": 0.5, "train_fraction": 0.6, "hold_out": (), "groups": ""} | (json.loads(path.read_text()) if path.exists() else {})
     scenes = [open_scene(folder)]
     if settings.pop("photos", None) is not None:
         scenes = [dataclasses.replace(scenes[0], frames=scenes[0].frames[: json.loads(path.read_text())["photos"]])]
@@ -82,8 +82,8 @@ def use_split(folder: Path) -> tuple:
     return digest(repr(split)), [split.summary(), json.dumps(audit_split(split, scenes, settings["groups"]))]
 
 
-SPLITS = [{"photos": 1}, {"photos": 0}, {"photos": 2}, {"frames": 0}, {"frames": -3}, {"frames": 100}, {"overlap": 1.0}, {"overlap": -0.5}, {"overlap": 5}, {"train_share": 0}, {"train_share": 1},
-          {"train_share": 1e-9}, {"train_share": 2}, {"hold_out": ["nowhere"]}, {"hold_out": ["small_house"]}, {"groups": "a,b"}, {"groups": "small_house"}, {"groups": "small_house,small_house"}, {"groups": ";;,"}]
+SPLITS = [{"photos": 1}, {"photos": 0}, {"photos": 2}, {"frames": 0}, {"frames": -3}, {"frames": 100}, {"overlap": 1.0}, {"overlap": -0.5}, {"overlap": 5}, {"train_fraction": 0}, {"train_fraction": 1},
+          {"train_fraction": 1e-9}, {"train_fraction": 2}, {"hold_out": ["nowhere"]}, {"hold_out": ["small_house"]}, {"groups": "a,b"}, {"groups": "small_house"}, {"groups": "small_house,small_house"}, {"groups": ";;,"}]
 
 
 def split_attacks() -> list[Attack]:
@@ -205,12 +205,12 @@ def use_prefix(folder: Path) -> tuple:
     import torch
 
     from vggt_lora.model.vggt import VGGT, VGGTConfig
-    from vggt_lora.efficiency.feature_store import PrefixStore
+    from vggt_lora.efficiency.feature_store import FeatureStore
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, photos = VGGT(VGGTConfig.golden()).eval(), torch.rand(2, 3, 28, 28)
-    store = PrefixStore(model, 0, folder=folder / "prefix")
+    store = FeatureStore(model, 0, folder=folder / "prefix")
     state = store.state(photos, ("one", "two"))
     return digest(state.tokens.numpy(), *(tensor.numpy() for tensor in state.outputs.values())), [text.replace(str(folder), "") for text in store.report.damaged]
 

@@ -76,7 +76,7 @@ def training_config(base: Path, out: Path, **changes):
     from vggt_lora.training.config import TrainConfig
 
     settings = {"strategy": "b", "model": "random", "data": str(base / "small_house"), "output": str(out), "epochs": 3, "frames": 2, "image_size": 56, "rank": 2, "lr": 1e-3,
-                "train_share": 0.5, "save_every": 1, "supervision": "sparse", "device": "cpu"}
+                "train_fraction": 0.5, "save_every": 1, "supervision": "sparse", "device": "cpu"}
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     return TrainConfig(**{n: v for n, v in (settings | changes).items() if n in known})
 
@@ -95,13 +95,13 @@ def prefix(base: Path, out: Path) -> None:
     import torch
 
     from vggt_lora.model.vggt import VGGT, VGGTConfig
-    from vggt_lora.efficiency.feature_store import PrefixStore
+    from vggt_lora.efficiency.feature_store import FeatureStore
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = VGGT(VGGTConfig.golden()).eval()
         photos = torch.rand(24, 2, 3, 56, 56)
-    kept = PrefixStore(model, 1, folder=out)
+    kept = FeatureStore(model, 1, folder=out)
     for number, images in enumerate(photos):
         kept.state(images, (f"photo {number}", "another"))
 
@@ -120,12 +120,12 @@ def grid(base: Path, out: Path) -> None:
     from vggt_lora.compare import CompareConfig, compare
 
     given = training_config(scene_of(base).parent, out, epochs=1, model="tiny", image_size=84)
-    names = ("model", "data", "epochs", "frames", "image_size", "lr", "train_share", "supervision", "device", "save_every")
+    names = ("model", "data", "epochs", "frames", "image_size", "lr", "train_fraction", "supervision", "device", "save_every")
     compare(CompareConfig(grid="rank=2,4", settings="; ".join(f"{n}={getattr(given, n)}" for n in names), output=str(out), jobs=2), tell=lambda text: None)
 
 
 RUN = {"living": ("metrics.jsonl", "train.log", "tensorboard/*", "events.*", "executed.ipynb", "failed-*"),
-       "clocks": ("budget.json", "cost.json", "report.html", "config.json", "state.json", "comparison.html", "metrics.jsonl", "step-*.pt", "last.pt")}
+       "clocks": ("preflight.json", "resource_usage.json", "report.html", "config.json", "state.json", "comparison.html", "metrics.jsonl", "step-*.pt", "last.pt")}
 JOBS = {job.name: job for job in (
     Job("demo", demo), Job("store", store), Job("dense depth", dense), Job("checkpoints", checkpoints), Job("prefix", prefix), Job("export", export),
     Job("training", train, **RUN), Job("comparison", grid, **RUN),

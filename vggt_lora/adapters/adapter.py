@@ -20,7 +20,7 @@ import torch
 
 from .targets import Targets, chosen_patterns, resolve_targets
 from ..core import ConfigError, VggtLoraError, WeightsError
-from ..files.atomic import leads_out, read_json, system_errors, write_json, put_in_place, temporary_folder
+from ..files.atomic import escapes_folder, read_json, system_errors, write_json, replace_folder, temporary_folder
 
 # %% ../../nbs/adapters/adapter.ipynb #50a194fb
 def fingerprint(
@@ -81,27 +81,27 @@ def _exactly(names: list[str]) -> str:
 
 def apply_lora(
     model,  # VGGT; it is changed in place and must not be used bare afterwards
-    strategy: str = "b",  # "a", "b", "c", or "custom" with `targets`
+    strategy: str = "b",  # "a", "b", "c", or "custom" with `target_modules`
     *,
     rank: int = 16,
     alpha: float = 32,  # the adapter is scaled by alpha / rank
     dropout: float = 0.0,  # on the adapter's input, while training
-    targets=(),  # patterns of a custom choice
-    full=(),  # patterns of layers trained in full beside the adapters
+    target_modules=(),  # patterns of a custom choice
+    full_finetune=(),  # patterns of layers trained in full beside the adapters
     seed: int | None = None,  # of the adapters' initial values
-    rslora: bool = False,  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)
-    dora: bool = False,  # train the length of each weight row apart (Liu et al. 2024)
+    use_rslora: bool = False,  # scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)
+    use_dora: bool = False,  # train the length of each weight row apart (Liu et al. 2024)
     heads=("camera", "depth"),  # heads that are trained: a strategy leaves the others alone
 ):
     """Wrap `model` in a PEFT model; returns (peft_model, Targets). Raises ConfigError if the choice cannot be met."""
     from peft import LoraConfig, get_peft_model
 
     _without_adapters(model)
-    patterns = chosen_patterns(strategy, targets, model.config.depth, heads)
+    patterns = chosen_patterns(strategy, target_modules, model.config.depth, heads)
     if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
         raise ConfigError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}")
-    resolved = resolve_targets(model, patterns, rank, full, dora)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_rslora=rslora, use_dora=dora,
+    resolved = resolve_targets(model, patterns, rank, full_finetune, use_dora)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_rslora=use_rslora, use_dora=use_dora,
                         target_modules=_exactly(resolved.named("adapted")),
                         modules_to_save=resolved.named("full") or None)
     mark = fingerprint(model)
@@ -141,7 +141,7 @@ def whole_folder(
     try:
         yield temporary
         temporary.chmod(0o755)
-        put_in_place(temporary, folder)
+        replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -195,7 +195,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict]:
             raise WeightsError(f"{folder} holds no {name}: not a PEFT adapter folder (only safetensors are read)")
     home = (folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []))  # in the hub's cache files are links
     for name in ("adapter_config.json", "adapter_model.safetensors", BASE_FILE):
-        if leads_out(folder / name, *home):
+        if escapes_folder(folder / name, *home):
             raise WeightsError(f"{folder / name}: is a link to {os.path.realpath(folder / name)}, out of the adapter's folder; put the file itself there")
     try:
         tensors = load_file(folder / "adapter_model.safetensors")

@@ -21,7 +21,7 @@ import torch
 
 from .adapter import BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge, whole_folder
 from ..core import ConfigError, VggtLoraError, WeightsError, short_of_memory, user_path
-from ..files.atomic import atomic_path, write_json, write_text, take
+from ..files.atomic import atomic_path, write_json, write_text, file_lock
 from ..model.config import VGGTConfig
 from ..model.embedded import SHIPPED, to_float32
 from ..model.vggt import VGGT, load_vggt
@@ -243,7 +243,7 @@ def export_merged(
 def _only_one(folder: Path):
     """Keep other processes from exporting into a folder meanwhile; raises ConfigError where one does, or where nothing can be written."""
     try:
-        lock = take(folder.parent / f".{folder.name}.lock")
+        lock = file_lock(folder.parent / f".{folder.name}.lock")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror or error}); give another folder") from error
     if lock is None:

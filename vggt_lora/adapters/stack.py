@@ -16,7 +16,7 @@ import torch
 
 from .adapter import _read_adapter, _read_lora_config, _rehearse, _without_adapters, fingerprint
 from .export import touched
-from ..core import ConfigError, WeightsError, unknown
+from ..core import ConfigError, WeightsError, unknown_name_message
 
 # %% ../../nbs/adapters/stack.ipynb #cb14cdfa
 def _adapter_layers(adapted):
@@ -59,13 +59,13 @@ def adapter_names(
     return list(adapted.peft_config)
 
 # %% ../../nbs/adapters/stack.ipynb #8c2fbb5d
-def _clash(first: str, second: str, one, other, dora: bool) -> None:
+def _clash(first: str, second: str, one, other, use_dora: bool) -> None:
     """Refuse two adapters that cannot both be in force."""
     both = set(one.full) & set(other.full) or set(one.full) & set(other.adapted) or set(one.adapted) & set(other.full)
     if both:
         raise ConfigError(f"adapters {first!r} and {second!r} exclude each other: {sorted(both)[0]} is trained in full by one of them and changed by the other")
     both = set(one.adapted) & set(other.adapted)
-    if dora and both:
+    if use_dora and both:
         raise ConfigError(f"adapters {first!r} and {second!r} both adapt {sorted(both)[0]} and one of them is DoRA, which cannot be added to another")
 
 
@@ -107,7 +107,7 @@ def stack_adapters(
         loaded[name] = folder, config, tensors
     for name in scales or {}:
         if name not in loaded:
-            raise ConfigError(unknown("adapter", name, loaded))
+            raise ConfigError(unknown_name_message("adapter", name, loaded))
         _check_scale(scales[name])
     adapted = None
     for name, (folder, config, tensors) in loaded.items():
@@ -156,7 +156,7 @@ def scale_adapter(
     names = adapter_names(adapted)
     _check_scale(scale)
     if name is not None and name not in names:
-        raise ConfigError(unknown("adapter", name, names))
+        raise ConfigError(unknown_name_message("adapter", name, names))
     layers, full = _adapter_layers(adapted)
     if any(layer.merged for layer in layers):
         raise ConfigError("this adapter is merged into the weights and cannot be scaled any more")

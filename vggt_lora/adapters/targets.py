@@ -11,7 +11,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 
 # %% ../../nbs/adapters/targets.ipynb #9f21d4f9
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def strategy_named(
 ) -> Strategy:
     """Look a strategy up; raises ConfigError that lists the choices."""
     if name not in STRATEGIES:
-        raise ConfigError(unknown("strategy", name, [*STRATEGIES, "custom"]))
+        raise ConfigError(unknown_name_message("strategy", name, [*STRATEGIES, "custom"]))
     return STRATEGIES[name]
 
 # %% ../../nbs/adapters/targets.ipynb #b0d7d9fa
@@ -57,7 +57,7 @@ def chosen_patterns(
     targets = split_patterns(targets)
     if strategy == "custom":
         if not targets:
-            raise ConfigError("strategy 'custom' needs targets, for instance targets='depth_head,aggregator.global_blocks.*'")
+            raise ConfigError("strategy 'custom' needs target_modules, for instance target_modules='depth_head,aggregator.global_blocks.*'")
         return targets
     scopes = strategy_named(strategy).scopes(depth)
     if "point" in heads:  # its twin
@@ -93,13 +93,13 @@ ADAPTABLE = ("Linear", "Conv2d")
 def lora_parameters(
     module,  # nn.Linear or nn.Conv2d
     rank: int,
-    dora: bool = False,  # with DoRA's length, one number per output channel
+    use_dora: bool = False,  # with DoRA's length, one number per output channel
 ) -> int:
     """Number of LoRA parameters of one layer (Hu et al. 2021; spec section 14 for convolutions; Liu et al. 2024 for DoRA)."""
     if type(module).__name__ == "Linear":
-        return rank * (module.in_features + module.out_features) + dora * module.out_features
+        return rank * (module.in_features + module.out_features) + use_dora * module.out_features
     height, width = module.kernel_size
-    return rank * (module.in_channels // module.groups * height * width + module.out_channels) + dora * module.out_channels
+    return rank * (module.in_channels // module.groups * height * width + module.out_channels) + use_dora * module.out_channels
 
 # %% ../../nbs/adapters/targets.ipynb #81ce0af0
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _check_patterns(patterns, names: list[str], what: str) -> None:
     for pattern in patterns:
         if not any(matches(pattern, n) for n in names):
             prefixes = {".".join(n.split(".")[:k]) for n in names for k in range(1, n.count(".") + 2)}
-            raise ConfigError(f"{what} pattern {pattern!r} matches no module: " + unknown(
+            raise ConfigError(f"{what} pattern {pattern!r} matches no module: " + unknown_name_message(
                 "module", pattern, [p for p in prefixes if p.count(".") <= max(1, pattern.count("."))][:40]))
 
 # %% ../../nbs/adapters/targets.ipynb #fe28fd16
@@ -169,7 +169,7 @@ def resolve_targets(
     patterns,  # module names or globs whose leaves get adapters
     rank: int = 16,
     full=(),  # module names or globs trained in full beside the adapters
-    dora: bool = False,  # count DoRA's lengths too
+    use_dora: bool = False,  # count DoRA's lengths too
 ) -> Targets:
     """Resolve patterns to leaf modules; raises ConfigError if a pattern matches nothing or nothing is left for an adapter."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -188,10 +188,10 @@ def resolve_targets(
         if name in childless and any(matches(p, name) for p in full):
             status = "full"
         elif any(matches(p, name) for p in patterns):
-            if dora and getattr(module, "groups", 1) > 1:
+            if use_dora and getattr(module, "groups", 1) > 1:
                 status, reason = "skipped", "DoRA has no grouped convolutions"
             elif kind in ADAPTABLE and name not in bypassed:
-                status, lora = "adapted", lora_parameters(module, rank, dora)
+                status, lora = "adapted", lora_parameters(module, rank, use_dora)
             else:
                 status, reason = "skipped", f"PEFT cannot adapt {'this layer of MultiheadAttention' if name in bypassed else kind}"
         rows.append(TargetRow(name, kind, own, lora, status, reason))

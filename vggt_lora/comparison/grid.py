@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import re
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 from ..training.config import TrainConfig
 
 # %% ../../nbs/comparison/grid.ipynb #541b18c9
@@ -26,7 +26,7 @@ def typed(
     """Turn text into a value of the field's type; raises ConfigError where it is none, or the field does not exist."""
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name not in PLACE}
     if field not in defaults:
-        raise ConfigError(unknown("field", field, defaults))
+        raise ConfigError(unknown_name_message("field", field, defaults))
     kind = type(defaults[field])
     if kind is bool:
         if text not in ("True", "False"):

@@ -44,7 +44,7 @@ def read_record(
     try:
         about, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "results.json"))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        cost = json.loads((folder / "cost.json").read_text(encoding="utf-8")) if (folder / "cost.json").is_file() else {}
+        cost = json.loads((folder / "resource_usage.json").read_text(encoding="utf-8")) if (folder / "resource_usage.json").is_file() else {}
         return RunRecord(folder.name, folder, about["config"], about["environment"], results, records, cost)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder} is no finished run: {type(error).__name__}: {error}") from None
@@ -63,7 +63,7 @@ class Setting:
         return [run.results["frames"] for run in self.runs]
 
     def cost(self, name: str) -> float | None:
-        """Mean over the runs of a figure of cost.json, None where no run has it."""
+        """Mean over the runs of a figure of resource_usage.json, None where no run has it."""
         values = [run.cost[name] for run in self.runs if run.cost.get(name) is not None]
         return float(np.mean(values)) if values else None
 

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from ..core import ConfigError, SceneError
-from ..geometry.cameras import look_up, project_points, unproject_depth
+from ..geometry.cameras import sample_nearest, project_points, unproject_depth
 from ..scenes.images import load_image, plan_image
 from ..scenes.masks import REGIONS, region_labels, ABSENT, photo_mask
 from ..supervision.depth_map import DepthAbsent, DepthMap
@@ -153,7 +153,7 @@ def scale_against_neighbour(
     world = unproject_depth(np.where(one.valid, one.depth, 1.0), camera[0], camera[1])[one.valid]
     with np.errstate(divide="ignore", invalid="ignore"):
         pixels, z = project_points(world, other_camera[1], other_camera[0])
-        there = look_up(np.where(other.valid, other.depth, 0), np.where(z[:, None] > 0, pixels, np.nan), 0)
+        there = sample_nearest(np.where(other.valid, other.depth, 0), np.where(z[:, None] > 0, pixels, np.nan), 0)
         ratio = z / there
     ratio = ratio[(there > 0) & (ratio > 2 / 3) & (ratio < 1.5)]
     return float(np.median(np.log(ratio))) if len(ratio) >= fewest else float("nan")

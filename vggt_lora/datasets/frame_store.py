@@ -32,7 +32,7 @@ from ..core import ConfigError, SceneError, VggtLoraError
 from .samples import FrameCache, FrameData
 from ..files.atomic import atomic_path
 from vggt_lora.files.cache import (
-    EntryError, StoreReport, digest_of, entry_files, file_digest, file_stamp, folder_bytes, gigabytes,
+    CacheEntryError, StoreReport, digest_of, entry_files, file_digest, file_stamp, folder_bytes, gigabytes,
     prune_entries, remove_leftovers, store_folder,
 )
 from ..scenes.images import ImagePlan
@@ -126,30 +126,30 @@ def read_entry(
     key: str,  # that it must have
     verify: bool = True,  # compare the checksum
 ) -> FrameData:
-    """Map a frame into memory, its arrays read-only; raises FileNotFoundError without a file, EntryError naming the fault of a damaged one."""
+    """Map a frame into memory, its arrays read-only; raises FileNotFoundError without a file, CacheEntryError naming the fault of a damaged one."""
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
-            raise EntryError(f"{path}: is empty")
+            raise CacheEntryError(f"{path}: is empty")
         held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         start = 8 + int.from_bytes(held[:8], "little")
         header = json.loads(held[8:start])
         about = json.loads(header["__metadata__"]["frame"])
         if about["version"] != VERSION:
-            raise EntryError(f"{path}: is of version {about['version']!r}, expected {VERSION}")
+            raise CacheEntryError(f"{path}: is of version {about['version']!r}, expected {VERSION}")
         if about["key"] != key:
-            raise EntryError(f"{path}: holds another frame than its name says")
+            raise CacheEntryError(f"{path}: holds another frame than its name says")
         counts, arrays = about["counts"], {}
         for name in FIELDS:
             item = header[name]
             arrays[name] = np.frombuffer(held, TYPES[item["dtype"]], int(np.prod(item["shape"])), start + item["data_offsets"][0]).reshape(item["shape"])
         stated = about["sha256"]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        if isinstance(error, EntryError):
+        if isinstance(error, CacheEntryError):
             raise
-        raise EntryError(f"{path}: is damaged or cut short ({type(error).__name__}: {error})") from error
+        raise CacheEntryError(f"{path}: is damaged or cut short ({type(error).__name__}: {error})") from error
     if verify and checksum(key, counts, arrays) != stated:
-        raise EntryError(f"{path}: is damaged, its checksum differs")
+        raise CacheEntryError(f"{path}: is damaged, its checksum differs")
     return FrameData(arrays["image"], arrays["K"], DepthMap(arrays["depth"], arrays["valid"], arrays["weight"], counts), arrays["labels"])
 
 # %% ../../nbs/datasets/frame_store.ipynb #a76df52b
@@ -187,7 +187,7 @@ class FrameStore(FrameCache):
                 data = self._read(key, made=True)
         except OSError as error:
             raise ConfigError(f"the frame store cannot be used ({error}); name a folder with room in the environment variable VGGT_LORA_CACHE, "
-                              "or set store=False") from error
+                              "or set frame_cache=False") from error
         self._keys[where] = key
         return data
 
@@ -199,7 +199,7 @@ class FrameStore(FrameCache):
             data = read_entry(path, key, verify=stamp not in self._verified)
         except FileNotFoundError:
             return None
-        except EntryError as error:
+        except CacheEntryError as error:
             if made:
                 raise SceneError(f"{error}, although it has just been written; is the disk sound?") from error
             with self._lock:

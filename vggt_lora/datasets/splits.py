@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import ConfigError, SceneError, unknown
+from ..core import ConfigError, SceneError, unknown_name_message
 from .windows import GROUPINGS, Window, block_windows, covisible_windows, make_windows, shared_points
 from ..scenes.scene import Frame, Scene
 
@@ -23,10 +23,10 @@ class LeakError(SceneError):
 # %% ../../nbs/datasets/splits.ipynb #c46d3e57
 def validation_count(
     count: int,  # frames of the scene
-    train_share: float,  # of the frames
+    train_fraction: float,  # of the frames
 ) -> int:
     """Say how many frames validate: the share rounded (the inner rounding takes off float dust), at least one, and at least two where the scene has six or more."""
-    return min(count - 1, max(2 if count >= 6 else 1, round(round((1 - train_share) * count, 9))))
+    return min(count - 1, max(2 if count >= 6 else 1, round(round((1 - train_fraction) * count, 9))))
 
 # %% ../../nbs/datasets/splits.ipynb #0d44fa1c
 def scene_groups(
@@ -40,7 +40,7 @@ def scene_groups(
     given = [name for group in found for name in group]
     for name in given:
         if name not in names:
-            raise ConfigError(unknown("scene in a group", name, names))
+            raise ConfigError(unknown_name_message("scene in a group", name, names))
         if given.count(name) > 1:
             raise ConfigError(f"groups name scene {name!r} twice; expected each scene in one group, once")
     for group in found:
@@ -93,7 +93,7 @@ def split_windows(
     scenes,  # list of Scene, or one
     frames: int = 8,  # per window
     overlap: float = 0.5,  # share of a window that the next one repeats
-    train_share: float = 0.85,  # of each scene's frames; the rest, at the end of the sequence, validates
+    train_fraction: float = 0.85,  # of each scene's frames; the rest, at the end of the sequence, validates
     hold_out=(),  # names of scenes that validate as a whole; all others then train as a whole
     groups=(),  # scenes that show one place and are not held out apart, see scene_groups
     by: str = "order",  # windows by capture order, or of photos that share many points (covisible)
@@ -108,16 +108,16 @@ def split_windows(
         raise ConfigError(f"scenes share a name: {', '.join(sorted(n for n in set(names) if names.count(n) > 1))}; expected one name per scene")
     for name in hold_out:
         if name not in names:
-            raise ConfigError(unknown("scene to hold out", name, names))
+            raise ConfigError(unknown_name_message("scene to hold out", name, names))
     if set(hold_out) == set(names):
         raise ConfigError(f"all scenes are held out ({', '.join(names)}); expected at least one to train on")
     torn = torn_groups(scene_groups(groups, names), set(names) - set(hold_out), hold_out)
     if torn:
         raise LeakError(f"hold_out tears a group apart: {'; '.join(torn)}. They show one place: hold out all of a group or none of it")
     if by not in GROUPINGS:
-        raise ConfigError(unknown("windows", by, GROUPINGS))
-    if not 0 < train_share < 1:
-        raise ConfigError(f"train_share is {train_share}; expected a share between 0 and 1, both excluded")
+        raise ConfigError(unknown_name_message("windows", by, GROUPINGS))
+    if not 0 < train_fraction < 1:
+        raise ConfigError(f"train_fraction is {train_fraction}; expected a share between 0 and 1, both excluded")
     sides, dropped = {"train": [], "val": []}, []
     for scene in scenes:
         windows = make_windows(scene, frames, overlap)
@@ -127,7 +127,7 @@ def split_windows(
             continue
         if len(scene) < 2:
             raise SceneError(f"scene {scene.name} has one photo, which cannot both train and validate; add photos, leave it out, or hold out a whole scene")
-        border = len(scene) - validation_count(len(scene), train_share)
+        border = len(scene) - validation_count(len(scene), train_fraction)
         for side, block in (("train", range(border)), ("val", range(border, len(scene)))):
             sides[side] += block_windows(windows, block, frames) if shared is None else covisible_windows(scene, block, frames, overlap, shared)
         if shared is None:
@@ -187,7 +187,7 @@ def audit_split(
         sides[side] = []
         for name, indices in split.frame_sets(side).items():
             if name not in scenes:
-                raise SceneError("the split names a scene that was not given: " + unknown("scene", name, scenes))
+                raise SceneError("the split names a scene that was not given: " + unknown_name_message("scene", name, scenes))
             if indices[0] < 0 or indices[-1] >= len(scenes[name]):
                 raise SceneError(f"the split names frame {indices[-1]} of scene {name}, which has {len(scenes[name])}; was the scene changed?")
             sides[side] += [scenes[name].frames[i] for i in indices]

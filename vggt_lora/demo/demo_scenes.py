@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import SceneError, unknown
+from ..core import SceneError, unknown_name_message
 from .building import BuildingStyle, render, toy_building
 from .colmap_writer import cameras_text, images_text, keypoint_lists, points_text
 from .sites import FAMILIES, LAYOUTS
@@ -156,7 +156,7 @@ def toy_scene(
     Raises SceneError where something else lies in the way, or for an unknown style.
     """
     if style not in STYLES:
-        raise SceneError(unknown("building style", style, STYLES))
+        raise SceneError(unknown_name_message("building style", style, STYLES))
     if frames < 2:
         raise SceneError(f"a toy scene needs at least 2 frames, not {frames}")
     settings = {"name": name, "frames": frames, "size": list(size), "seed": seed, "style": style}
@@ -179,9 +179,9 @@ def demo_scene(
     Raises SceneError where something else lies in the way, for unknown names, or where no package for ray casting can be imported.
     """
     if style not in FAMILIES:
-        raise SceneError(unknown("building style", style, FAMILIES))
+        raise SceneError(unknown_name_message("building style", style, FAMILIES))
     if layout not in LAYOUTS:
-        raise SceneError(unknown("layout", layout, LAYOUTS))
+        raise SceneError(unknown_name_message("layout", layout, LAYOUTS))
     if frames < 2:
         raise SceneError(f"a demo scene needs at least 2 frames, not {frames}")
     settings = {"name": name, "frames": frames, "size": list(size), "seed": seed, "style": style, "layout": layout}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .panels import PARTS, Caster
-from .texture_atlas import KINDS, look_up
+from .texture_atlas import KINDS, sample_nearest
 
 # %% ../../nbs/demo/shading.ipynb #a81ca548
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def sky(light: Light, directions: np.ndarray) -> np.ndarray:
     up = np.clip(d[:, 2], 0.03, 1).astype(np.float32)
     clear = (1 - up[:, None]) ** 2 * np.array([0.55, 0.52, 0.42], np.float32) + np.array([0.24, 0.42, 0.72], np.float32)
     kind = np.full(len(d), KINDS.index("cloud"))
-    cloud = look_up(kind, d[:, 0] / (up + 0.15) + light.drift, d[:, 1] / (up + 0.15), np.full(len(d), 0.01))[:, :1]
+    cloud = sample_nearest(kind, d[:, 0] / (up + 0.15) + light.drift, d[:, 1] / (up + 0.15), np.full(len(d), 0.01))[:, :1]
     cover = np.clip((cloud - 0.72 + 0.5 * light.clouds) * 4.5, 0, 0.9)
     return (clear * (1 - cover) + (0.80 + 0.25 * light.strength) * (1.15 - 0.35 * cover) * cover * np.array([0.97, 0.98, 1.0], np.float32)).astype(np.float32)
 
@@ -49,9 +49,9 @@ def _texture(panels, index, points, footprint):
     colours = np.array([m.colour for m in panels.materials], np.float32)
     joints = np.array([m.joint for m in panels.materials], np.float32)
     material = panels.material[index]
-    light, joint, warm = look_up(kinds[material], s, t, footprint).T
+    light, joint, warm = sample_nearest(kinds[material], s, t, footprint).T
     x, y, z = points.T.astype(np.float32)
-    dirt = look_up(np.full(len(index), KINDS.index("dirt")), x + 0.7 * y, z + 0.3 * y, footprint, smooth=False)[:, 0]
+    dirt = sample_nearest(np.full(len(index), KINDS.index("dirt")), x + 0.7 * y, z + 0.3 * y, footprint, smooth=False)[:, 0]
     grime = np.where(panels.plane[index] > 0, 1 - 0.35 * np.clip(1 - z / 0.9, 0, 1), 1) * (0.72 + 0.56 * dirt)
     hue = 1 + warm[:, None] * np.array([0.35, 0.0, -0.35], np.float32)
     base = colours[material] * hue * (1 - joint[:, None]) + joints[material] * joint[:, None]

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from ..core import SceneError, unknown
+from ..core import SceneError, unknown_name_message
 
 # %% ../../nbs/demo/tracer.ipynb #7575d55b
 class Open3DTracer:
@@ -105,5 +105,5 @@ def make_tracer(
 ):
     """Build the tree of a mesh; raises SceneError for an unknown tracer or where none can be imported."""
     if tracer is not None and tracer not in TRACERS:
-        raise SceneError(unknown("ray tracer", tracer, TRACERS))
+        raise SceneError(unknown_name_message("ray tracer", tracer, TRACERS))
     return TRACERS[tracer or usable_tracer()](vertices, triangles, threads)

@@ -17,13 +17,13 @@ from .colmap_writer import cameras_text, images_text, keypoint_lists, points_tex
 from .laser_scanner import alignment_text, depth_image, mask_image, scan, scanner_pose, seen_points, write_mesh, write_ply
 from .lens import distort
 from .panels import PARTS, UNSCANNED, Build, Caster, finish
-from .render_photos import Shoot, Shot, points_per_photo, prepare, shoot_photo, walls_json
+from .render_photos import PhotoJob, RenderedPhoto, points_per_photo, prepare, render_photo, walls_json
 from .tracks import find_points, make_tracks, six
 from ..files.atomic import write_json
 from ..geometry.cameras import transform_points
 
 # %% ../../nbs/demo/write_scene.ipynb #629a4b91
-def write_laser(folder: Path, shoot: Shoot, shots: list[Shot], seed: int, share: float = 0.10, tracer: str | None = None) -> None:
+def write_laser(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto], seed: int, share: float = 0.10, tracer: str | None = None) -> None:
     """Scan from two places; write scans, alignment, ground truth depth and masks."""
     rng, fine = np.random.default_rng([seed, 909]), max(c.original_K[0, 0] for c in shoot.cameras.values())
     known = finish(_scanned(shoot.place.build))
@@ -62,7 +62,7 @@ def _scanned(build: Build) -> Build:
     return Build(*([values[k] for k in keep] if isinstance(values, list) else values for values in vars(build).values()))
 
 # %% ../../nbs/demo/write_scene.ipynb #e41873a0
-def on_texture(points: dict, shots: list[Shot]) -> np.ndarray:
+def on_texture(points: dict, shots: list[RenderedPhoto]) -> np.ndarray:
     """Return `visible` of the points without the photos in which they lie in a blank patch."""
     visible = points["visible"].copy()
     for k, shot in enumerate(shots):
@@ -71,7 +71,7 @@ def on_texture(points: dict, shots: list[Shot]) -> np.ndarray:
     return visible
 
 
-def write_calibration(folder: Path, shoot: Shoot, shots: list[Shot], seed: int) -> None:
+def write_calibration(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto], seed: int) -> None:
     """Make points of the corners in the photos, as structure from motion would; write both calibrations."""
     rng, photos, panels = np.random.default_rng([seed, 303]), shoot.photos, shoot.panels
     usable = ~np.isin(panels.part, [PARTS.index("glass"), PARTS.index("person")])
@@ -134,7 +134,7 @@ def write_demo(
         (folder / name).mkdir(parents=True)
 
     def one(k):
-        result = shoot_photo(folder, shoot, k, seed)
+        result = render_photo(folder, shoot, k, seed)
         tick()
         return result
 

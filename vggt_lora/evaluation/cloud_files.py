@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 from ..files.atomic import atomic_path
 
 # %% ../../nbs/evaluation/cloud_files.ipynb #5df211f8
@@ -91,7 +91,7 @@ def write_cloud(
     """
     path = Path(path)
     if path.suffix.lower() not in (".ply", ".glb"):
-        raise ConfigError(f"{path}: " + unknown("kind of cloud file", path.suffix, (".ply", ".glb")))
+        raise ConfigError(f"{path}: " + unknown_name_message("kind of cloud file", path.suffix, (".ply", ".glb")))
     if not np.isfinite(cloud.points).all():
         raise ConfigError(f"{path}: {(~np.isfinite(cloud.points).all(1)).sum()} points of the cloud are not finite")
     middle = np.round(cloud.points.mean(0)) if len(cloud.points) else np.zeros(3)

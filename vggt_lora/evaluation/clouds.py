@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 from ..datasets.samples import FrameCache, load_sample
 from .cloud_files import write_cloud
 from .cloud_metrics import BEAM_ANGLE, BEAM_START, THRESHOLDS, VOXEL, Beams, photo_scores, score_cloud
@@ -21,7 +21,7 @@ from .fusion import Cloud, Similarity, fit_similarity, fuse_depth, join_clouds, 
 from .runner import trusted_truth, window_scale
 from .statistics import DRAWS, LEVEL, Effect, draw_counts, drawn_effect, in_words
 from ..files.atomic import write_json
-from ..geometry.cameras import look_up, pixel_centres, camera_centre, decode_pose, project_points, transform_points, unproject_depth
+from ..geometry.cameras import sample_nearest, pixel_centres, camera_centre, decode_pose, project_points, transform_points, unproject_depth
 from ..scenes.masks import LASER_DROPS, mask_at, photo_mask
 from ..scenes.undistortion import grid_camera
 from ..supervision.laser_scans import angular_step, disc_surface, load_occluder, load_scans
@@ -64,7 +64,7 @@ def region_labels(
         return np.zeros(size, np.uint8)
     K, _ = grid_camera(frame, size, plan)
     places = (pixel_centres(size) - K[:2, 2]) / np.diag(K)[:2] * np.diag(frame.K)[:2] + frame.K[:2, 2]
-    return (look_up(np.asarray(Image.open(path)), places, 255).astype(np.int64) + 1).reshape(size).astype(np.uint8)
+    return (sample_nearest(np.asarray(Image.open(path)), places, 255).astype(np.int64) + 1).reshape(size).astype(np.uint8)
 
 
 def make_view(
@@ -174,7 +174,7 @@ def align_window(
     Raises ConfigError for an unknown protocol, a window without truth, or centres that determine no similarity.
     """
     if protocol not in CLOUD_PROTOCOLS:
-        raise ConfigError(unknown("cloud protocol", protocol, CLOUD_PROTOCOLS))
+        raise ConfigError(unknown_name_message("cloud protocol", protocol, CLOUD_PROTOCOLS))
     truth, K, pose = (getattr(sample, f).numpy().astype(np.float64) for f in ("depth", "K", "world_to_cam"))
     depth = predicted[0]
     pairs = np.flatnonzero(trusted & (depth > 0) & np.isfinite(depth))
@@ -252,7 +252,7 @@ def evaluate_clouds(
     from vggt_lora.progress import progress_bar
     for name in protocols:
         if name not in CLOUD_PROTOCOLS:
-            raise ConfigError(unknown("cloud protocol", name, CLOUD_PROTOCOLS))
+            raise ConfigError(unknown_name_message("cloud protocol", name, CLOUD_PROTOCOLS))
     for model in models.values():
         if hasattr(model, "eval"):
             model.eval()

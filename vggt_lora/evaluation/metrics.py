@@ -10,7 +10,7 @@ __all__ = ['FITTED_PIXELS', 'ALIGNMENTS', 'ERRORS', 'LOG_ERRORS', 'TAU', 'COUNTS
 # %% ../../nbs/evaluation/metrics.ipynb #53592470
 import numpy as np
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 
 # %% ../../nbs/evaluation/metrics.ipynb #5617f8ca
 def counted_pixels(
@@ -34,7 +34,7 @@ def alignment_parameters(
 ) -> tuple[float, float]:
     """Find the scale and shift that bring `pred` to `truth`; NaN where they are not determined; ConfigError for an unknown name."""
     if how not in ALIGNMENTS:
-        raise ConfigError(unknown("alignment", how, ALIGNMENTS))
+        raise ConfigError(unknown_name_message("alignment", how, ALIGNMENTS))
     undetermined = (float("nan"), float("nan"))
     if len(pred) < ALIGNMENTS[how] or not np.isfinite(pred).all():
         return undetermined
@@ -128,9 +128,9 @@ def alignment_name(
 ) -> str:
     """Name an alignment with its scope, as rows carry it; raises ConfigError for unknown names."""
     if how not in ALIGNMENTS:
-        raise ConfigError(unknown("alignment", how, ALIGNMENTS))
+        raise ConfigError(unknown_name_message("alignment", how, ALIGNMENTS))
     if scope not in SCOPES:
-        raise ConfigError(unknown("scope", scope, SCOPES))
+        raise ConfigError(unknown_name_message("scope", scope, SCOPES))
     return how if how == "none" else f"{how} per {scope}"
 
 

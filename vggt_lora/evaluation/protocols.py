@@ -9,7 +9,7 @@ __all__ = ['RESOLUTIONS', 'PROTOCOLS', 'DEFAULT', 'STANDARD', 'PUBLISHED', 'Prot
 import dataclasses
 import math
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 from ..datasets.windows import Window
 from .metrics import ALIGNMENTS, SCOPES, TAU, alignment_name
 
@@ -35,7 +35,7 @@ class Protocol:
         known = (*ALIGNMENTS, "pose")
         for kind, value, choices in (("alignment", self.alignment, known), ("scope", self.scope, SCOPES), ("resolution", self.resolution, RESOLUTIONS)):
             if value not in choices:
-                raise ConfigError(f"protocol {self.id!r}: " + unknown(kind, value, choices))
+                raise ConfigError(f"protocol {self.id!r}: " + unknown_name_message(kind, value, choices))
         for name in ("clip", "truth_range"):
             limits = getattr(self, name)
             if limits is not None and not 0 <= limits[0] < limits[1]:
@@ -78,7 +78,7 @@ def find_protocols(
     wanted = [part.strip() for part in wanted.split(",")] if isinstance(wanted, str) else [wanted] if isinstance(wanted, Protocol) else list(wanted)
     for name in wanted:
         if not isinstance(name, Protocol) and name not in PROTOCOLS:
-            raise ConfigError(unknown("protocol", name, PROTOCOLS))
+            raise ConfigError(unknown_name_message("protocol", name, PROTOCOLS))
     found = tuple(name if isinstance(name, Protocol) else PROTOCOLS[name] for name in wanted)
     if not found or len({p.id for p in found}) < len(found):
         raise ConfigError(f"protocols {', '.join(p.id for p in found) or 'none'}: expected at least one, each with an id of its own")

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 
 # %% ../../nbs/evaluation/statistics.ipynb #d28e7824
 UNITS = ("frames", "scenes")  # what is drawn again
@@ -27,7 +27,7 @@ def draw_counts(
 ) -> np.ndarray:
     """Return how often each frame is in each draw, (draws, N); raises ConfigError for an unknown unit."""
     if unit not in UNITS:
-        raise ConfigError(unknown("unit", unit, UNITS))
+        raise ConfigError(unknown_name_message("unit", unit, UNITS))
     frames = len(scenes)
     if unit == "frames":
         return _tally(random.integers(0, frames, (draws, frames)), frames)
@@ -191,9 +191,9 @@ def _check_request(base, adapted, labels, unit: str, method: str, level: float) 
     if base.ndim != 2 or base.shape != adapted.shape or base.shape[1:] != labels.shape:
         raise ConfigError(f"base {base.shape}, adapted {adapted.shape} and scenes {labels.shape} are not (runs, frames) and (frames,) of the same frames")
     if unit not in UNITS:
-        raise ConfigError(unknown("unit", unit, UNITS))
+        raise ConfigError(unknown_name_message("unit", unit, UNITS))
     if method not in METHODS:
-        raise ConfigError(unknown("method", method, METHODS))
+        raise ConfigError(unknown_name_message("method", method, METHODS))
     if method == "bca" and unit == "scenes":
         raise ConfigError("BCa is offered for frames only; take method='percentile' for scenes")
     if not 0.5 <= level < 1:

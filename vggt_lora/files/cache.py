@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['photo_hash', 'digest_of', 'file_digest', 'file_stamp', 'store_folder', 'dense_folder', 'read_arrays', 'write_arrays',
-           'EntryError', 'StoreReport', 'entry_files', 'folder_bytes', 'remove_leftovers', 'prune_entries', 'gigabytes']
+           'CacheEntryError', 'StoreReport', 'entry_files', 'folder_bytes', 'remove_leftovers', 'prune_entries',
+           'gigabytes']
 
 # %% ../../nbs/files/cache.ipynb #54e91349
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import ConfigError, SceneError, VggtLoraError
-from .atomic import atomic_path, remove_dead
+from .atomic import atomic_path, remove_stale
 
 # %% ../../nbs/files/cache.ipynb #3370037e
 @functools.lru_cache(maxsize=4096)
@@ -85,7 +86,7 @@ def write_arrays(path: Path, **arrays) -> None:
             np.savez(handle, **arrays)
 
 # %% ../../nbs/files/cache.ipynb #fff18bae
-class EntryError(VggtLoraError):
+class CacheEntryError(VggtLoraError):
     """A file of the store is no whole entry of this name and version."""
 
 # %% ../../nbs/files/cache.ipynb #2d06468b
@@ -125,7 +126,7 @@ def remove_leftovers(
     age: float = 3600,  # seconds; for those of processes that cannot be asked for: writing needs milliseconds
 ) -> int:
     """Remove temporary files of runs that were killed and return their number."""
-    return remove_dead(folder, age, unnamed=True)
+    return remove_stale(folder, age, unnamed=True)
 
 # %% ../../nbs/files/cache.ipynb #61e580d9
 def prune_entries(

@@ -7,7 +7,7 @@ __all__ = ['quaternion_to_matrix', 'matrix_to_quaternion', 'to_4x4', 'camera_cen
            'compose_poses', 'relative_to_first', 'project_points', 'depth_to_cam_points', 'unproject_depth',
            'resize_intrinsics', 'crop_intrinsics', 'resize_pixels', 'crop_pixels', 'corner_to_centre_intrinsics',
            'centre_to_corner_intrinsics', 'encode_pose', 'decode_pose', 'pinhole_rays', 'pinhole_pixels',
-           'pixel_centres', 'look_up', 'down_direction']
+           'pixel_centres', 'sample_nearest', 'down_direction']
 
 # %% ../../nbs/geometry/cameras.ipynb #5fe0ff1d
 import math
@@ -285,7 +285,7 @@ def pixel_centres(
     return np.stack([u, v], -1).reshape(-1, 2) + 0.5
 
 # %% ../../nbs/geometry/cameras.ipynb #a537c273
-def look_up(
+def sample_nearest(
     values: np.ndarray,  # (h, w) drawn on a picture
     pixels: np.ndarray,  # (n, 2) u, v in that picture; nan = nowhere
     outside,  # value for places beyond the picture

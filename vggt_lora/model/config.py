@@ -9,7 +9,7 @@ __all__ = ['VGGTConfig']
 import dataclasses
 import math
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 
 # %% ../../nbs/model/config.ipynb #88c92568
 def _positive_int(name: str, value: object) -> None:
@@ -93,7 +93,7 @@ class VGGTConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in names:
-                raise ConfigError(unknown("VGGTConfig field", name, names))
+                raise ConfigError(unknown_name_message("VGGTConfig field", name, names))
         return cls(**fields)
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import ConfigError, WeightsError, unknown
+from ..core import ConfigError, WeightsError, unknown_name_message
 from ..files.atomic import atomic_path, write_json
 from .aggregator import Aggregator, AggregatorState, check_images
 from .camera_head import CameraHead
@@ -142,7 +142,7 @@ class VGGT(nn.Module):
             if head == "track" and self.track_head is not None:
                 self.track_head()  # says that it cannot run
             if head not in ("camera", "depth", "point", "track"):
-                raise ConfigError(unknown("head", head, ("camera", "depth", "point")))
+                raise ConfigError(unknown_name_message("head", head, ("camera", "depth", "point")))
             if head not in self.config.heads:
                 raise ConfigError(f"the {head} head is switched off in this model; it has {', '.join(self.config.heads) or 'none'}")
         if not wanted:

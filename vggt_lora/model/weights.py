@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..core import ConfigError, WeightsError, user_path
-from ..files.atomic import leads_out, read_json
+from ..files.atomic import escapes_folder, read_json
 from .config import VGGTConfig
 from .embedded import SHIPPED, ModelCard, card_beside, find_shipped, remedy
 
@@ -83,7 +83,7 @@ def _on_hub(name: str, revision: str | None) -> WeightsFile:
             try:
                 path = found[file_name] = Path(hf_hub_download(name, file_name, revision=revision))
                 home = next((p for p in path.parents if p.name.startswith("models--")), path.parent)
-                if leads_out(path, home, home / "blobs"):
+                if escapes_folder(path, home, home / "blobs"):
                     raise WeightsError(f"{path}: is a link out of the hub's cache; remove {home} and fetch {name!r} again")
             except EntryNotFoundError as absent:  # on the hub, or in the cache while offline
                 reason = str(absent).splitlines()[0]

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..efficiency.frozen_prefix import EMBEDDING, find_boundary, network, part, state_bytes
+from ..efficiency.frozen_prefix import EMBEDDING, find_frozen_prefix, network, part, state_bytes
 from ..model.aggregator import AggregatorState
 from ..model.vggt import VGGT
-from ..training.build import put_adapter
+from ..training.build import add_adapter
 from ..training.config import TrainConfig
 
 # %% ../../nbs/preflight/memory_estimate.ipynb #f560a683
@@ -37,7 +37,7 @@ def saved_bytes(
     after: int | None = None,  # count from this layer on; None: from the boundary
 ) -> int:
     """Return the bytes that autograd keeps of a window, counted from the boundary on; in float32, nothing recomputed."""
-    bare, layer = network(model), find_boundary(model, heads).layer if after is None else after
+    bare, layer = network(model), find_frozen_prefix(model, heads).layer if after is None else after
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -98,14 +98,14 @@ def count(
     """Count a run on a network that has shapes only; raises ConfigError where its adapter cannot be put on."""
     heads, frames, item = config.trained_heads, config.frames, 2 if precision == "bf16" else 4
     with torch.device("meta"):
-        model, targets = put_adapter(VGGT(shape), config)
+        model, targets = add_adapter(VGGT(shape), config)
     model.train()
-    saved, boundary = saved_bytes(model, frames, size, heads), find_boundary(model, heads).layer
+    saved, boundary = saved_bytes(model, frames, size, heads), find_frozen_prefix(model, heads).layer
     if item == 2:
         in_heads = saved_bytes(model, frames, size, heads, after=max(network(model)._layers_read(heads)))
         saved = in_heads + (saved - in_heads) // 2
-    used = config.cache != "off" and boundary is not None and (config.variants > 0 or not config.varies)
+    used = config.feature_cache != "off" and boundary is not None and (config.distinct_epochs > 0 or not config.varies)
     layers = range(EMBEDDING, boundary + 1) if used else ()
-    away = sum(p.numel() for layer in layers for _, module in part(network(model), layer) for p in module.parameters()) if config.variants else 0
-    kept = state_bytes(model, boundary, frames, size, {"float32": 4, "bf16": 2}.get(config.cache, item), heads) if used else 0
+    away = sum(p.numel() for layer in layers for _, module in part(network(model), layer) for p in module.parameters()) if config.distinct_epochs else 0
+    kept = state_bytes(model, boundary, frames, size, {"float32": 4, "bf16": 2}.get(config.feature_cache, item), heads) if used else 0
     return Counted(targets.total, targets.trainable, standing_bytes(targets.total, targets.trainable, item), item * away, saved, kept)

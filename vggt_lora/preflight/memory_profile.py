@@ -135,7 +135,7 @@ def measure_window(
     model,  # the adapted model, on its device
     sample: Sample,
     config: TrainConfig,
-    store=None,  # PrefixStore in a folder of its own; None: from the photos
+    store=None,  # FeatureStore in a folder of its own; None: from the photos
     most: int = 6,  # repetitions of a short step; 1: only its memory is asked for
 ) -> Point:
     """Measure one window in the three phases, in the order of a run, and leave nothing changed."""

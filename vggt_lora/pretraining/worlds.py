@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, SceneError, unknown
+from ..core import ConfigError, SceneError, unknown_name_message
 from ..demo.panels import Build, Caster, Material, box, finish, prism
 from ..demo.shading import Light, develop, photograph, pinhole_rays
 from ..demo.sites import LAYOUTS, make_place
@@ -161,7 +161,7 @@ def make_world(
 ) -> World:
     """Build, walk and photograph; the same arguments give the same world. Raises ConfigError for an unknown kind."""
     if kind and kind not in PLACES:
-        raise ConfigError(unknown("kind of world", kind, PLACES))
+        raise ConfigError(unknown_name_message("kind of world", kind, PLACES))
     rng = np.random.default_rng([seed, 1103])
     kind = kind or PLACES[rng.choice(len(PLACES), p=SHARES)]
     for _ in range(20):  # some places have no room for a walk

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..core import ConfigError, SceneError, unknown
+from ..core import ConfigError, SceneError, unknown_name_message
 from ..files.archive import unpack
-from ..files.atomic import write_json, take
+from ..files.atomic import write_json, file_lock
 from ..files.http import DownloadError, Part, amount, check_room, fetch, probe
 from .opening import ETH3D_PHOTOS, open_scene
 
@@ -59,7 +59,7 @@ def read_kinds(
     names = {**{k: k for k in KINDS}, **{kind.archive: k for k, kind in KINDS.items()}, "originals": "jpg"}
     for name in given:
         if name not in names:
-            raise ConfigError(unknown("kind of archive", name, names))
+            raise ConfigError(unknown_name_message("kind of archive", name, names))
     return [k for k in KINDS if k in {names[name] for name in given}]
 
 
@@ -70,7 +70,7 @@ def read_scenes(
     given = [scenes] if isinstance(scenes, str) else list(scenes)
     for name in given:
         if name != "all" and name not in ETH3D_PHOTOS:
-            raise ConfigError(unknown("scene", name, [*ETH3D_PHOTOS, "all"]))
+            raise ConfigError(unknown_name_message("scene", name, [*ETH3D_PHOTOS, "all"]))
     return list(ETH3D_PHOTOS) if "all" in given else list(dict.fromkeys(given))
 
 # %% ../../nbs/scenes/eth3d_server.ipynb #dc2c4f30
@@ -197,7 +197,7 @@ def only_one(
 ):
     """Keep other processes from downloading into `folder` meanwhile; raises DownloadError where one does."""
     try:
-        lock = take(folder / ".vggt_lora_download.lock")
+        lock = file_lock(folder / ".vggt_lora_download.lock")
     except OSError as fault:
         raise DownloadError(f"{folder}: cannot be written ({fault.strerror or fault}); name another folder") from fault
     if lock is None:

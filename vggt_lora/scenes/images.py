@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import ConfigError, SceneError, unknown
+from ..core import ConfigError, SceneError, unknown_name_message
 from ..geometry.cameras import crop_intrinsics, crop_pixels, resize_intrinsics, resize_pixels
 
 # %% ../../nbs/scenes/images.ipynb #e6f5ab67
@@ -39,7 +39,7 @@ def target_size(
 ) -> tuple[int, int]:  # (height, width)
     """Give the size that the network sees for a photo of this size."""
     if mode not in MODES:
-        raise ConfigError(unknown("image mode", mode, MODES))
+        raise ConfigError(unknown_name_message("image mode", mode, MODES))
     _check_sides([long_side], patch)
     height, width = (int(side) for side in size)
     if min(height, width) < 1:
@@ -233,7 +233,7 @@ def preprocess_images(
 ) -> np.ndarray:  # (N,3,H,W) float32 in [0,1]
     """Prepare pictures exactly as the official inference code does (spec 12)."""
     if mode not in ("crop", "pad", "square"):
-        raise ConfigError(unknown("official image mode", mode, ("crop", "pad", "square")))
+        raise ConfigError(unknown_name_message("official image mode", mode, ("crop", "pad", "square")))
     _check_sides([target], 14)
     results = [_official(_as_photo(image), mode, target) for image in images]
     if not results:

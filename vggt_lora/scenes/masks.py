@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import SceneError
 from ..files.cache import file_digest, file_stamp
-from ..geometry.cameras import look_up, pixel_centres
+from ..geometry.cameras import pixel_centres, sample_nearest
 from .images import open_photo
 from .undistortion import carry_to_grid, grid_camera, original_camera, to_original
 
@@ -75,9 +75,9 @@ def mask_at(
     found = np.zeros(len(pixels), np.uint8)
     if frame.mask_path is not None:
         original = original_camera(scene, frame, "its mask")
-        found = look_up(read_mask(frame.mask_path, original.size), to_original(pixels, frame.K, original), 0)
+        found = sample_nearest(read_mask(frame.mask_path, original.size), to_original(pixels, frame.K, original), 0)
     if frame.photo_mask_path is not None:
-        found = np.maximum(found, look_up(read_own_mask(frame.photo_mask_path, frame.size), np.asarray(pixels), 0))
+        found = np.maximum(found, sample_nearest(read_own_mask(frame.photo_mask_path, frame.size), np.asarray(pixels), 0))
     return found
 
 
@@ -94,7 +94,7 @@ def photo_mask(
         original = original_camera(scene, frame, "its mask")
         found = carry_to_grid(read_mask(frame.mask_path, original.size), frame, original, size, plan)
     if frame.photo_mask_path is not None:
-        own = look_up(read_own_mask(frame.photo_mask_path, frame.size), (pixel_centres(size) - K[:2, 2]) / np.diag(K)[:2]
+        own = sample_nearest(read_own_mask(frame.photo_mask_path, frame.size), (pixel_centres(size) - K[:2, 2]) / np.diag(K)[:2]
                       * np.diag(frame.K)[:2] + frame.K[:2, 2], 0).reshape(size)
         found[top:bottom, left:right] = np.maximum(found, own)[top:bottom, left:right]
     return found
@@ -134,7 +134,7 @@ def region_labels(
                 drawn = np.asarray(picture) > 0
             except (OSError, SyntaxError, ValueError) as error:
                 raise SceneError(f"{path}: the labels are damaged or cut short: {error}") from error
-        found[look_up(drawn, at, False)] = REGIONS.index(kind[:-1])
+        found[sample_nearest(drawn, at, False)] = REGIONS.index(kind[:-1])
     top, left, bottom, right = plan.content_box
     codes[top:bottom, left:right] = found.reshape(plan.size)[top:bottom, left:right]
     return codes

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from natsort import natsort_keygen
 
-from ..core import ConfigError, SceneError, unknown, user_path
+from ..core import ConfigError, SceneError, unknown_name_message, user_path
 from ..demo.demo_scenes import demo_scenes
 from ..files.atomic import read_json
 from .colmap_checks import check_convention
@@ -135,7 +135,7 @@ def unit_is_metre(
         unit = content.get("unit") if isinstance(content, dict) else None
         if unit is not None:
             if unit not in ("metre", "arbitrary"):
-                raise SceneError(f"{said}: " + unknown("unit", unit, ("metre", "arbitrary")))
+                raise SceneError(f"{said}: " + unknown_name_message("unit", unit, ("metre", "arbitrary")))
             return unit == "metre"
     return any(find_part(folders, part) is not None for part in LASER_PARTS)
 

@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from ..core import ConfigError, SceneError, unknown, user_path
+from ..core import ConfigError, SceneError, unknown_name_message, user_path
 from ..files.atomic import temporary_folder
 from ..settings import command
 
@@ -43,7 +43,7 @@ class ReconstructConfig:
                 raise ConfigError(f"{name} is missing: photos is the folder of photographs, scene the folder to write")
         for name, choices in (("camera", CAMERAS), ("matching", MATCHING)):
             if getattr(self, name) not in choices:
-                raise ConfigError(unknown(name, getattr(self, name), choices))
+                raise ConfigError(unknown_name_message(name, getattr(self, name), choices))
         for name, least in (("neighbours", 1), ("long_side", 100), ("least", 2), ("threads", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")

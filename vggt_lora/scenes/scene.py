@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import SceneError, unknown
+from ..core import SceneError, unknown_name_message
 
 # %% ../../nbs/scenes/scene.ipynb #4fc2d346
 @dataclass(frozen=True, eq=False)
@@ -109,4 +109,4 @@ class Scene:
             return found[0]
         if found:
             raise SceneError(f"{name!r} is ambiguous in scene {self.name}: {', '.join(f.name for f in found)}")
-        raise SceneError(f"scene {self.name}: " + unknown("frame", name, [f.name for f in self.frames]))
+        raise SceneError(f"scene {self.name}: " + unknown_name_message("frame", name, [f.name for f in self.frames]))

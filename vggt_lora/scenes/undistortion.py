@@ -16,7 +16,7 @@ import numpy as np
 from ..core import ConfigError, SceneError
 from ..files.cache import file_stamp
 from vggt_lora.geometry.cameras import (
-    look_up, pinhole_pixels, pinhole_rays, pixel_centres, quaternion_to_matrix, resize_intrinsics,
+    pinhole_pixels, pinhole_rays, pixel_centres, quaternion_to_matrix, resize_intrinsics, sample_nearest,
 )
 from .colmap_binary import scan_cameras_binary, scan_images_binary
 from .colmap_checks import check_cameras
@@ -185,7 +185,7 @@ def carry_to_grid(
     if values.shape != tuple(original.size):
         raise SceneError(f"{frame.name}: a picture of {values.shape[1]}x{values.shape[0]} does not belong to its original of {original.size[1]}x{original.size[0]}")
     K, (top, left, bottom, right) = grid_camera(frame, size, plan)
-    carried = look_up(values, to_original(pixel_centres(size), K, original), outside).reshape(size)
+    carried = sample_nearest(values, to_original(pixel_centres(size), K, original), outside).reshape(size)
     shown = np.zeros(size, bool)
     shown[top:bottom, left:right] = True
     return np.where(shown, carried, np.asarray(outside, values.dtype))

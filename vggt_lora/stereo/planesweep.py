@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['relative_mapping', 'pixel_centres', 'Warper', 'window_sum', 'WindowNcc', 'mean_of_best', 'match', 'depth_range',
-           'plane_steps', 'match_volume', 'semi_global', 'lean', 'add_slanted', 'best_plane', 'median_3x3', 'half_size',
-           'to_full_size', 'sweep']
+           'plane_steps', 'match_volume', 'semi_global', 'inverse_depth_on_plane', 'add_slanted', 'best_plane',
+           'median_3x3', 'half_size', 'to_full_size', 'sweep']
 
 # %% ../../nbs/stereo/planesweep.ipynb #08cf4da1
 import copy
@@ -236,7 +236,7 @@ def semi_global(
     return total
 
 # %% ../../nbs/stereo/planesweep.ipynb #5b7d20f4
-def lean(
+def inverse_depth_on_plane(
     normal: np.ndarray,  # (3,) in the frame's camera
     K: np.ndarray,  # (3, 3) at the size of the sweep
     size: tuple,  # (height, width)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, SceneError, unknown
+from ..core import ConfigError, SceneError, unknown_name_message
 from ..files.cache import file_stamp
 from ..scenes.colmap_model import find_model, pinhole_matrix, read_model
 from ..scenes.masks import SPARSE_DROPS, photo_mask
@@ -53,7 +53,7 @@ def find_depth_map(
 ) -> Path:
     """Return the path of a frame's depth map; raises DepthAbsent where there is none, SceneError where several fit."""
     if kind not in KINDS:
-        raise ConfigError(unknown("kind of depth map", kind, KINDS))
+        raise ConfigError(unknown_name_message("kind of depth map", kind, KINDS))
     folder = next((f for f in (Path(workspace) / "stereo" / "depth_maps", Path(workspace) / "depth_maps", Path(workspace)) if f.is_dir()), None)
     if folder is None:
         raise DepthAbsent(f"{workspace}: no such folder; expected a dense workspace of COLMAP with stereo/depth_maps")

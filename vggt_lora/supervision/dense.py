@@ -21,7 +21,7 @@ from ..geometry.cameras import down_direction
 from ..geometry.planes import find_planes
 from ..scenes.images import ImagePlan
 from ..scenes.masks import UNFIT, photo_mask
-from ..stereo.estimate import DenseSettings, Shot, companion, estimate, estimate_key, main_shot
+from ..stereo.estimate import DenseSettings, SweepFrame, neighbour_frame, estimate, estimate_key, main_frame
 from ..stereo.planesweep import Warper, depth_range, pixel_centres, relative_mapping
 from ..stereo.refinement import padded, window_shifts
 from ..stereo.view_selection import find_neighbours
@@ -29,7 +29,7 @@ from .depth_map import DepthMap
 
 # %% ../../nbs/supervision/dense.ipynb #d248df92
 def confirmations(
-    shot: Shot,
+    shot: SweepFrame,
     inverse,  # (h, w) tensor
     others: list,  # (Shot, its inverse depth (h', w'))
     settings: DenseSettings,
@@ -76,8 +76,8 @@ def confidence_of(count, error, bend):
 class DenseJob:
     """One photo whose estimate is needed: what it is computed from, and the name under which it is kept."""
 
-    shot: Shot
-    others: list[Shot]
+    shot: SweepFrame
+    others: list[SweepFrame]
     depths: tuple[float, float]  # nearest and farthest to try
     down: tuple[float, float, float]  # towards the ground, in the world
     key: str
@@ -99,14 +99,14 @@ def scene_down(
 
 def dense_jobs(
     scene,  # Scene
-    shots: list[Shot],
+    shots: list[SweepFrame],
     settings: DenseSettings,
 ) -> dict[tuple, list[DenseJob]]:
     """Return {(frame name, plan): [own job, those of the photos that may confirm it]}; an empty list for a frame without neighbours."""
     made: dict[tuple, DenseJob | None] = {}
 
     def around(shot, count):
-        return [companion(shot, scene.frames[n.index]) for n in find_neighbours(scene, shot.frame, count)]
+        return [neighbour_frame(shot, scene.frames[n.index]) for n in find_neighbours(scene, shot.frame, count)]
 
     def job(shot):
         name = shot.frame.name, shot.plan
@@ -191,7 +191,7 @@ def dense_estimate(
     """
     import torch
 
-    main = main_shot(frame, size, plan)
+    main = main_frame(frame, size, plan)
     jobs = dense_jobs(scene, [main], settings)[frame.name, main.plan]
     if not jobs:
         nothing = np.zeros(main.plan.size, np.float32)
@@ -260,7 +260,7 @@ def prepare_dense(
     """Compute what the cache lacks for the dense depth of these photos, and return how many estimates that were."""
     if not cache:
         raise ConfigError("dense depth of many photos needs a cache folder, or every photo would be computed once per neighbour")
-    jobs = dense_jobs(scene, [main_shot(frame, plan.size, plan) for frame, plan in wanted], settings)
+    jobs = dense_jobs(scene, [main_frame(frame, plan.size, plan) for frame, plan in wanted], settings)
     each = {job.key: job for group in jobs.values() for job in group}
     return sum(computed for _, _, computed in compute_jobs(list(each.values()), settings, device, cache_folder(cache), progress, scene.name))
 
@@ -274,7 +274,7 @@ def dense_depths(
     """Return {frame name: DepthMap} for all frames of a scene (or those that have a plan), computed once each and cached."""
     if (size is None) == (plans is None):
         raise ConfigError("dense_depths takes either size or plans")
-    wanted = [(f, main_shot(f, size, None).plan if plans is None else plans[f.name]) for f in scene.frames if plans is None or f.name in plans]
+    wanted = [(f, main_frame(f, size, None).plan if plans is None else plans[f.name]) for f in scene.frames if plans is None or f.name in plans]
     prepare_dense(scene, wanted, **options)
     return {frame.name: dense_depth(scene, frame, plan.size, plan, **options) for frame, plan in wanted}
 

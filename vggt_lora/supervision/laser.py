@@ -12,12 +12,12 @@ import numpy as np
 
 from ..core import SceneError
 from ..files.cache import file_digest
-from ..geometry.cameras import look_up, pinhole_pixels
+from ..geometry.cameras import pinhole_pixels, sample_nearest
 from ..scenes.masks import ABSENT, LASER_DROPS, mask_inputs, read_mask, read_own_mask
 from ..scenes.opening import find_part, scene_folders
 from ..scenes.ply import read_alignment
 from ..scenes.undistortion import grid_camera, original_camera
-from .depth_map import DepthAbsent, DepthMap, pool_front
+from .depth_map import DepthAbsent, DepthMap, zbuffer_mean
 from .laser_scans import OCCLUSION_FILES, SCAN_FATES, scan_depth, scan_files
 
 # %% ../../nbs/supervision/laser.ipynb #571dcfdc
@@ -65,14 +65,14 @@ def carried_depth(
         known, z = known[sound], z[sound]
     rays = original.rays(np.column_stack([known % original.size[1], known // original.size[1]]) + 0.5)
     if frame.photo_mask_path is not None:
-        sound = look_up(read_own_mask(frame.photo_mask_path, frame.size), pinhole_pixels(rays, frame.K), 0) != ABSENT
+        sound = sample_nearest(read_own_mask(frame.photo_mask_path, frame.size), pinhole_pixels(rays, frame.K), 0) != ABSENT
         rays, z = rays[sound], z[sound]
     masked = total - len(z)
     u, v = pinhole_pixels(rays, K).T
     with np.errstate(invalid="ignore"):  # a ray that the lens does not have is nan, hence outside
         inside = (u >= left) & (u < right) & (v >= top) & (v < bottom)
     flat = v[inside].astype(np.int64) * size[1] + u[inside].astype(np.int64)
-    depth, front = pool_front(flat, z[inside], size[0] * size[1])
+    depth, front = zbuffer_mean(flat, z[inside], size[0] * size[1])
     valid = depth > 0
     counts = {"observed": total, "landed": int(valid.sum()), "pooled": int(front.sum() - valid.sum()), "hidden": int((~front).sum()),
               "outside": int((~inside).sum()), "masked": masked}

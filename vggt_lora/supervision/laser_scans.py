@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, SceneError, unknown
+from ..core import ConfigError, SceneError, unknown_name_message
 from ..files.cache import file_stamp
 from ..geometry.cameras import pinhole_rays
 from ..scenes.masks import LASER_DROPS, mask_at
 from ..scenes.opening import find_part, scene_folders
 from ..scenes.ply import read_alignment, read_mesh, read_ply
 from ..scenes.undistortion import grid_camera
-from .depth_map import DepthAbsent, DepthMap, pool_front
+from .depth_map import DepthAbsent, DepthMap, zbuffer_mean
 
 # %% ../../nbs/supervision/laser_scans.ipynb #f658c8f0
 SCAN_FOLDERS = ("dslr_scan_eval", "scan_clean")
@@ -201,7 +201,7 @@ def scan_depth(
     Raises DepthAbsent where the scene has no scans, ConfigError for an unknown `hide` or a mesh that is not there, SceneError for broken files.
     """
     if hide not in ("auto", "mesh", "discs"):
-        raise ConfigError(unknown("way of hiding", hide, ("auto", "mesh", "discs")))
+        raise ConfigError(unknown_name_message("way of hiding", hide, ("auto", "mesh", "discs")))
     scans = load_scans(scene)
     if scans is None:
         raise DepthAbsent(f"scene {scene.name} has no laser scans: no scan_alignment.mlp in {' or '.join(SCAN_FOLDERS)} of {scene.root}")
@@ -213,7 +213,7 @@ def scan_depth(
     pixels, z, radius = points_in_view(scans, frame.world_to_cam, K, size, box)
     flat = np.minimum(pixels[:, 1].astype(np.int64), size[0] - 1) * size[1] + np.minimum(pixels[:, 0].astype(np.int64), size[1] - 1)
     total, in_view = sum(map(len, scans.points)), len(z)
-    front = pool_front(flat, z, size[0] * size[1])[1]
+    front = zbuffer_mean(flat, z, size[0] * size[1])[1]
     if occluder is None:
         front &= z <= disc_surface(flat, z, radius, size).ravel()[flat] * np.float32(1 + recess)
     behind = in_view - int(front.sum())
@@ -226,7 +226,7 @@ def scan_depth(
         rows, place, behind = rows[~hidden], place[~hidden], behind + int(hidden.sum())
     masked = np.isin(mask_at(scene, frame, place * np.diag(frame.K)[:2] + frame.K[:2, 2]), LASER_DROPS)
     rows = rows[~masked]
-    depth, last = pool_front(flat[rows], z[rows], size[0] * size[1])
+    depth, last = zbuffer_mean(flat[rows], z[rows], size[0] * size[1])
     valid = depth > 0
     counts = {"observed": total, "landed": int(valid.sum()), "pooled": pooled + int(last.sum()) - int(valid.sum()),
               "hidden": behind + int((~last).sum()), "outside": total - in_view, "masked": int(masked.sum())}

@@ -13,7 +13,7 @@ import inspect
 
 import numpy as np
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 from ..files.cache import digest_of, file_digest
 from ..scenes.images import ImagePlan
 from ..scenes.opening import scene_folders
@@ -94,7 +94,7 @@ def source_names(
     names = tuple(part.strip() for part in str(name).split("+"))
     for part in names:
         if part not in DEPTH_SOURCES:
-            raise ConfigError(unknown(setting, part, DEPTH_SOURCES) + " Several can be joined by '+', the most trusted first.")
+            raise ConfigError(unknown_name_message(setting, part, DEPTH_SOURCES) + " Several can be joined by '+', the most trusted first.")
     if len(set(names)) < len(names):
         raise ConfigError(f"{setting} {name!r} names a source twice; expected each once, the most trusted first")
     return names
@@ -109,7 +109,7 @@ def code_of(source) -> str:
         return f"{name} {hashlib.sha256(inspect.getsource(source).encode()).hexdigest()}"
     except (OSError, TypeError) as error:
         raise ConfigError(f"the text of depth source {name} cannot be read ({error}), so the frame store cannot tell whether it changed; "
-                          "use store=False") from error
+                          "use frame_cache=False") from error
 
 
 def scene_inputs(scene, frame) -> list:

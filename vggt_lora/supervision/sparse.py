@@ -15,7 +15,7 @@ from ..geometry.cameras import camera_centre, project_points
 from ..scenes.masks import SPARSE_DROPS, mask_at, mask_inputs
 from ..scenes.scene import distinct
 from ..scenes.undistortion import grid_camera
-from .depth_map import DepthMap, splat_nearest
+from .depth_map import DepthMap, zbuffer_min
 
 # %% ../../nbs/supervision/sparse.ipynb #86da73cc
 FATES = ("landed", "hidden", "outside", "masked", "behind", "not_finite", "repeated")  # counts["observed"] is their sum
@@ -99,7 +99,7 @@ def sparse_depth(
         in_photo, _ = project_points(scene.points.xyz[own], frame.world_to_cam, frame.K)
     masked = np.isin(mask_at(scene, frame, in_photo), SPARSE_DROPS) & (z > 0)
     own, pixels, z = own[~masked], pixels[~masked], z[~masked]
-    flat, rows, fates = splat_nearest(pixels, z, size, box)
+    flat, rows, fates = zbuffer_min(pixels, z, size, box)
     depth, weight = np.zeros(size[0] * size[1], np.float32), np.zeros(size[0] * size[1], np.float32)
     depth[flat] = z[rows]
     if len(flat):

@@ -255,7 +255,7 @@ def generator(
     purpose: int,  # keeps streams apart
 ) -> np.random.Generator:
     """The random stream of a window in an epoch; with variants it comes again after so many epochs."""
-    return np.random.default_rng([config.seed, purpose, epoch % config.variants if config.variants else epoch, index])
+    return np.random.default_rng([config.seed, purpose, epoch % config.distinct_epochs if config.distinct_epochs else epoch, index])
 
 
 def drawn_side(
@@ -278,7 +278,7 @@ def augment(
     """Change a training window as `config.augment` says; the same for the same settings, epoch and index. ConfigError for cameras that cannot be turned."""
     names, rng = config.names("augment"), generator(config, epoch, index, 1)
     mixes = [name for name in ("mixup", "cutmix") if name in names]
-    if mixes and other is not None and rng.random() < config.mix_share:
+    if mixes and other is not None and rng.random() < config.mix_probability:
         sample = mixed(sample, other(rng.random()), mixes[rng.integers(len(mixes))], rng)
     if "colour" in names:
         sample = colour(sample, rng, config.colour_strength, config.colour_per_frame)
@@ -289,7 +289,7 @@ def augment(
     if "turn" in names and rng.random() < 0.5:
         sample = turn(sample, int(rng.integers(1, 4)))
     if "crop" in names:
-        shares = rng.uniform(config.crop_share, 1, 2)
+        shares = rng.uniform(config.crop_min_scale, 1, 2)
         sample = crop(sample, tuple(max(PATCH, round(share * side / PATCH) * PATCH) for share, side in zip(shares, sample.images.shape[-2:])))
     return sample
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from ..adapters.targets import STRATEGIES, strategy_named
-from ..core import ConfigError, unknown, user_path
+from ..core import ConfigError, unknown_name_message, user_path
 from ..settings import check_values
 from ..supervision.sources import depth_source
 
@@ -24,75 +24,75 @@ class TrainConfig:
     model: str = "tiny"  # "tiny" (small and pretrained, in the package), "random" (the same shape, untrained), a hub name such as facebook/VGGT-1B, a folder or a file
     data: str = "demo"  # "demo", a scene folder, or a folder of scene folders
     scenes: str = ""  # names of the scenes to use, separated by commas; empty: all
-    metric: str = "auto"  # are scene units metres? auto (where laser data or scene.json say so), yes or no
+    units_are_metres: str = "auto"  # are scene units metres? auto (where laser data or scene.json say so), yes or no
     hold_out: str = ""  # scenes kept whole for validation, separated by commas
     groups: str = ""  # scenes that show one place and must not be held out apart, such as "castle,entry,fountain; north,south"
     output: str = ""  # run folder; empty: outputs/<strategy>-<date>-<time>
     resume: bool = False  # continue the run in `output`
     save_every: int = 50  # optimiser steps between checkpoints, besides one after each epoch; 0: only those
-    keep_last: int = 3  # checkpoints kept besides the best
-    keep: str = "last"  # weights that become the adapter: last, or best (lowest held-out loss)
+    keep_checkpoints: int = 3  # checkpoints kept besides the best
+    adapter_weights: str = "last"  # weights that become the adapter: last, or best (lowest held-out loss)
     patience: int = 0  # epochs without a lower held-out loss after which training ends; 0: never
     epochs: int = 10  # passes over the training windows
     frames: int = 8  # photos in a window
     overlap: float = 0.5  # of neighbouring windows
-    train_share: float = 0.85  # of each scene's photos, the rest validates; not used where whole scenes are held out
+    train_fraction: float = 0.85  # of each scene's photos, the rest validates; not used where whole scenes are held out
     image_size: int = 0  # long side in px, a multiple of 14; 0: the model's own
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
     supervision: str = "laser+sparse"  # depth source: sparse, laser, dense, colmap, completed, or several joined by "+", the most trusted first
-    store: bool = True  # keep preprocessed frames on disk for the next run; changes no number
-    cache: str = "auto"  # keep what the frozen layers make of a window: off, float32 (changes no number), bf16 (half the size), or auto (as `precision`)
-    cache_limit_gb: float = 30.0  # of disk for that; where it would not do, an earlier layer is kept
-    truth: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
-    targets: str = ""  # patterns of strategy custom, separated by commas
-    full: str = ""  # patterns of layers trained in full beside the adapters
+    frame_cache: bool = True  # keep preprocessed frames on disk for the next run; changes no number
+    feature_cache: str = "auto"  # keep what the frozen layers make of a window: off, float32 (changes no number), bf16 (half the size), or auto (as `precision`)
+    feature_cache_gb: float = 30.0  # of disk for that; where it would not do, an earlier layer is kept
+    eval_supervision: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
+    target_modules: str = ""  # patterns of strategy custom, separated by commas
+    full_finetune: str = ""  # patterns of layers trained in full beside the adapters
     heads: str = "camera,depth"  # heads that are trained and run: camera, depth or both
     rank: int = 16  # of the adapters
     alpha: float = 32.0  # adapters are scaled by alpha / rank
     dropout: float = 0.0  # on the adapters' input; more than 0 costs a fifth of a step, see efficiency.lora_forward
-    rslora: bool = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
-    dora: bool = False  # train the length of each weight row apart from its direction (DoRA)
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead (rsLoRA)
+    use_dora: bool = False  # train the length of each weight row apart from its direction (DoRA)
     lr: float = 0.0  # peak learning rate; 0: the strategy's own, larger for a network that is narrower than VGGT-1B
     min_lr: float = 1e-6  # at the end of the cosine
-    warmup: float = 0.1  # share of all steps with linear warm-up
+    warmup_ratio: float = 0.1  # share of all steps with linear warm-up
     weight_decay: float = 0.01  # AdamW
-    lora_plus: float = 0.0  # learning rate of B over that of A (LoRA+, often 16); 0: the same rate
-    clip: float = 1.0  # largest norm of the gradient
-    explode: float = 100.0  # a step whose gradient is this many times the median of the last 50 is skipped; 0: none is
-    max_bad: int = 5  # skipped steps in a row that end the run
-    accumulate: int = 1  # windows per optimiser step
+    loraplus_lr_ratio: float = 0.0  # learning rate of B over that of A (LoRA+, often 16); 0: the same rate
+    max_grad_norm: float = 1.0  # largest norm of the gradient
+    skip_grad_factor: float = 100.0  # a step whose gradient is this many times the median of the last 50 is skipped; 0: none is
+    max_skipped_steps: int = 5  # skipped steps in a row that end the run
+    gradient_accumulation_steps: int = 1  # windows per optimiser step
     shuffle_frames: bool = True  # training windows in random order, so any frame may define the world
-    windows: str = "order"  # windows by capture order, or of photos that share many points (covisible)
+    window_selection: str = "order"  # windows by capture order, or of photos that share many points (covisible)
     image_sizes: str = ""  # long sides that training windows are drawn at, such as "420,518,630", or factors of the image size, such as "0.8,1,1.2"; empty: one size
     augment: str = ""  # changes to training windows, separated by commas: crop, colour, flip, turn, tilt, mixup, cutmix
-    crop_share: float = 0.8  # smallest share of each side that crop leaves
+    crop_min_scale: float = 0.8  # smallest share of each side that crop leaves
     colour_strength: float = 0.5  # largest change of brightness, contrast and saturation by colour; of hue a fifth of it, in turns
     colour_per_frame: float = 0.3  # probability that colour draws for each frame and not once for the window
     tilt_degrees: float = 5.0  # largest roll by tilt
-    mix_share: float = 0.3  # share of training windows that mixup or cutmix change
-    variants: int = 4  # different first frames, and draws of augment and image_sizes, of a window; they come round epoch by epoch; 0: new ones in every epoch, and no complete cache
+    mix_probability: float = 0.3  # share of training windows that mixup or cutmix change
+    distinct_epochs: int = 4  # different first frames, and draws of augment and image_sizes, of a window; they come round epoch by epoch; 0: new ones in every epoch, and no complete cache
     camera_weight: float = 2.0  # loss weights
-    camera_kind: str = "l1"  # errors of a camera: their mean size (l1), or the length of each part's error vector (l2)
+    camera_loss: str = "l1"  # errors of a camera: their mean size (l1), or the length of each part's error vector (l2)
     camera_translation_weight: float = 1.0  # of the camera loss's parts
     camera_rotation_weight: float = 1.0
-    camera_view_weight: float = 0.5  # of the field of view
+    camera_fov_weight: float = 0.5  # of the field of view
     depth_conf_weight: float = 5.0
     depth_reg_weight: float = 5.0
     depth_grad_weight: float = 5.0
-    depth_gradient: str = "grad"  # neighbouring differences of depth: as they are, or weighed by the confidence (grad_conf)
+    depth_grad_loss: str = "grad"  # neighbouring differences of depth: as they are, or weighed by the confidence (grad_conf)
     depth_normal_weight: float = 0.0  # of the surface normals of depth
     point_conf_weight: float = 0.0  # the same three for points; above 0 the point head is loaded and trained, which needs weights that hold one
     point_reg_weight: float = 0.0
     point_grad_weight: float = 0.0
     point_gradient: str = "normal"  # edges of points: surface normals or differences (grad), each also weighed by the confidence (normal_conf, grad_conf)
     confidence_error: str = "absolute"  # the confidence term weighs errors as they are, or relative to the depth
-    window_weight: float = 0.0  # pixels labelled as a window count 1 + this
-    keep_base: float = 0.0  # weight of staying near the base where nothing supervises
-    normalise: str = "points"  # unit of the truth: mean distance of its points, or where the base's prediction fits (base)
+    glass_weight: float = 0.0  # pixels labelled as a window count 1 + this
+    base_consistency_weight: float = 0.0  # weight of staying near the base where nothing supervises
+    scale_normalization: str = "points"  # unit of the truth: mean distance of its points, or where the base's prediction fits (base)
     depth_min: float = 0.1  # m; nearer depth is left out where the scene is metric
     depth_max: float = 100.0  # m; likewise farther depth
     precision: str = "auto"  # auto (bf16 on a GPU, float32 else), float32 or bf16
-    checkpointing: bool = False  # recompute activations in the backward pass: a third more time, most of the memory
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: a third more time, most of the memory
     frames_chunk: int = 0  # frames that a dense head handles at once; 0: the model's own (8)
     head_precision: str = "float32"  # of the dense heads in training: float32, or bf16 up to its last convolutions
     compile: bool = False  # compile what is trained: minutes at first, for each image size anew
@@ -105,8 +105,8 @@ class TrainConfig:
         if self.strategy != "custom":
             strategy_named(self.strategy)
         depth_source(self.supervision)
-        if self.truth != "auto":
-            depth_source(self.truth, "truth")
+        if self.eval_supervision != "auto":
+            depth_source(self.eval_supervision, "eval_supervision")
         _check_together(self)
 
     @classmethod
@@ -115,7 +115,7 @@ class TrainConfig:
         fields = [f.name for f in dataclasses.fields(cls)]
         for name in parameters:
             if name not in fields:
-                raise ConfigError(unknown("parameter", name, fields))
+                raise ConfigError(unknown_name_message("parameter", name, fields))
         return cls(**parameters)
 
     @property
@@ -131,7 +131,7 @@ class TrainConfig:
     @property
     def camera_parts(self) -> tuple[float, float, float]:
         """The weights of translation, rotation and field of view."""
-        return self.camera_translation_weight, self.camera_rotation_weight, self.camera_view_weight
+        return self.camera_translation_weight, self.camera_rotation_weight, self.camera_fov_weight
 
     @property
     def varies(self) -> bool:
@@ -144,33 +144,33 @@ class TrainConfig:
 
 # %% ../../nbs/training/config.ipynb #1b767f59
 CHOICES = {
-    "metric": ("auto", "yes", "no"),
+    "units_are_metres": ("auto", "yes", "no"),
     "image_mode": ("aspect", "crop", "pad", "squash"),
-    "windows": ("order", "covisible"),
-    "camera_kind": ("l1", "l2"),
-    "depth_gradient": ("grad", "grad_conf"),
+    "window_selection": ("order", "covisible"),
+    "camera_loss": ("l1", "l2"),
+    "depth_grad_loss": ("grad", "grad_conf"),
     "point_gradient": ("normal", "normal_conf", "grad", "grad_conf"),
     "confidence_error": ("absolute", "relative"),
-    "normalise": ("points", "base"),
+    "scale_normalization": ("points", "base"),
     "precision": ("auto", "float32", "bf16"),
     "preflight": ("refuse", "warn", "off"),
     "device": ("auto", "cpu", "cuda"),
-    "cache": ("auto", "off", "float32", "bf16"),
+    "feature_cache": ("auto", "off", "float32", "bf16"),
     "head_precision": ("float32", "bf16"),
-    "keep": ("last", "best"),
+    "adapter_weights": ("last", "best"),
     "heads": ("camera,depth", "depth,camera", "camera", "depth"),
 }
 RANGES = {
-    "epochs": (1, 100_000), "frames": (1, 1_000), "overlap": (0, 0.95), "train_share": (0.05, 0.99),
+    "epochs": (1, 100_000), "frames": (1, 1_000), "overlap": (0, 0.95), "train_fraction": (0.05, 0.99),
     "image_size": (0, 8_400), "rank": (1, 4_096), "alpha": (1e-6, 1e6), "dropout": (0, 0.95), "lr": (0, 1),
-    "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
+    "min_lr": (0, 1), "warmup_ratio": (0, 0.9), "weight_decay": (0, 1), "max_grad_norm": (1e-6, 1e6), "gradient_accumulation_steps": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
-    "camera_translation_weight": (0, 1e4), "camera_rotation_weight": (0, 1e4), "camera_view_weight": (0, 1e4),
+    "camera_translation_weight": (0, 1e4), "camera_rotation_weight": (0, 1e4), "camera_fov_weight": (0, 1e4),
     "point_conf_weight": (0, 1e4), "point_reg_weight": (0, 1e4), "point_grad_weight": (0, 1e4),
-    "depth_normal_weight": (0, 1e4), "window_weight": (0, 1e4), "keep_base": (0, 1e4),
-    "crop_share": (0.1, 1), "colour_strength": (0, 1), "colour_per_frame": (0, 1), "tilt_degrees": (0, 45), "mix_share": (0, 1),
-    "save_every": (0, 10**9), "keep_last": (1, 1_000), "patience": (0, 100_000), "lora_plus": (0, 1e4), "explode": (0, 1e9), "max_bad": (1, 10**6),
-    "cache_limit_gb": (0, 1e6), "frames_chunk": (0, 1_000), "variants": (0, 1_000),
+    "depth_normal_weight": (0, 1e4), "glass_weight": (0, 1e4), "base_consistency_weight": (0, 1e4),
+    "crop_min_scale": (0.1, 1), "colour_strength": (0, 1), "colour_per_frame": (0, 1), "tilt_degrees": (0, 45), "mix_probability": (0, 1),
+    "save_every": (0, 10**9), "keep_checkpoints": (1, 1_000), "patience": (0, 100_000), "loraplus_lr_ratio": (0, 1e4), "skip_grad_factor": (0, 1e9), "max_skipped_steps": (1, 10**6),
+    "feature_cache_gb": (0, 1e6), "frames_chunk": (0, 1_000), "distinct_epochs": (0, 1_000),
     "depth_min": (0, 1e6), "depth_max": (0, 1e6), "seed": (0, 2**31 - 1),
 }
 
@@ -203,27 +203,27 @@ def _check_together(config) -> None:
         raise ConfigError(f"image_size must be a multiple of 14 (the patch size), got {config.image_size}; "
                           f"take {near or 14} or {near + 14}")
     drawn_sizes(config.image_sizes, 518)
-    if "depth" not in config.names("heads") and (config.keep_base or config.depth_normal_weight or config.normalise == "base"):
-        raise ConfigError("keep_base, depth_normal_weight and normalise='base' need the depth head; add it to heads, or leave them at 0, 0 and 'points'")
+    if "depth" not in config.names("heads") and (config.base_consistency_weight or config.depth_normal_weight or config.scale_normalization == "base"):
+        raise ConfigError("base_consistency_weight, depth_normal_weight and scale_normalization='base' need the depth head; add it to heads, or leave them at 0, 0 and 'points'")
     for name in config.names("augment"):
         if name not in AUGMENTS:
-            raise ConfigError(unknown("augment", name, AUGMENTS))
+            raise ConfigError(unknown_name_message("augment", name, AUGMENTS))
     if config.depth_min >= config.depth_max:
         raise ConfigError(f"depth_min ({config.depth_min}) must be below depth_max ({config.depth_max})")
     if config.min_lr > config.peak_lr:
         raise ConfigError(f"min_lr ({config.min_lr}) is above the peak learning rate ({config.peak_lr})")
-    if config.strategy == "custom" and not config.targets.strip():
-        raise ConfigError("strategy 'custom' needs targets, for instance targets='depth_head,aggregator.global_blocks.*'")
-    if config.strategy != "custom" and config.targets.strip():
-        raise ConfigError(f"targets are for strategy 'custom'; strategy {config.strategy!r} brings its own")
+    if config.strategy == "custom" and not config.target_modules.strip():
+        raise ConfigError("strategy 'custom' needs target_modules, for instance target_modules='depth_head,aggregator.global_blocks.*'")
+    if config.strategy != "custom" and config.target_modules.strip():
+        raise ConfigError(f"target_modules are for strategy 'custom'; strategy {config.strategy!r} brings its own")
     if config.resume and not config.output:
         raise ConfigError("resume needs output: the folder of the run to continue")
     weights = {"camera": (config.camera_weight * any(config.camera_parts),), "point": (1,),  # a point head is among the trained ones by its weights
                "depth": (config.depth_conf_weight, config.depth_reg_weight, config.depth_grad_weight)}
     if not any(any(weights[head]) for head in config.trained_heads):
         raise ConfigError("all loss weights are 0" + (f" for heads={config.heads!r}" if len(config.names("heads")) == 1 else "") + ": nothing would be learnt")
-    if 0 < config.explode <= 1:
-        raise ConfigError(f"explode must be above 1 (times the usual gradient), or 0 for no limit, got {config.explode}")
+    if 0 < config.skip_grad_factor <= 1:
+        raise ConfigError(f"skip_grad_factor must be above 1 (times the usual gradient), or 0 for no limit, got {config.skip_grad_factor}")
 
 # %% ../../nbs/training/config.ipynb #8dc40a95
 def read_config(

@@ -21,15 +21,15 @@ from vggt_lora.training.checkpoint import (
     disk_errors, load_checkpoint, random_state, read_checkpoint, save_checkpoint, save_step, take_up,
 )
 from .config import TrainConfig
-from .distributed import Team
+from .distributed import Distributed
 from .losses import LossConfig, loss_config, window_loss
-from .oom_recovery import Retreat
+from .oom_recovery import OomRecovery
 from .optimizer import gradient_norms, make_optimizer, set_rate, trained_parameters
 from .run import RunFolder
 from .run_state import Hook, Progress, Stopped, stop_signals
-from .sample_source import Feed, feed_of
+from .sample_source import SampleSource, sample_source_of
 from .schedule import epoch_order, learning_rate
-from .step_guard import MOST_FILES, Guard, faults_of, save_bad
+from .step_guard import MOST_FILES, StepGuard, nonfinite_terms, save_bad
 
 # %% ../../nbs/training/loop.ipynb #9315d425
 class NotFinite(TrainingError):
@@ -59,28 +59,28 @@ NEEDED = {"camera", "depth_conf", "depth_reg", "point_conf", "point_reg"}  # a w
 def held_out_loss(
     model,
     items: list[Item],
-    feed: Feed | FrameCache,
+    sample_source: SampleSource | FrameCache,
     losses: LossConfig,
     device,
-    team: Team | None = None,  # processes that share the work; None: this one alone
+    distributed: Distributed | None = None,  # processes that share the work; None: this one alone
     attempt: Callable = lambda work: work(),  # does the work, perhaps once more
 ) -> dict:
     """Mean loss and terms over the held-out windows that have truth; counts are summed, terms left out are named.
 
     Raises TrainingError if no window has truth: an average of nothing would read as a perfect 0. Raises NotFinite.
     """
-    feed, training, _ = feed_of(feed), model.training, model.eval()
+    sample_source, training, _ = sample_source_of(sample_source), model.training, model.eval()
 
     def measured() -> list:
         found = []
-        for number, (scene, window) in enumerate(items) if team is None else team.own(items):
-            sample, state = feed.load(scene, window)
+        for number, (scene, window) in enumerate(items) if distributed is None else distributed.shard(items):
+            sample, state = sample_source.load(scene, window)
             result = window_loss(model, sample, losses, device, state)
-            faults = [f"{', '.join(faults)} on {_where(sample)}"] if (faults := faults_of(result)) else []
+            faults = [f"{', '.join(faults)} on {_where(sample)}"] if (faults := nonfinite_terms(result)) else []
             found.append((number, {"loss": float(result.total)} | _numbers(result), result.left_out, faults))
         return found
 
-    found = attempt(measured) if team is None else team.collect(lambda: attempt(measured))
+    found = attempt(measured) if distributed is None else distributed.collect(lambda: attempt(measured))
     model.train(training)
     found.sort(key=lambda f: f[0])  # summed in one order, whoever computed them
     if wrong := [fault for *_, faults in found for fault in faults]:
@@ -95,7 +95,7 @@ def held_out_loss(
                 total[name] = total.get(name, 0) + number
     if not used:
         raise TrainingError(f"none of the {len(items)} held-out windows has depth to compare with: {left_out}; "
-                            "hold out other photos (train_share, hold_out) or use another supervision")
+                            "hold out other photos (train_fraction, hold_out) or use another supervision")
     means = {n: v if n.startswith("count_") else v / used for n, v in total.items()}
     return means | {"windows": used} | ({"left_out": left_out} if left_out else {})
 
@@ -104,25 +104,25 @@ def held_out_loss(
 class Loop:
     """What the parts of the loop share."""
 
-    team: Team
+    distributed: Distributed
     model: object  # on its device
     optimizer: object
     train: list[Item]
     held_out: list[Item]
     config: TrainConfig
     run: RunFolder
-    feed: Feed
+    sample_source: SampleSource
     losses: LossConfig
     progress: Progress
-    guard: Guard
-    retreat: Retreat
+    guard: StepGuard
+    oom_recovery: OomRecovery
     hooks: tuple[Hook, ...] = ()
     notes: list[str] = dataclasses.field(default_factory=list)  # of a process that writes no log; the first one takes them over with the next save
 
     @property
     def per_epoch(self) -> int:
         """Optimiser steps in an epoch."""
-        return math.ceil(len(self.train) / (self.config.accumulate * self.team.size))
+        return math.ceil(len(self.train) / (self.config.gradient_accumulation_steps * self.distributed.size))
 
     @property
     def unfinished(self) -> bool:
@@ -137,14 +137,14 @@ def fit(
     held_out: list[Item],
     config: TrainConfig,
     run: RunFolder,
-    feed: Feed | FrameCache,
+    sample_source: SampleSource | FrameCache,
     hooks: tuple[Hook, ...] = (),
 ) -> Progress:
     """Train the adapter for `config.epochs` epochs and return the progress; continues a run when config.resume.
 
-    The model ends with the weights of the last step, or of the lowest held-out loss with keep="best". Raises TrainingError, Stopped, DiskError.
+    The model ends with the weights of the last step, or of the lowest held-out loss with adapter_weights="best". Raises TrainingError, Stopped, DiskError.
     """
-    loop = _prepare(model, train, held_out, config, run, feed_of(feed, config, train), hooks)
+    loop = _prepare(model, train, held_out, config, run, sample_source_of(sample_source, config, train), hooks)
     progress, per_epoch = loop.progress, loop.per_epoch
     with disk_errors(run.folder), stop_signals(progress):
         _begin(loop)
@@ -170,17 +170,17 @@ def fit(
     return progress
 
 # %% ../../nbs/training/loop.ipynb #558b7f92
-def _prepare(model, train, held_out, config: TrainConfig, run: RunFolder, feed: Feed, hooks) -> Loop:
-    team = Team(config)
-    prepared = team.accelerator.prepare_model(model, evaluation_mode=True)  # on its device, in its precision; gradients travel by the team's own hand
+def _prepare(model, train, held_out, config: TrainConfig, run: RunFolder, sample_source: SampleSource, hooks) -> Loop:
+    distributed = Distributed(config)
+    prepared = distributed.accelerator.prepare_model(model, evaluation_mode=True)  # on its device, in its precision; gradients travel by the team's own hand
     prepared.train()
-    team.same_weights(trained_parameters(model))
-    for note in team.unused:
+    distributed.same_weights(trained_parameters(model))
+    for note in distributed.unused:
         run.log(note)
     frames = max((len(w.frames) for _, w in [*train, *held_out]), default=1)
     notes = []
-    loop = Loop(team, prepared, make_optimizer(prepared, config), train, held_out, config, run, feed, loss_config(config), Progress(),
-                Guard.of(config), Retreat(model, frames, run.log if team.main else notes.append), tuple(hooks), notes)
+    loop = Loop(distributed, prepared, make_optimizer(prepared, config), train, held_out, config, run, sample_source, loss_config(config), Progress(),
+                StepGuard.of(config), OomRecovery(model, frames, run.log if distributed.main else notes.append), tuple(hooks), notes)
     loop.progress.total_steps = config.epochs * loop.per_epoch
     return loop
 
@@ -189,20 +189,20 @@ def _begin(loop: Loop) -> None:
     """Start: seed, first held-out loss, first checkpoint. Or go on: from the newest checkpoint that can be read."""
     progress, run = loop.progress, loop.run
     if not loop.config.resume:
-        torch.manual_seed(loop.config.seed + loop.team.rank)
+        torch.manual_seed(loop.config.seed + loop.distributed.rank)
         _validate(loop)
         _save(loop)
         return
-    path, content, faults = loop.team.from_main(lambda: take_up(run.folder / "checkpoints", loop.config.keep_last))
-    counters = load_checkpoint(content, loop.model, loop.optimizer, loop.team.rank)
+    path, content, faults = loop.distributed.broadcast_from_main(lambda: take_up(run.folder / "checkpoints", loop.config.keep_checkpoints))
+    counters = load_checkpoint(content, loop.model, loop.optimizer, loop.distributed.rank)
     for name in progress.counters():
         setattr(progress, name, counters[name])
     loop.guard.restore(counters["guard"])
-    loop.retreat.restore(counters["retreat"][min(loop.team.rank, len(counters["retreat"]) - 1)])
+    loop.oom_recovery.restore(counters["oom_recovery"][min(loop.distributed.rank, len(counters["oom_recovery"]) - 1)])
     for fault in faults:
         run.log(f"a checkpoint was set aside, the one before it is taken: {fault}")
-    if counters["processes"] != loop.team.size:
-        run.log(f"this run had {counters['processes']} processes and now has {loop.team.size}: groups of windows and dropout will differ")
+    if counters["processes"] != loop.distributed.size:
+        run.log(f"this run had {counters['processes']} processes and now has {loop.distributed.size}: groups of windows and dropout will differ")
     if len(run.records) != counters["records"]:
         run.log(f"metrics.jsonl has {len(run.records)} records up to here, the checkpoint counted {counters['records']}")
     run.log(f"resumed at step {progress.step} of {progress.total_steps}, epoch {progress.epoch + 1}, from {path.name}")
@@ -211,7 +211,7 @@ def _begin(loop: Loop) -> None:
 def _chunks(loop: Loop) -> list:
     """Groups of (item, frame order) that share one optimiser step; all processes together take one group."""
     order = epoch_order(len(loop.train), [len(w.frames) for _, w in loop.train], loop.config, loop.progress.epoch)
-    size = loop.config.accumulate * loop.team.size
+    size = loop.config.gradient_accumulation_steps * loop.distributed.size
     return [[(loop.train[i], frames) for i, frames in order[start : start + size]] for start in range(0, len(order), size)]
 
 # %% ../../nbs/training/loop.ipynb #a0b9c29c
@@ -219,12 +219,12 @@ def _backward(loop: Loop, chunk) -> list[dict]:
     """Gradients of this process's windows of a step, and what each window says."""
     loop.optimizer.zero_grad(set_to_none=True)
     said = []
-    for number, ((scene, window), order) in loop.team.own(chunk):
-        sample, state = loop.feed.load(scene, window, order, loop.progress.epoch)
-        result = window_loss(loop.model, sample, loop.losses, loop.team.device, state)
-        loop.team.accelerator.backward(result.total / len(chunk))
+    for number, ((scene, window), order) in loop.distributed.shard(chunk):
+        sample, state = loop.sample_source.load(scene, window, order, loop.progress.epoch)
+        result = window_loss(loop.model, sample, loop.losses, loop.distributed.device, state)
+        loop.distributed.accelerator.backward(result.total / len(chunk))
         said.append({"number": number, "values": {"loss": float(result.total.detach())} | _numbers(result), "left_out": result.left_out,
-                     "faults": faults_of(result), "coverage": coverage_of(result, sample), "where": _where(sample)})
+                     "faults": nonfinite_terms(result), "coverage": coverage_of(result, sample), "where": _where(sample)})
     return said
 
 
@@ -232,12 +232,12 @@ def _step(loop: Loop, chunk) -> None:
     progress, started, randoms = loop.progress, time.perf_counter(), random_state()
     rate = learning_rate(progress.step, progress.total_steps, loop.config)
     set_rate(loop.optimizer, rate)
-    said = loop.team.collect(lambda: loop.retreat.attempt(lambda: _backward(loop, chunk)))
+    said = loop.distributed.collect(lambda: loop.oom_recovery.attempt(lambda: _backward(loop, chunk)))
     said.sort(key=lambda s: s["number"])
-    loop.team.add_gradients(trained_parameters(loop.model))
+    loop.distributed.add_gradients(trained_parameters(loop.model))
     norms = gradient_norms(loop.model)
-    norm = float(loop.team.accelerator.clip_grad_norm_(trained_parameters(loop.model), loop.config.clip))
-    reason = loop.guard.judge([f for s in said for f in s["faults"]], norm, norms)
+    norm = float(loop.distributed.accelerator.clip_grad_norm_(trained_parameters(loop.model), loop.config.max_grad_norm))
+    reason = loop.guard.reason_to_skip([f for s in said for f in s["faults"]], norm, norms)
     if not reason:
         loop.optimizer.step()
     loop.optimizer.zero_grad(set_to_none=True)
@@ -268,8 +268,8 @@ def _wall(loop: Loop, windows: int, seconds: float) -> dict:
     import psutil
 
     wall = {"seconds": round(seconds, 4), "windows_per_s": round(windows / seconds, 3)}
-    if loop.team.device.type == "cuda":
-        return wall | {"gpu_peak_gb": round(torch.cuda.max_memory_allocated(loop.team.device) / 1e9, 3)}
+    if loop.distributed.device.type == "cuda":
+        return wall | {"gpu_peak_gb": round(torch.cuda.max_memory_allocated(loop.distributed.device) / 1e9, 3)}
     return wall | {"resident_gb": round(psutil.Process().memory_info().rss / 1e9, 3)}
 
 
@@ -277,27 +277,27 @@ def _skip(loop: Loop, chunk, said, reason: str, randoms: dict, record: dict) -> 
     """Record a step that was not taken, keep what it saw, and end the run after too many in a row."""
     step, guard, where = loop.progress.step, loop.guard, "; ".join(s["where"] for s in said)
     loop.run.record(**record)
-    name = f"step-{step:06d}" + (f"-{loop.team.rank}" if loop.team.rank else "") + ".pt"
+    name = f"step-{step:06d}" + (f"-{loop.distributed.rank}" if loop.distributed.rank else "") + ".pt"
 
     def keep() -> None:
-        batches = [loop.feed.load(scene, window, order, loop.progress.epoch) for _, ((scene, window), order) in loop.team.own(chunk)]
+        batches = [loop.sample_source.load(scene, window, order, loop.progress.epoch) for _, ((scene, window), order) in loop.distributed.shard(chunk)]
         save_bad(loop.run.folder / "bad" / name, loop.model, batches, randoms, {"step": step, "reason": reason, "where": where})
 
     if guard.skipped <= MOST_FILES:
-        loop.team.together(keep)
+        loop.distributed.on_all(keep)
     loop.run.log(f"step {step} was skipped: {reason} ({where}); "
                  + (f"what it saw is in bad/{name}" if guard.skipped <= MOST_FILES else f"bad/ has {MOST_FILES} files, this one was not kept"))
     if guard.in_row >= guard.most:
         raise TrainingError(f"{guard.in_row} steps in a row were skipped, the last at step {step}: {reason}, on {where}; "
                             f"look at these photos in notebook 01 and replay {loop.run.folder / 'bad'}; to pass them, continue with resume=True, "
-                            f"output={str(loop.run.folder)!r} and a higher max_bad, or explode=0 if the gradient is only large; another lr needs a run of its own")
+                            f"output={str(loop.run.folder)!r} and a higher max_skipped_steps, or skip_grad_factor=0 if the gradient is only large; another lr needs a run of its own")
 
 # %% ../../nbs/training/loop.ipynb #55e7b6c3
 def _validate(loop: Loop, **more) -> float:
     """Measure and record the held-out loss; inf, and null in the record, where it is not finite: never the best, but no end of the run. Raises NotFinite before the first step."""
     progress, run = loop.progress, loop.run
     try:
-        numbers = held_out_loss(loop.model, loop.held_out, loop.feed, loop.losses, loop.team.device, loop.team, loop.retreat.attempt)
+        numbers = held_out_loss(loop.model, loop.held_out, loop.sample_source, loop.losses, loop.distributed.device, loop.distributed, loop.oom_recovery.attempt)
     except NotFinite as fault:
         if not progress.step:
             raise NotFinite(f"before any training the held-out loss is not finite: {fault}; nothing could be judged by it: "
@@ -318,19 +318,19 @@ def _save(loop: Loop) -> None:
     if validated:
         progress.stale = 0 if improved or not progress.epoch else progress.stale + 1
         progress.best = min(progress.best, progress.held_out)
-    randoms, retreats, notes = zip(*loop.team.share([(random_state(), loop.retreat.state(), tuple(loop.notes))]))
+    randoms, retreats, notes = zip(*loop.distributed.all_gather([(random_state(), loop.oom_recovery.state(), tuple(loop.notes))]))
     loop.notes.clear()
-    for note in (f"process {rank + 1} of {loop.team.size}: {note}" for rank, of_one in enumerate(notes) for note in of_one):
+    for note in (f"process {rank + 1} of {loop.distributed.size}: {note}" for rank, of_one in enumerate(notes) for note in of_one):
         loop.run.log(note)
 
     def write() -> None:
         if validated and improved:
             save_checkpoint(folder / "best.pt", loop.model, None, **progress.counters())
         loop.run.sync()
-        save_step(folder, loop.model, loop.optimizer, keep=loop.config.keep_last, randoms=list(randoms), **progress.counters(), records=len(loop.run.records),
-                  processes=loop.team.size, guard=loop.guard.state(), retreat=list(retreats))
+        save_step(folder, loop.model, loop.optimizer, keep=loop.config.keep_checkpoints, randoms=list(randoms), **progress.counters(), records=len(loop.run.records),
+                  processes=loop.distributed.size, guard=loop.guard.state(), oom_recovery=list(retreats))
 
-    loop.team.from_main(write)
+    loop.distributed.broadcast_from_main(write)
 
 
 def _end_epoch(loop: Loop, seconds: float) -> None:
@@ -362,9 +362,9 @@ def _stop(loop: Loop) -> None:
 
 def _finish(loop: Loop) -> None:
     """Take the weights that the run keeps, and tell the hooks."""
-    loop.team.wait()
-    if loop.config.keep == "best":
-        counters = load_checkpoint(loop.team.from_main(lambda: read_checkpoint(loop.run.folder / "checkpoints" / "best.pt")), loop.model)
+    loop.distributed.wait()
+    if loop.config.adapter_weights == "best":
+        counters = load_checkpoint(loop.distributed.broadcast_from_main(lambda: read_checkpoint(loop.run.folder / "checkpoints" / "best.pt")), loop.model)
         loop.run.log(f"kept: the weights after epoch {counters['epoch']}, with the lowest held-out loss {counters['held_out']:.4f}")
     _tell(loop, "end")
 
@@ -384,7 +384,7 @@ def _tell(loop: Loop, event: str) -> None:
     """Look for the file `stop` and call the hooks, in the first process; then decide whether to stop."""
     asked = loop.run.asked_to_stop()
     loop.progress.stop |= asked  # before the hooks, which may show it
-    for hook in loop.hooks if loop.team.main else ():
+    for hook in loop.hooks if loop.distributed.main else ():
         hook(event, loop.progress)
     loop.progress.stop |= asked  # whatever a hook has written there
     _agree(loop)
@@ -392,7 +392,7 @@ def _tell(loop: Loop, event: str) -> None:
 
 def _agree(loop: Loop) -> str:
     """Decide whether to stop, from what hooks and signals have asked of any process so far, and return the signal's name: the same in all of them, wherever a signal arrived."""
-    asked = loop.team.share([(loop.progress.stop, loop.progress.signal)])
+    asked = loop.distributed.all_gather([(loop.progress.stop, loop.progress.signal)])
     loop.progress.stop = any(stop or name for stop, name in asked)
     return next((name for _, name in asked if name), "")  # what `progress.signal` holds by now may be of this process alone
 
@@ -401,4 +401,4 @@ def _bar(loop: Loop):
     from vggt_lora.progress import progress_bar
 
     shown = any(getattr(hook, "shows_progress", False) for hook in loop.hooks)  # one bar is enough
-    return progress_bar(total=loop.progress.total_steps, initial=loop.progress.step, unit="step", desc="training", mininterval=1, disable=shown or not loop.team.main)
+    return progress_bar(total=loop.progress.total_steps, initial=loop.progress.step, unit="step", desc="training", mininterval=1, disable=shown or not loop.distributed.main)

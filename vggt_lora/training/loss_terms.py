@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAMERA_RULES', 'CAMERA_KINDS', 'CAMERA_PARTS', 'GRADIENTS', 'CONFIDENCE_ERRORS', 'quantile_filter', 'LossResult',
            'scenes_with_scale', 'camera_loss', 'difference_term', 'surface_normals', 'normal_term', 'gradient_term',
-           'depth_normal_term', 'trusted_pixels', 'dense_loss', 'depth_loss', 'point_loss', 'keep_term']
+           'depth_normal_term', 'trusted_pixels', 'dense_loss', 'depth_loss', 'point_loss', 'base_consistency_term']
 
 # %% ../../nbs/training/loss_terms.ipynb #3aa6d8ae
 from dataclasses import dataclass, field
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 from ..geometry.cameras import depth_to_cam_points, encode_pose
-from .normalization import at_least_float32, connected_zero, fix, full_precision, log_shift
+from .normalization import at_least_float32, connected_zero, fix_inf_nan, full_precision, log_shift
 
 # %% ../../nbs/training/loss_terms.ipynb #1d58091b
 def quantile_filter(
@@ -60,7 +60,7 @@ def scenes_with_scale(
 ) -> torch.Tensor:
     """Tell which scenes (B,) have enough valid pixels for their cameras to count; raises ConfigError for an unknown rule."""
     if rule not in CAMERA_RULES:
-        raise ConfigError(unknown("camera rule", rule, CAMERA_RULES))
+        raise ConfigError(unknown_name_message("camera rule", rule, CAMERA_RULES))
     enough = valid.sum((2, 3)) > min_valid  # (B,S)
     return enough[:, 0] if rule == "first" else enough.any(1)
 
@@ -84,7 +84,7 @@ def camera_loss(
     Raises ConfigError for an unknown `kind` or `rule`.
     """
     if kind not in CAMERA_KINDS:
-        raise ConfigError(unknown("camera loss", kind, CAMERA_KINDS))
+        raise ConfigError(unknown_name_message("camera loss", kind, CAMERA_KINDS))
     counted = scenes_with_scale(valid, rule, min_valid)
     stages = [at_least_float32(stage) for stage in pose_enc_list]
     target = encode_pose(world_to_cam, K, size).to(stages[0])
@@ -95,7 +95,7 @@ def camera_loss(
         error = (stage - target)[counted]
         for name, part in CAMERA_PARTS.items():
             size_of_error = error[..., part].abs() if kind == "l1" else error[..., part].norm(dim=-1)
-            terms[name] = terms[name] + share * fix(size_of_error).mean()
+            terms[name] = terms[name] + share * fix_inf_nan(size_of_error).mean()
     total = sum(weight * term for weight, term in zip(weights, terms.values()))
     counts = {"scenes_with_camera": int(counted.sum()), "scenes_without_camera": int((~counted).sum()),
               "nonfinite_poses": int((~torch.stack(stages).isfinite()).sum())}
@@ -202,7 +202,7 @@ def gradient_term(
 ) -> tuple[torch.Tensor, int]:
     """Average a gradient term over its strides (spec 13.3); return it and its number of pairs; ConfigError for an unknown name."""
     if name not in GRADIENTS:
-        raise ConfigError(unknown("gradient term", name, [repr(known) if known == "" else known for known in GRADIENTS]))
+        raise ConfigError(unknown_name_message("gradient term", name, [repr(known) if known == "" else known for known in GRADIENTS]))
     if name == "":
         return connected_zero(pred), 0
     term, strides, with_conf = GRADIENTS[name]
@@ -262,7 +262,7 @@ def dense_loss(
     emphasis: torch.Tensor | None = None,  # (B,S,H,W) factor of the loss, finite and 0 or more; None: 1
 ) -> LossResult:
     """Compare maps: terms `conf`, `reg` and `grad`, their sum, and counts (spec 13.3, depth); ConfigError for an unknown name."""
-    pred, conf, target = at_least_float32(pred), at_least_float32(conf), fix(at_least_float32(target))
+    pred, conf, target = at_least_float32(pred), at_least_float32(conf), fix_inf_nan(at_least_float32(target))
     used = trusted_pixels(valid, weight)
     pixels = int(used.sum())
     counts = {"pixels_used": pixels, "pixels_without_weight": int(valid.sum()) - pixels, "pixels_filtered": 0,
@@ -272,18 +272,18 @@ def dense_loss(
     if pixels < max(min_valid, 1):
         reason = f"{pixels} valid pixels in the batch, {max(min_valid, 1)} needed"
         return LossResult(zero, dict.fromkeys(("conf", "reg", "grad"), zero), counts, dict.fromkeys(("conf", "reg", "grad"), reason))
-    error = fix((target - pred)[used].norm(dim=-1))
+    error = fix_inf_nan((target - pred)[used].norm(dim=-1))
     kappa = conf[used]
     trust = torch.ones_like(error) if weight is None else weight.to(error)[used]
     maps = (tensor.flatten(0, 1) for tensor in (pred, target, used, conf))
     flat = [None if t is None else t.to(pred).flatten(0, 1) for t in (weight, emphasis)]
     edges, counts["gradient_pairs"] = gradient_term(gradient, *maps, confidence_on_invalid, *flat)
     factor = torch.ones_like(error) if emphasis is None else emphasis.to(error)[used]
-    relative = error if distance is None else fix(error / distance.to(error)[used].clamp_min(1e-3))
+    relative = error if distance is None else fix_inf_nan(error / distance.to(error)[used].clamp_min(1e-3))
     terms = {}
-    for name, values in (("conf", fix(gamma * relative * kappa - alpha * kappa.log())), ("reg", error)):
+    for name, values in (("conf", fix_inf_nan(gamma * relative * kappa - alpha * kappa.log())), ("reg", error)):
         values, kept = quantile_filter(values, quantile)
-        terms[name] = zero + (fix(values[kept]) * trust[kept] * factor[kept]).sum() / trust[kept].sum()
+        terms[name] = zero + (fix_inf_nan(values[kept]) * trust[kept] * factor[kept]).sum() / trust[kept].sum()
         counts["pixels_filtered"] = max(counts["pixels_filtered"], int((~kept).sum()))
     terms["grad"] = zero + edges
     reason = "fewer than 10 corners of three valid pixels" if "normal" in gradient else "no two valid pixels are neighbours"
@@ -318,7 +318,7 @@ def point_loss(
 
 # %% ../../nbs/training/loss_terms.ipynb #c77b808e
 @full_precision
-def keep_term(
+def base_consistency_term(
     pred: torch.Tensor,  # (B,S,H,W) or (B,S,H,W,1), above 0
     base: torch.Tensor,  # (B,S,H,W) what the base predicts for the same window
     target: torch.Tensor,  # (B,S,H,W) true depth in normalised units
@@ -331,4 +331,4 @@ def keep_term(
     if not free.any():
         return connected_zero(pred), 0
     wanted = base.log() + shift[:, None, None, None]
-    return connected_zero(pred) + fix((pred[free].log() - wanted[free]).abs()).mean(), int(free.sum())
+    return connected_zero(pred) + fix_inf_nan((pred[free].log() - wanted[free]).abs()).mean(), int(free.sum())

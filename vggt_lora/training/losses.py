@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core import ConfigError, unknown
+from ..core import ConfigError, unknown_name_message
 from ..datasets.samples import Sample, collate
-from .base_prediction import base_depth
+from .base_prediction import base_prediction
 from .config import TrainConfig
 from vggt_lora.training.loss_terms import (
-    CAMERA_KINDS, CAMERA_RULES, CONFIDENCE_ERRORS, GRADIENTS, LossResult, camera_loss, depth_loss,
-    depth_normal_term, keep_term, point_loss, trusted_pixels,
+    CAMERA_KINDS, CAMERA_RULES, CONFIDENCE_ERRORS, GRADIENTS, LossResult, base_consistency_term, camera_loss,
+    depth_loss, depth_normal_term, point_loss, trusted_pixels,
 )
 from .normalization import base_scale, full_precision, limit_depth, normalise_batch
 
@@ -44,9 +44,9 @@ class LossConfig:
     point_reg: float = 0.0  # weight of the point error
     point_grad: float = 0.0  # weight of the gradient term of points
     depth_normal: float = 0.0  # weight of the normals of depth
-    keep_base: float = 0.0  # weight of staying near the base's depth where there is no truth; needs base_depth in the batch
+    base_consistency: float = 0.0  # weight of staying near the base's depth where there is no truth; needs base_prediction in the batch
     window: float = 0.0  # the loss of pixels labelled as a window is multiplied by 1 + this
-    camera_kind: str = "l1"  # l1 or l2
+    camera_loss: str = "l1"  # l1 or l2
     camera_rule: str = "any"  # which frame must have depth for a scene's cameras to count: any or first
     camera_weights: tuple[float, float, float] = (1.0, 1.0, 0.5)  # translation, rotation, field of view
     stage_gamma: float = 0.6  # weight of a camera stage relative to the next
@@ -62,17 +62,17 @@ class LossConfig:
     scale: str = "points"  # length that a scene is divided by: mean distance of its points, base (where the base's prediction fits), or none
 
     def __post_init__(self):
-        for name in ("camera", *DENSE_TERMS, "depth_normal", "keep_base", "window"):
+        for name in ("camera", *DENSE_TERMS, "depth_normal", "base_consistency", "window"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"loss weight {name} is {getattr(self, name)}; it must be 0 or more")
         if not any(getattr(self, name) for name in ("camera", *DENSE_TERMS, "depth_normal")):
             raise ConfigError("all loss weights are 0: there is nothing to train on")
-        for name, choices in (("camera_kind", CAMERA_KINDS), ("camera_rule", CAMERA_RULES), ("confidence_error", CONFIDENCE_ERRORS), ("scale", SCALES)):
+        for name, choices in (("camera_loss", CAMERA_KINDS), ("camera_rule", CAMERA_RULES), ("confidence_error", CONFIDENCE_ERRORS), ("scale", SCALES)):
             if getattr(self, name) not in choices:
-                raise ConfigError(unknown(name, getattr(self, name), choices))
+                raise ConfigError(unknown_name_message(name, getattr(self, name), choices))
         for name, choices in (("gradient", ("", "grad", "grad_conf")), ("point_gradient", tuple(GRADIENTS))):
             if getattr(self, name) not in choices:
-                raise ConfigError(unknown(name, getattr(self, name), [c or "''" for c in choices]))
+                raise ConfigError(unknown_name_message(name, getattr(self, name), [c or "''" for c in choices]))
         if self.quantile > 1:
             raise ConfigError(f"quantile is {self.quantile}; it is a share between 0 (off) and 1")
         if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
@@ -80,8 +80,8 @@ class LossConfig:
 
     @property
     def needs_base(self) -> bool:
-        """Whether the batch must bring what the base predicts, as base_depth."""
-        return self.keep_base > 0 or self.scale == "base"
+        """Whether the batch must bring what the base predicts, as base_prediction."""
+        return self.base_consistency > 0 or self.scale == "base"
 
     @classmethod
     def official(cls, point: bool = False, **changes) -> "LossConfig":
@@ -92,12 +92,12 @@ class LossConfig:
 
 # %% ../../nbs/training/losses.ipynb #cf2e792a
 def prepare_batch(
-    batch: dict,  # images, K, world_to_cam, depth, valid; optionally weight, metric, labels, base_depth, scale; with or without the batch axis
+    batch: dict,  # images, K, world_to_cam, depth, valid; optionally weight, metric, labels, base_prediction, scale; with or without the batch axis
     config: LossConfig,
 ) -> tuple[dict, dict]:
     """Add the batch axis, take untrusted pixels from the mask and normalise; return tensors for the losses, and counts."""
     tensors = {name: batch[name] for name in ("K", "world_to_cam", "depth", "valid")}
-    weight, labels, base = (batch.get(name) for name in ("weight", "labels", "base_depth"))
+    weight, labels, base = (batch.get(name) for name in ("weight", "labels", "base_prediction"))
     if batch["depth"].ndim == 3:
         tensors = {name: tensor[None] for name, tensor in tensors.items()}
         weight, labels, base = (None if t is None else t[None] for t in (weight, labels, base))
@@ -113,7 +113,7 @@ def prepare_batch(
     counts |= {"pixels_without_weight": int(valid.sum() - trusted.sum()), "frames": depth.shape[0] * depth.shape[1],
                "frames_without_depth": int((~trusted.flatten(2).any(2)).sum())}
     if config.needs_base and base is None:
-        raise ConfigError("keep_base and scale='base' compare with the base model; the batch must hold its depth as base_depth")
+        raise ConfigError("base_consistency and scale='base' compare with the base model; the batch must hold its depth as base_prediction")
     scale = given_scale(batch.get("scale"), depth)
     if config.scale == "base":
         fitting = base_scale(depth, base, trusted).to(scale)
@@ -144,7 +144,7 @@ def training_loss(
     if config.camera > 0:
         stages = wanted_output(predictions, "pose_enc_list", "camera")
         result = camera_loss(stages, truth["world_to_cam"], truth["K"], truth["valid"], truth["depth"].shape[-2:],
-                             kind=config.camera_kind, rule=config.camera_rule, min_valid=config.min_valid,
+                             kind=config.camera_loss, rule=config.camera_rule, min_valid=config.min_valid,
                              stage_gamma=config.stage_gamma, weights=config.camera_weights)
         terms |= {"camera": result.total, **{f"camera_{name}": term for name, term in result.terms.items()}}
         counts |= result.counts
@@ -164,7 +164,7 @@ def training_loss(
         counts |= {f"{kind}_{name}": count for name, count in result.counts.items() if name != "pixels_without_weight"}
         left_out |= {f"{kind}_{name}": reason for name, reason in result.left_out.items() if weights[name]}
         weighted += [weight * result.terms[name] for name, weight in weights.items() if weight]
-    if config.depth_normal or config.keep_base:
+    if config.depth_normal or config.base_consistency:
         extra = held_surfaces(predictions, truth, config)
         terms |= extra.terms
         counts |= extra.counts
@@ -177,12 +177,12 @@ def training_loss(
 def held_surfaces(predictions: dict, truth: dict, config: LossConfig) -> LossResult:
     """The terms on depth that the official objective does not have: its normals, and its distance from the base."""
     pred = wanted_output(predictions, "depth", "depth").reshape(truth["valid"].shape)
-    values, reasons = {}, {"depth_normal": "no three valid pixels span a surface", "keep_base": "every pixel is supervised"}
+    values, reasons = {}, {"depth_normal": "no three valid pixels span a surface", "base_consistency": "every pixel is supervised"}
     if config.depth_normal:
         values["depth_normal"] = depth_normal_term(pred, truth["depth"], truth["K"], truth["valid"], truth["weight"], truth["emphasis"])
-    if config.keep_base:
-        values["keep_base"] = keep_term(pred, truth["base"], truth["depth"], truth["valid"])
-    counts = {{"depth_normal": "normal_triangles", "keep_base": "pixels_kept_near_base"}[name]: used for name, (_, used) in values.items()}
+    if config.base_consistency:
+        values["base_consistency"] = base_consistency_term(pred, truth["base"], truth["depth"], truth["valid"])
+    counts = {{"depth_normal": "normal_triangles", "base_consistency": "pixels_kept_near_base"}[name]: used for name, (_, used) in values.items()}
     left_out = {name: reasons[name] for name, (_, used) in values.items() if not used}
     return LossResult(sum(term for term, _ in values.values()), {name: term for name, (term, _) in values.items()}, counts, left_out)
 
@@ -206,13 +206,13 @@ def loss_config(
 ) -> LossConfig:
     """The loss settings of a training configuration; heads that it leaves out weigh nothing."""
     camera, depth = ("camera" in config.names("heads") and any(config.camera_parts)), ("depth" in config.names("heads"))
-    return LossConfig(camera=camera * config.camera_weight, camera_kind=config.camera_kind, camera_weights=config.camera_parts,
+    return LossConfig(camera=camera * config.camera_weight, camera_loss=config.camera_loss, camera_weights=config.camera_parts,
                       depth_conf=depth * config.depth_conf_weight, depth_reg=depth * config.depth_reg_weight,
-                      depth_grad=depth * config.depth_grad_weight, gradient=config.depth_gradient,
+                      depth_grad=depth * config.depth_grad_weight, gradient=config.depth_grad_loss,
                       point_conf=config.point_conf_weight, point_reg=config.point_reg_weight, point_grad=config.point_grad_weight,
                       point_gradient=config.point_gradient, depth_range=(config.depth_min, config.depth_max),
-                      depth_normal=depth * config.depth_normal_weight, confidence_error=config.confidence_error, window=config.window_weight,
-                      keep_base=depth * config.keep_base, scale=config.normalise)
+                      depth_normal=depth * config.depth_normal_weight, confidence_error=config.confidence_error, window=config.glass_weight,
+                      base_consistency=depth * config.base_consistency_weight, scale=config.scale_normalization)
 
 
 def heads_read(
@@ -235,7 +235,7 @@ def window_loss(
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collate([sample]).items()}
     state = None if state is None else state.to(device)
     if losses.needs_base:
-        batch["base_depth"] = base_depth(model, batch["images"] if state is None else None, state)
+        batch["base_prediction"] = base_prediction(model, batch["images"] if state is None else None, state)
     heads = heads_read(losses)
     predictions = model(batch["images"], heads=heads) if state is None else model(state=state, heads=heads)
     return training_loss(predictions, batch, losses)

@@ -20,13 +20,13 @@ def make_optimizer(
     model,  # from apply_lora, on its device
     config: TrainConfig,
 ) -> torch.optim.Optimizer:
-    """AdamW; with lora_plus a group of its own for every B, whose rate is that many times higher."""
+    """AdamW; with loraplus_lr_ratio a group of its own for every B, whose rate is that many times higher."""
     fused = all(p.device.type in ("cuda", "cpu") for p in trained_parameters(model)) or None  # one pass over all numbers instead of a dozen
     settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay, "fused": fused}
-    if not config.lora_plus:
+    if not config.loraplus_lr_ratio:
         return torch.optim.AdamW(trained_parameters(model), **settings)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for n, p in named if (".lora_B." in n) is fast], "ratio": config.lora_plus if fast else 1.0} for fast in (False, True)]
+    groups = [{"params": [p for n, p in named if (".lora_B." in n) is fast], "ratio": config.loraplus_lr_ratio if fast else 1.0} for fast in (False, True)]
     return torch.optim.AdamW(groups, **settings)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..datasets.samples import Sample
 from .checkpoint import CheckpointError, content_digest, random_state, set_random_state
-from .step_guard import faults_of
+from .step_guard import nonfinite_terms
 
 # %% ../../nbs/training/replay.ipynb #39538c10
 def read_bad(
@@ -41,25 +41,25 @@ def replay(
     from vggt_lora.training.config import read_config
     from vggt_lora.training.losses import loss_config, window_loss
     from vggt_lora.training.distributed import resolve_device, resolve_precision
-    from vggt_lora.training.build import build_model, put_adapter
-    from vggt_lora.efficiency.compute_options import set_speed
+    from vggt_lora.training.build import build_model, add_adapter
+    from vggt_lora.efficiency.compute_options import apply_compute_options
 
     config, (content, batches) = read_config(run), read_bad(file)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    model, _ = put_adapter(build_model(config), config)
+    model, _ = add_adapter(build_model(config), config)
     own = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
     if own != {n: t.shape for n, t in content["weights"].items()}:
         raise CheckpointError(f"{file}: its weights are not those that the run in {run} trains")
     model.load_state_dict(content["weights"], strict=False)  # the frozen ones come from the base
-    set_speed(model.train(), dataclasses.replace(config, compile=False), precision)  # as in the run
+    apply_compute_options(model.train(), dataclasses.replace(config, compile=False), precision)  # as in the run
     model.to(device)
     found, kept = [], random_state()
     set_random_state(content["random"])
     for sample, state in batches:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             result = window_loss(model, sample, loss_config(config), device, state)
-        found.append({"scene": sample.scene, "photos": sample.names, "loss": float(result.total.detach()), "faults": faults_of(result),
+        found.append({"scene": sample.scene, "photos": sample.names, "loss": float(result.total.detach()), "faults": nonfinite_terms(result),
                       "terms": {n: float(t.detach()) for n, t in result.terms.items()}})
     set_random_state(kept)
     return found

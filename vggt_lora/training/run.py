@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..core import STOP, ConfigError, project_root, user_path
-from ..files.atomic import write_json, write_text, take
+from ..files.atomic import write_json, write_text, file_lock
 from .checkpoint import CheckpointError, checkpoint_files, load_checkpoint, read_checkpoint, save_checkpoint
 from .config import TrainConfig
 
@@ -87,7 +87,7 @@ def hold(
     patience: float = 10.0,  # s; the kernel of a killed notebook needs a moment to end
 ):
     """Lock a run's folder and return the lock; the system frees it when the process ends, however it ends. Raises ConfigError where another process has it."""
-    lock = take(folder / ".run.lock", patience)
+    lock = file_lock(folder / ".run.lock", patience)
     if lock is None:
         raise ConfigError(f"{folder}: another process is writing this run; wait for it, or give another output")
     return lock

@@ -19,7 +19,7 @@ def learning_rate(
     config: TrainConfig,
 ) -> float:
     """Learning rate of the step that comes next: warm-up, then cosine to min_lr at the last step."""
-    warm = max(1, math.ceil(config.warmup * total)) if config.warmup else 0
+    warm = max(1, math.ceil(config.warmup_ratio * total)) if config.warmup_ratio else 0
     if step < warm:
         return config.peak_lr * (step + 1) / warm
     progress = (step - warm + 1) / max(1, total - warm)
@@ -45,11 +45,11 @@ def frame_order(
     epoch: int,
     generator: torch.Generator,  # of this epoch
 ) -> list[int]:
-    """Order of a window's frames: capture order, but for a first frame that comes round every `variants` epochs; any order where variants is 0."""
+    """Order of a window's frames: capture order, but for a first frame that comes round every `distinct_epochs` epochs; any order where variants is 0."""
     if not config.shuffle_frames:
         return list(range(frames))
-    if not config.variants:
+    if not config.distinct_epochs:
         return torch.randperm(frames, generator=generator).tolist()
     own = torch.Generator().manual_seed((config.seed * 1_000_003 + window) * 65_537 + 1)
-    first = torch.randperm(frames, generator=own).tolist()[epoch % config.variants % frames]
+    first = torch.randperm(frames, generator=own).tolist()[epoch % config.distinct_epochs % frames]
     return [first, *(i for i in range(frames) if i != first)]

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from ..core import unknown
+from ..core import unknown_name_message
 from .figures import new_figure
 
 # %% ../../nbs/views/charts.ipynb #4e1a5f7d
@@ -117,7 +117,7 @@ def group_blocks(
     for row in rows:
         status = row["status"]
         if status not in STATUS_COLOURS:
-            raise ValueError(unknown("status of a module", status, STATUS_COLOURS))
+            raise ValueError(unknown_name_message("status of a module", status, STATUS_COLOURS))
         column, block = block_of(row["name"])
         entry = columns.setdefault(column, {}).setdefault(block, {"status": "frozen", "skipped": False, "trained": 0})
         entry["skipped"] |= status == "skipped"

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ..core import unknown
+from ..core import unknown_name_message
 from .charts import loss_curves, target_tree
 from .figures import axes_or_new, faded, known_pixels, new_figure, robust_range, to_photo
 from .plan import scene_topdown, up_direction
@@ -104,7 +104,7 @@ def comparison_panels(
     fields = ("photo", "base", "adapted", "truth", "valid", "name")
     for key in row:
         if key not in fields:
-            raise ValueError(unknown("entry of a row", key, fields))
+            raise ValueError(unknown_name_message("entry of a row", key, fields))
     names = [name for name in ("base", "adapted") if row.get(name) is not None]
     if not names:
         raise ValueError("a row needs a prediction under 'base' or 'adapted'")

@@ -219,13 +219,13 @@ def run_report(
     if about is None:
         raise ConfigError(f"{folder / 'config.json'} does not exist: {folder} is no run folder")
     config, results = about["config"], read_json(folder / "results.json")
-    gate = folder / "gate.txt"
+    gate = folder / "base_check.txt"
     shown = [(CAPTIONS.get(p.stem, p.stem.replace("_", " ")), p) for p in sorted((folder / "figures").glob("*.png"))]
     pictures = [picture(path, caption) for caption, path in shown] or [tag("p", "This run has no figures.")]
     return page(f"Strategy {config['strategy']} on {config['data']}", tag("p", f"Run {folder.name}", class_="pale"), verdict_part(config, results),
                 *trained_on(config, about, read_json(folder / "coverage.json")), gate_part(gate.read_text(encoding="utf-8").splitlines() if gate.is_file() else None),
                 numbers_part(results), *detail_parts(results), section("Pictures", *pictures), forgotten_part(results, read_json(folder / "forgetting.json")),
-                clouds_part(folder), others_part(folder), cost_part(read_json(folder / "cost.json"), read_json(folder / "budget.json")), environment_part(about))
+                clouds_part(folder), others_part(folder), cost_part(read_json(folder / "resource_usage.json"), read_json(folder / "preflight.json")), environment_part(about))
 
 
 def write_report(

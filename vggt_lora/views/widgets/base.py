@@ -10,7 +10,7 @@ import base64
 import dataclasses
 import io
 
-from ...core import unknown
+from ...core import unknown_name_message
 from ..clouds.clouds3d import someone_watches
 from ..figures import to_photo
 from ..page import words
@@ -218,7 +218,7 @@ class Panel(PanelPage):
         """Move controls; raises ValueError for a name that is none and for a value that does not fit, and then moves nothing."""
         for name, value in values.items():
             if name not in self.controls:
-                raise ValueError(unknown("control", name, self.controls))
+                raise ValueError(unknown_name_message("control", name, self.controls))
             if not self.controls[name].fits(value):
                 raise ValueError(f"{name} cannot be {value!r}: {self.controls[name]}")
         self.state |= values

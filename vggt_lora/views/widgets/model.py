@@ -146,7 +146,7 @@ class TargetPicker(Panel):
 
     def parameters(self) -> str:
         """The choice as parameters for papermill."""
-        targets = f" -p targets {shlex.quote(','.join(self.patterns()))}" if self.patterns() else ""
+        targets = f" -p target_modules {shlex.quote(','.join(self.patterns()))}" if self.patterns() else ""
         return f"-p strategy {self.state['strategy']}{targets} -p rank {self.state['rank']}"
 
     def picture(self):
