@@ -63,7 +63,7 @@ def chosen_patterns(
     if "point" in heads:  # its twin
         scopes += ["point_head" + s.removeprefix("depth_head") for s in scopes if s.split(".")[0] == "depth_head"]
     if targets:
-        raise ConfigError(f"targets are for strategy 'custom'; strategy {strategy!r} brings its own")
+        raise ConfigError(f"target_modules are for strategy 'custom'; strategy {strategy!r} brings its own")
     left = [s for s in scopes if s.split(".")[0] not in {f"{head}_head" for head in {"camera", "depth", "point"} - set(heads)}]
     if not left:
         raise ConfigError(f"strategy {strategy!r} adapts {', '.join(scopes)} alone, and heads={','.join(heads)!r} does not train that; choose another")

@@ -12,8 +12,8 @@ import ast
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import hashlib
+import importlib.util
 import json
 import mmap
 import os
