@@ -20,7 +20,7 @@ from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.train import train
-from vggt_lora.training import loop as loop_module
+from vggt_lora.training import loop as loop_module, losses as losses_module
 from vggt_lora.training.build import build_model, items_of, open_scenes, split_scenes
 from vggt_lora.training.checkpoint import DiskError, checkpoint_files, newest_checkpoint, read_checkpoint
 from vggt_lora.training.config import TrainConfig
@@ -320,7 +320,7 @@ def test_bad_steps_in_a_row_end_the_run_and_name_head_and_term(scene, tmp_path):
 
 def spoil_validations(monkeypatch, bad) -> None:
     """Let one pixel that the depth head predicts be NaN, in the first window of the validations with these numbers; 0: the one before training."""
-    measure, loss, seen = loop_module.held_out_loss, loop_module.training_loss, [-1, 0]
+    measure, loss, seen = loop_module.held_out_loss, losses_module.training_loss, [-1, 0]
 
     def counted(*arguments):
         seen[:] = seen[0] + 1, 0
@@ -335,7 +335,7 @@ def spoil_validations(monkeypatch, bad) -> None:
         return loss(predictions, batch, losses)
 
     monkeypatch.setattr(loop_module, "held_out_loss", counted)
-    monkeypatch.setattr(loop_module, "training_loss", spoiled)
+    monkeypatch.setattr(losses_module, "training_loss", spoiled)
 
 
 def test_a_validation_that_is_not_finite_is_recorded_and_the_run_goes_on(scene, tmp_path, whole, monkeypatch):
