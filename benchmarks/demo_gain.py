@@ -1,23 +1,94 @@
-"""Does fine-tuning help on a demo building of a style never seen? Strategies, seeds and supervision side by side, with intervals.
+"""Does fine-tuning help? Cases, strategies, seeds and supervision side by side, with intervals over the judged frames.
 
-    python benchmarks/demo_gain.py                                        # a, b, c on laser and sparse points, then b on each alone; 3 seeds each
-    python benchmarks/demo_gain.py --strategies b --supervision dense --seeds 0 1 2
-    python benchmarks/demo_gain.py --set epochs=20 model=path/to/weights  # other fields of TrainConfig
+    python benchmarks/demo_gain.py                                    # the README's table: every case, three seeds
+    python benchmarks/demo_gain.py --case points --seeds 0            # six demo buildings without laser files
+    python benchmarks/demo_gain.py --case laser --strategies a b c --supervision auto laser+sparse sparse
+    python benchmarks/demo_gain.py --case points --set epochs=20 scale_normalization=points
+
+A case says what trains and what judges:
+    laser    six demo buildings with laser depth; a building of another style judges, by its laser
+    points   the same six without laser files
+    ceiling  the same, supervised by the renderer's exact depth: no supervision can do better
+    one      one demo building, its own photos train, choose and judge (by laser); mean over seven buildings
+    one-laser  the same, trained on laser depth too
+    real     two real courtyards train on COLMAP points, a third scene of the place judges, by its laser (needs shared/data)
+    place    the same two train, a castle elsewhere judges, by its points (needs shared/data)
 
 Runs that are finished are read, not repeated: every run is a folder under --output. Nothing is asserted.
 """
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
+import numpy as np
+
 from vggt_lora.core import project_root
+from vggt_lora.demo.demo_scenes import DEMO_HELD_OUT, demo_scenes
 from vggt_lora.evaluation.statistics import effects, in_words
+from vggt_lora.reference_data import real_scene
+from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap
+from vggt_lora.supervision.sources import DEPTH_SOURCES
 from vggt_lora.train import NAMES, TrainConfig, train
+
+LASER_FILES = ("ground_truth_depth", "dslr_scan_eval", "occlusion")
+ONE_BUILDING = {"frames": 4, "epochs": 40, "train_fraction": 0.5}  # presets/one_building.yaml, judged by six of twelve photos
+
+
+def exact_depth(scene, frame, size, plan=None) -> DepthMap:
+    """Return the renderer's own depth, for every pixel but the sky."""
+    path = scene.root / "exact_depth" / f"{Path(frame.name).stem}.npy"
+    if not path.is_file():
+        raise DepthAbsent(f"{path} does not exist: only demo scenes have exact depth")
+    exact = np.load(path)
+    rows, columns = (((np.arange(side) + 0.5) * full / side).astype(int) for side, full in zip(size, exact.shape))
+    depth = exact[rows][:, columns].astype(np.float32)
+    valid = np.isfinite(depth) & (depth > 0)
+    return DepthMap(np.where(valid, depth, 0), valid, valid.astype(np.float32), {})
+
+
+def without_laser(folder: Path) -> Path:
+    """Copy the demo scenes into `folder`, those that train without laser files."""
+    for scene in demo_scenes():
+        if not (folder / scene.name).exists():
+            drop = () if scene.name in DEMO_HELD_OUT else LASER_FILES
+            shutil.copytree(scene, folder / scene.name, ignore=shutil.ignore_patterns(*drop))
+    return folder
+
+
+def linked(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """Link real scenes into one folder; None where they are not at hand."""
+    scenes = [real_scene(name) for name in names]
+    if not all(scenes):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    for scene in scenes:
+        if not (folder / scene.name).exists():
+            (folder / scene.name).symlink_to(scene)
+    return folder
+
+
+def case_settings(case: str, work: Path) -> list[dict] | None:
+    """Return the settings of a case's runs, one for each building; None where its data are not at hand."""
+    held_out = ",".join(DEMO_HELD_OUT)
+    if case == "laser":
+        return [{}]
+    if case == "points":
+        return [{"data": str(without_laser(work / "without_laser")), "hold_out": held_out, "units_are_metres": "yes"}]
+    if case == "ceiling":
+        DEPTH_SOURCES["exact"] = exact_depth
+        return [{"supervision": "exact", "frame_cache": False}]
+    if case in ("one", "one-laser"):
+        supervision = "laser+sparse+anchored" if case == "one-laser" else "sparse+anchored"
+        return [{"data": str(scene), "supervision": supervision, "eval_supervision": "laser", **ONE_BUILDING} for scene in demo_scenes()]
+    judge = {"real": "strecha_fountain_p11", "place": "sceaux_castle"}[case]
+    folder = linked(work / case, ("strecha_castle_p30", "strecha_entry_p10", judge))
+    return folder and [{"data": str(folder), "hold_out": judge}]
 
 
 def results_of(config: TrainConfig) -> dict:
-    """Return the results of a run, which is made where it is absent; `seconds` is the time it took, demo scenes included if they had to be made."""
+    """Return the results of a run, which is made where it is absent."""
     folder = Path(config.output)
     stated = folder / "seconds.json"
     if not stated.is_file():
@@ -36,29 +107,54 @@ def fields(pairs: list[str]) -> dict:
     return found
 
 
+def print_results(title: str, found: list[list[dict]]) -> None:
+    """Print a block of lines for one setting; `found` holds the results of each seed, one for each building."""
+    runs = [[row for results in of_seed for row in results["frames"]] for of_seed in found]
+    every = [results for of_seed in found for results in of_seed]
+    seconds = [results["seconds"] for results in every]
+    print(f"\n{title}; truth {every[0]['protocol']['truth']}; {min(seconds):.0f} to {max(seconds):.0f} s a run")
+    for effect in effects(runs, tuple(NAMES)):
+        print("  " + in_words(effect, NAMES[effect.metric]))
+    print("  " + in_words(effects(runs, ("absrel",), "scale+shift per image")[0], "AbsRel after scale and shift"))
+    for region in ("wall", "0 to 5"):
+        changes = [r["change"] for results in every for r in results["regions"] if (r["region"], r["metric"]) == (region, "absrel") and r["change"] is not None]
+        if changes:
+            print(f"  region {region}: AbsRel {100 * np.mean(changes):+.1f} % in the mean of {len(changes)} runs")
+    for model in NAMES_OF_MODELS:
+        cameras = [row for results in every for row in results["cameras"] if row["model"] == model]
+        rotation, direction = (np.mean([row[name] or 0 for row in cameras]) for name in ("rotation_median", "translation_median"))
+        print(f"  cameras of {model}: rotation {rotation:.2f} degrees, direction {direction:.1f} degrees", flush=True)
+
+
+NAMES_OF_MODELS = ("base", "adapted")
+CASES = ("laser", "points", "ceiling", "one", "one-laser", "real", "place")
+
+
 def main() -> None:
-    """Make the runs and print a line for each setting."""
+    """Make the runs and print a block for each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategies", nargs="+", default=["a", "b", "c"])
-    parser.add_argument("--supervision", nargs="+", default=["laser+sparse", "laser", "sparse"], help="the first for all strategies, the others for b alone")
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--strategies", nargs="+", default=[TrainConfig().strategy])
+    parser.add_argument("--supervision", nargs="+", default=["auto"], help="for the cases laser, points, real and place")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     parser.add_argument("--output", type=Path, default=project_root() / "outputs" / "demo_gain")
     args = parser.parse_args()
-    plan = [(s, args.supervision[0]) for s in args.strategies] + [("b", way) for way in args.supervision[1:]]
-    for strategy, supervision in plan:
-        runs, seconds, losses = [], [], []
-        for seed in args.seeds:
-            name = f"{strategy}-{supervision}-{seed}" + "".join(f"-{pair.replace('/', '_')}" for pair in args.set)
-            found = results_of(TrainConfig(strategy=strategy, supervision=supervision, seed=seed, output=str(args.output / name), **fields(args.set)))
-            runs.append(found["frames"])
-            seconds.append(found["seconds"])
-            losses.append(found["held_out_loss"])
-        print(f"\nstrategy {strategy}, supervision {supervision}, seeds {args.seeds}, truth {found['protocol']['truth']}; "
-              f"{min(seconds):.0f} to {max(seconds):.0f} s a run")
-        print("  held-out loss " + ", ".join(f"{loss['before']:.3f} -> {loss['after']:.3f}" for loss in losses))
-        for effect in effects(runs, tuple(NAMES)):
-            print("  " + in_words(effect, NAMES[effect.metric]), flush=True)
+    for case in args.case:
+        settings = case_settings(case, args.output / "data")
+        if settings is None:
+            print(f"\ncase {case}: skipped, its scenes are not at hand (shared/data)")
+            continue
+        for strategy in args.strategies:
+            for supervision in args.supervision:
+                found = []
+                for seed in args.seeds:
+                    found.append([])
+                    for one in settings:
+                        names = [case, strategy, supervision, str(seed), Path(one.get("data", "")).name, *args.set]
+                        own = {"strategy": strategy, "supervision": supervision, "seed": seed, "preflight": "off"} | one | fields(args.set)
+                        found[-1].append(results_of(TrainConfig(output=str(args.output / "-".join(names).replace("/", "_")), **own)))
+                print_results(f"{case}: strategy {strategy}, supervision {settings[0].get('supervision', supervision)}, seeds {args.seeds}", found)
 
 
 if __name__ == "__main__":

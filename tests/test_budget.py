@@ -25,8 +25,8 @@ def scene(tmp_path_factory):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    values = {"strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2,
-              "lr": 1e-3, "device": "cpu", "frame_cache": False}
+    values = {"supervision": "laser+sparse", "normalise": "points", "choose_fraction": 0.0, "keep": "last", "metric_for_best_model": "loss", "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2,
+              "lr": 1e-3, "device": "cpu", "store": False}
     return TrainConfig(**{**values, **changes})
 
 

@@ -37,6 +37,7 @@ from .preflight.memory_profile import untouched
 from .preflight.preflight import budgeted, refuse_or_warn, preflight as predicted
 from .preflight.resource_usage import ResourceMeter
 from .settings import command
+from .training.advice import next_tries, risky_settings, split_notes, without_choice
 from .training.checkpoint import content_digest, disk_errors, newest_checkpoint
 from .training.config import TrainConfig, read_config
 from .training.distributed import resolve_device, resolve_precision, Distributed
@@ -46,6 +47,7 @@ from .training.losses import loss_config, window_loss
 from .training.oom_recovery import memory_errors
 from .training.preview import HeldOutPreview, begin
 from .training.run import RunFolder, code_fingerprint, environment, reproducible, run_path
+from .training.run_state import held_out_score
 from .training.build import (build_model, check_photos, make_frame_cache, items_of, open_scenes, photos_of, add_adapter,
                                       split_scenes, truth_source, with_rate)
 
@@ -95,31 +97,34 @@ def _train(config: TrainConfig, hooks, folder: Path, distributed: Distributed, m
     """The run itself."""
     device, (scenes, split, audit, photos) = distributed.device, distributed.on_all(lambda: load_scenes(config))
     train_on, held_out = items_of(split.train, scenes), items_of(split.val, scenes)
+    choosing = items_of(split.choose, scenes) or held_out  # where nothing chooses, the judged frames are only watched
     distributed.assert_same({n: repr(v) for n, v in dataclasses.asdict(config).items()} | {"the code": code_fingerprint(), "the digest of the photos": content_digest(photos)[:12]})
     if config.resume:
         check_photos(distributed.broadcast_from_main(lambda: json.loads((folder / "split.json").read_text(encoding="utf-8"))), photos)
     model = distributed.on_all(lambda: build_model(config))
-    cache = distributed.main_process_first(lambda: make_frame_cache(config, model, items=[*train_on, *held_out]))
+    cache = distributed.main_process_first(lambda: make_frame_cache(config, model, items=[*train_on, *choosing]))
     truth = distributed.main_process_first(lambda: truth_cache(config, model, scenes, split))
     adapted, targets, gate, speed = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
     distributed.assert_same({"the checksum of the base": adapted.base_fingerprint[:12]})
     run = open_run(folder, config, distributed)
     try:
         describe(run, config, scenes, split, audit, photos, targets, gate)
+        for note in (*split_notes(split, config), *risky_settings(scenes, config)):
+            run.log(f"NOTE: {note}")
         run.write("coverage.json", supervision_coverage(train_on, cache))
         for frames in (cache, *(() if truth.supervision == cache.supervision else (truth,))):
             run.log(frames.about())
-        rated = with_rate(config, model.config.embed_dim)
+        rated = with_rate(config if split.choose else without_choice(config), model.config.embed_dim)
         run.log(f"peak learning rate {rated.lr:.3g}, network {model.config.embed_dim} channels wide")
         run.log(speed)
-        budget = None if config.preflight == "off" else lambda: refuse_or_warn(predicted(adapted, train_on, held_out, cache, config), config.preflight, run.log)
+        budget = None if config.preflight == "off" else lambda: refuse_or_warn(predicted(adapted, train_on, choosing, cache, config), config.preflight, run.log)
         with summed_once(), budgeted(budget and distributed.on_all(budget), run) as clock:
-            sample_source = distributed.main_process_first(lambda: cached_source(adapted, cache, config, train_on, held_out, run.log, reload=lambda: build_model(config).state_dict()))
+            sample_source = distributed.main_process_first(lambda: cached_source(adapted, cache, config, train_on, choosing, run.log, reload=lambda: build_model(config).state_dict()))
             meter.mark("preparation")
-            begin(hooks, run.folder, HeldOutPreview(adapted, held_out, sample_source, precision=resolve_precision(config.precision, device)))
-            fit(adapted, train_on, held_out, rated, run, sample_source, (clock, *hooks))
+            begin(hooks, run.folder, HeldOutPreview(adapted, choosing, sample_source, precision=resolve_precision(config.precision, device)))
+            fit(adapted, train_on, choosing, rated, run, sample_source, (clock, *hooks))
         meter.mark("training")
-        return finish(run, adapted, held_out, truth, config, meter, distributed)
+        return finish(run, adapted, held_out, truth, dataclasses.replace(config, adapter_weights=rated.adapter_weights), meter, distributed)
     finally:
         run.close()
 
@@ -260,7 +265,8 @@ def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, mete
     chunk = min((head.frames_chunk for head in dense_heads(adapted).values() if head.frames_chunk), default=None)  # a run that was short of memory has lowered it
     adapted.to("meta")  # its numbers are in the file, and their memory is for the two that are compared
     results, maps = measure(folder, held_out, cache, config, chunk)
-    results["held_out_loss"] = loss = losses_of(run.records, config.adapter_weights)
+    results["held_out_loss"] = loss = losses_of(run.records, config)
+    results["warnings"] = [*next_tries(results["effects"], config), *results["warnings"]]
     if loss["after"] is None:
         results["warnings"] = [without_loss(run.records), *results["warnings"]]
         run.log(f"WARNING: {results['warnings'][0]}")
@@ -275,11 +281,12 @@ def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, mete
     return results, maps
 
 
-def losses_of(records: list[dict], keep: str) -> dict:
+def losses_of(records: list[dict], config: TrainConfig) -> dict:
     """Held-out loss of the base, of the weights that were kept, and the lowest of weights that can be had; None where it is not finite."""
     found = [r for r in records if r["split"] == "val"]
-    best = min(r["loss"] for r in found if r["loss"] is not None and not r.get("stopped"))  # of best.pt; the first is finite, or there were no run
-    after = best if keep == "best" else found[-1]["loss"]
+    saved = [r for r in found if not r.get("stopped")]  # the first is finite, or there were no run
+    best = min(saved, key=lambda r: held_out_score(r, config))["loss"]  # of best.pt
+    after = best if config.adapter_weights == "best" else found[-1]["loss"]
     return {"before": found[0]["loss"], "after": after, "best": best if after is None else min(best, after)}
 
 

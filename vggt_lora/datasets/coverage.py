@@ -24,13 +24,15 @@ def supervision_coverage(
             if index not in shares:
                 depth = cache.get(scene, index, target).depth
                 known = float((np.asarray(depth.valid) & (np.asarray(depth.weight) > 0)).mean())
-                parts = {name: depth.counts[name] / depth.valid.size for name in cache.sources if name in depth.counts} if len(cache.sources) > 1 else {}
+                sources = cache.sources_of(scene)
+                parts = {name: depth.counts.get(name, 0) / depth.valid.size for name in sources} if len(sources) > 1 else {}
                 shares[index] = known, parts
-    return [_row(name, list(shares.values()), cache) for name, shares in seen.items()]
+    scenes = {scene.name: scene for scene, _ in items}
+    return [_row(name, list(shares.values()), cache.sources_of(scenes[name])) for name, shares in seen.items()]
 
 
-def _row(scene: str, shares: list, cache: FrameCache) -> dict:
+def _row(scene: str, shares: list, sources: tuple[str, ...]) -> dict:
     known = [share for share, _ in shares]
-    by_source = {source: float(np.mean([parts.get(source, 0.0) for _, parts in shares])) for source in cache.sources} if len(cache.sources) > 1 else {}
-    return {"scene": scene, "supervision": cache.supervision, "frames": len(known), "frames_without_depth": sum(share == 0 for share in known),
+    by_source = {source: float(np.mean([parts.get(source, 0.0) for _, parts in shares])) for source in sources} if len(sources) > 1 else {}
+    return {"scene": scene, "supervision": "+".join(sources), "frames": len(known), "frames_without_depth": sum(share == 0 for share in known),
             "share": float(np.mean(known)), "least": float(min(known)), "by_source": by_source}

@@ -39,7 +39,7 @@ from ..scenes.images import ImagePlan
 from ..scenes.masks import label_files
 from ..scenes.scene import Scene
 from ..supervision.depth_map import DepthMap
-from ..supervision.sources import DEPTH_SOURCES, INPUTS, code_of, scene_inputs, source_names
+from ..supervision.sources import ANCHORED, AUTO, DEPTH_SOURCES, INPUTS, code_of, scene_inputs, source_names
 
 # %% ../../nbs/datasets/frame_store.ipynb #ba5aea7e
 VERSION = 2  # of an entry's layout
@@ -68,11 +68,13 @@ def modules_behind(module: str, found: dict[str, Path]) -> dict[str, Path]:
 
 @functools.lru_cache
 def maker(
-    supervision: str,  # of DEPTH_SOURCES, several joined by "+"
+    supervision: str,  # "auto", or sources joined by "+"
 ) -> str:
     """Return a digest of the code that makes entries with these sources, and of the libraries that it uses."""
     modules = {"vggt_lora.scenes.images", "vggt_lora.scenes.masks"}
-    modules |= {DEPTH_SOURCES[name].__module__ for name in source_names(supervision)}
+    names = source_names(AUTO[True] if supervision == "auto" else supervision)
+    modules |= {DEPTH_SOURCES[name].__module__ for name in names if name != ANCHORED}
+    modules |= {"vggt_lora.supervision.anchored"} if ANCHORED in names else set()
     files = {}
     for module in sorted(modules):
         if module.startswith("vggt_lora."):
@@ -87,11 +89,16 @@ def entry_key(
     scene,  # Scene
     frame,  # Frame of that scene
     plan: ImagePlan,
-    supervision: str,  # of DEPTH_SOURCES, several joined by "+"
+    supervision: str,  # of DEPTH_SOURCES, several joined by "+"; not "auto"
+    log_base: np.ndarray | None = None,  # (h, w) what "anchored" bends
 ) -> str:
     """Return the name of a frame's entry: SHA-256 of all that it depends on. Raises SceneError for files that cannot be read."""
-    names = [part.strip() for part in supervision.split("+")]
-    sources = [[name, code_of(DEPTH_SOURCES[name]), INPUTS.get(name, scene_inputs)(scene, frame)] for name in names]
+    sources = []
+    for name in (part.strip() for part in supervision.split("+")):
+        if name == ANCHORED:
+            sources.append([name, digest_of(log_base, scene.points.xyz), [frame.world_to_cam.tolist() for frame in scene.frames]])
+        else:
+            sources.append([name, code_of(DEPTH_SOURCES[name]), INPUTS.get(name, scene_inputs)(scene, frame)])
     labels = [file_digest(path) for path in label_files(scene, frame).values()]
     facts = [VERSION, maker(supervision), file_digest(frame.image_path), labels, dataclasses.asdict(plan), list(map(int, frame.size)), frame.K.tolist(), frame.world_to_cam.tolist(), sources]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -160,16 +167,16 @@ class FrameStore(FrameCache):
         self,
         long_side: int = 518,  # px, a multiple of 14
         mode: str = "aspect",  # how photos are brought to the network's size, see scenes.images
-        supervision: str = "sparse",  # one of DEPTH_SOURCES, or several joined by "+"
+        supervision: str = "sparse",  # "auto", one of DEPTH_SOURCES, or several joined by "+"
         capacity: int = 1024,  # frames mapped at once
+        base=None,  # BaseDepth, what "anchored" bends
         folder: Path | str | None = None,  # default: store_folder()
         workers: int | None = None,  # threads of `prepare`; default: processor cores, at most 8
     ):
-        super().__init__(long_side, mode, supervision, capacity)
+        super().__init__(long_side, mode, supervision, capacity, base)
         self.root = Path(folder) if folder is not None else store_folder()
         self.folder = self.root / f"v{VERSION}-{maker(supervision)[:12]}"
-        known = all(part.strip() in INPUTS for part in supervision.split("+"))  # others may use all cores themselves
-        self.workers = (workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)) if known else 1
+        self.workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self.report = StoreReport()
         self._keys: dict = {}  # (scene, frame, size) -> key, once computed
         self._verified: set = set()  # stamps of files whose checksum was right
@@ -178,8 +185,8 @@ class FrameStore(FrameCache):
 
     def load(self, scene: Scene, index: int, target: tuple[int, int]) -> FrameData:
         """Map one frame, or make and keep it first; raises SceneError for what it is made of, ConfigError where the folder cannot be used."""
-        frame, plan, where = scene.frames[index], self.plan(scene, index, target), (str(scene.root), scene.name, index, tuple(target))
-        key = self._keys.get(where) or entry_key(scene, frame, plan, self.supervision)
+        where = str(scene.root), scene.name, index, tuple(target)
+        key = self._keys.get(where) or self.key(scene, index, target)
         try:
             data = self._read(key)
             if data is None:
@@ -190,6 +197,12 @@ class FrameStore(FrameCache):
                               "or set frame_cache=False") from error
         self._keys[where] = key
         return data
+
+    def key(self, scene: Scene, index: int, target: tuple[int, int]) -> str:
+        """Return the name of the entry of frame `index` at `target`."""
+        plan, names = self.plan(scene, index, target), self.sources_of(scene)
+        log_base = self.base.log_depth(scene, index, plan.size) if ANCHORED in names else None
+        return entry_key(scene, scene.frames[index], plan, "+".join(names), log_base)
 
     def _read(self, key: str, made: bool = False) -> FrameData | None:
         """The entry of this name; None where there is none, with a warning where it is damaged."""
@@ -217,7 +230,7 @@ class FrameStore(FrameCache):
 
     def _make(self, scene: Scene, index: int, target: tuple[int, int], key: str) -> None:
         data, frame = super().load(scene, index, target), scene.frames[index]
-        if entry_key(scene, frame, self.plan(scene, index, target), self.supervision) != key:
+        if self.key(scene, index, target) != key:
             raise SceneError(f"{frame.image_path}: the photo, or what its depth is read from, was changed while it was read; start again when it is complete")
         write_entry(self.folder / f"{key}.safetensors", key, data)
 
@@ -263,7 +276,8 @@ class FrameStore(FrameCache):
             bar.update()
 
         one(order[0])
-        pool = ThreadPoolExecutor(self.workers)
+        alone = any(name not in INPUTS for name in self.sources_of(scene))  # the others may use all cores themselves
+        pool = ThreadPoolExecutor(1 if alone else self.workers)
         try:
             for done in as_completed([pool.submit(one, job) for job in order[1:]]):
                 done.result()

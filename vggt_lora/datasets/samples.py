@@ -16,8 +16,12 @@ from .windows import Window
 from ..scenes.images import ImagePlan, load_image, plan_image
 from ..scenes.masks import region_labels
 from ..scenes.scene import Scene
+from ..supervision.anchored import anchored_depth
+from ..supervision.base_prediction import BaseDepth
 from ..supervision.depth_map import DepthMap
-from ..supervision.sources import PREPARED, depth_source, source_names
+from vggt_lora.supervision.sources import (
+    ANCHORED, PREPARED, Mixture, check_supervision, depth_source, resolve_supervision, source_names,
+)
 
 # %% ../../nbs/datasets/samples.ipynb #7bb61fdb
 @dataclasses.dataclass
@@ -54,14 +58,38 @@ class FrameCache:
         self,
         long_side: int = 518,  # px, a multiple of 14
         mode: str = "aspect",  # how photos are brought to the network's size, see scenes.images
-        supervision: str = "sparse",  # one of DEPTH_SOURCES, or several joined by "+"
+        supervision: str = "sparse",  # "auto", one of DEPTH_SOURCES, or several joined by "+"
         capacity: int = 1024,  # frames kept
+        base: BaseDepth | None = None,  # what "anchored" bends
     ):
         plan_image((long_side, long_side), long_side, mode)  # an unknown mode or a bad size stops here, not at the first photo
         self.long_side, self.mode, self.capacity = long_side, mode, capacity
-        self.supervision, self.source = supervision, depth_source(supervision)
-        self.sources = source_names(supervision)
+        check_supervision(supervision)
+        self.supervision, self.base = supervision, base
+        self.sources = () if supervision == "auto" else source_names(supervision)  # auto: they differ by scene, see sources_of
         self._frames: OrderedDict = OrderedDict()
+
+    @property
+    def source(self):
+        """Return the depth source as a function, where it is the same for all scenes and needs no base; raises ConfigError elsewhere."""
+        return depth_source(self.supervision)
+
+    def sources_of(self, scene: Scene) -> tuple[str, ...]:
+        """Name the sources of a scene's depth, the most trusted first; raises ConfigError where "anchored" has no base."""
+        names = source_names(resolve_supervision(scene, self.supervision))
+        if ANCHORED in names and self.base is None:
+            raise ConfigError(f"supervision {self.supervision!r} needs the base's prediction; give FrameCache(base=BaseDepth(model)), or leave 'anchored' out")
+        return names
+
+    def depth(self, scene: Scene, index: int, plan: ImagePlan) -> DepthMap:
+        """Return the depth of frame `index` from all its sources; raises SceneError for broken files."""
+        frame, names = scene.frames[index], self.sources_of(scene)
+        if ANCHORED not in names:
+            return depth_source("+".join(names))(scene, frame, plan.size, plan=plan)
+        known = Mixture(names[:-1])(scene, frame, plan.size, plan=plan)
+        found = anchored_depth(scene, frame, known, self.base.log_depth(scene, index, plan.size), plan)
+        bent = {f"anchored {what}": number for what, number in found.counts.items()}
+        return dataclasses.replace(found, counts=known.counts | {ANCHORED: int((found.valid & ~known.valid).sum())} | bent)
 
     def get(self, scene: Scene, index: int, target: tuple[int, int]) -> FrameData:
         """Frame `index` of `scene` at `target` = (height, width)."""
@@ -77,7 +105,7 @@ class FrameCache:
     def load(self, scene: Scene, index: int, target: tuple[int, int]) -> FrameData:
         """Decode, resize, project and label one frame; raises SceneError for unreadable files."""
         frame, plan = scene.frames[index], self.plan(scene, index, target)
-        depth = self.source(scene, frame, plan.size, plan=plan)
+        depth = self.depth(scene, index, plan)
         return FrameData(load_image(frame.image_path, plan), plan.intrinsics(frame.K), depth, region_labels(scene, frame, plan))
 
     def plan(self, scene: Scene, index: int, target: tuple[int, int]) -> ImagePlan:
@@ -90,8 +118,14 @@ class FrameCache:
         for scene, window in items:
             target = self.size(scene, window.frames[0])
             wanted.setdefault(scene, {}).update({(i, target): (scene.frames[i], self.plan(scene, i, target)) for i in window.frames})
-        return {name: sum(PREPARED[name](scene, list(frames.values()), device=device) for scene, frames in wanted.items())
-                for name in self.sources if name in PREPARED}
+        made: dict[str, int] = {}
+        for scene, frames in wanted.items():
+            for name in self.sources_of(scene):
+                if name == ANCHORED:
+                    self.base.prepare(scene, next(iter(frames))[1])
+                elif name in PREPARED:
+                    made[name] = made.get(name, 0) + PREPARED[name](scene, list(frames.values()), device=device)
+        return made
 
     def size(self, scene: Scene, index: int, long_side: int = 0) -> tuple[int, int]:
         """The (height, width) that frame `index` would have on its own; 0: at the cache's long side."""

@@ -315,7 +315,7 @@ class Variation:
     ):
         self.config, self.items = config, list(items)
         self.sizes = drawn_sizes(config.image_sizes, cache.long_side) or (cache.long_side,)
-        self.caches = {size: cache if size == cache.long_side else type(cache)(size, cache.mode, cache.supervision) for size in self.sizes}
+        self.caches = {size: cache if size == cache.long_side else type(cache)(size, cache.mode, cache.supervision, base=cache.base) for size in self.sizes}
         for size, made in self.caches.items():
             if made is not cache:
                 (made.prepare if hasattr(made, "prepare") else made.work_ahead)(self.items)

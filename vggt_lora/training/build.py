@@ -12,13 +12,16 @@ import dataclasses
 from ..core import ConfigError, unknown_name_message
 from ..datasets.frame_store import FrameStore
 from ..datasets.samples import FrameCache
-from ..datasets.splits import LeakError, Split, audit_split, content_hash, split_windows
+from ..datasets.splits import SIDES, LeakError, Split, audit_split, content_hash, split_windows
 from ..demo.demo_scenes import DEMO_HELD_OUT
+from ..evaluation.statistics import smallest_sample
 from ..scenes.opening import find_scenes, open_scene
 from ..scenes.scene import Scene
+from ..supervision.base_prediction import BaseDepth
 from ..supervision.laser import has_laser
+from ..supervision.sources import measured_part, resolve_supervision
 from .config import TrainConfig
-from .distributed import resolve_device
+from .distributed import resolve_device, resolve_precision
 
 # %% ../../nbs/training/build.ipynb #7d4dfd1c
 def open_scenes(
@@ -40,8 +43,10 @@ def split_scenes(
 ) -> tuple[Split, dict]:
     """Split into windows and audit the result; raises LeakError or ConfigError."""
     hold_out = config.names("hold_out") or _demo_hold_out(scenes, config)
-    split = split_windows(scenes, frames=config.frames, overlap=config.overlap, train_fraction=config.train_fraction, hold_out=hold_out,
-                          groups=config.groups, by=config.window_selection)
+    settings = {"frames": config.frames, "overlap": config.overlap, "train_fraction": config.train_fraction, "hold_out": hold_out, "groups": config.groups, "by": config.window_selection}
+    split = split_windows(scenes, choose_fraction=config.choose_fraction, **settings)
+    if sum(map(len, split.frame_sets("choose").values())) < smallest_sample():
+        split = split_windows(scenes, **settings)  # a choice by fewer is a matter of luck, and they are missed in training
     if not split.train or not split.val:
         raise ConfigError(f"the split leaves {len(split.train)} training and {len(split.val)} validation windows; "
                           "give more photos, smaller `frames`, or another `train_fraction`")
@@ -63,10 +68,10 @@ def photos_of(
     split: Split,
     scenes: list[Scene],
 ) -> dict[str, dict[str, str]]:
-    """{"train" | "val": {scene/photo: digest of the file}} of a split."""
+    """Return {"train" | "choose" | "val": {scene/photo: digest of the file}} of a split."""
     by_name = {s.name: s for s in scenes}
     return {side: {f"{name}/{by_name[name].frames[i].name}": content_hash(by_name[name].frames[i].image_path)
-                   for name, indices in split.frame_sets(side).items() for i in indices} for side in ("train", "val")}
+                   for name, indices in split.frame_sets(side).items() for i in indices} for side in SIDES}
 
 
 def check_photos(
@@ -75,13 +80,13 @@ def check_photos(
     same: bool = True,  # both sides must be the same; else only: nothing measured now was trained on
 ) -> None:
     """Raise LeakError if photos that were trained on would be measured on, or, with `same`, if the split changed at all."""
-    trained = set(recorded["train"].values())
+    trained = {*recorded["train"].values(), *recorded.get("choose", {}).values()}
     leaks = [name for name, digest in current["val"].items() if digest in trained]
     if leaks:
         raise LeakError(f"{len(leaks)} photos would be measured on that this run was trained on, for instance {', '.join(leaks[:3])}; "
                         "the scene or the split settings changed since")
     if same and recorded != current:
-        changed = [n for side in ("train", "val") for n in recorded[side].keys() ^ current[side].keys()]
+        changed = [n for side in SIDES for n in recorded.get(side, {}).keys() ^ current.get(side, {}).keys()]
         raise LeakError(f"the scene changed since this run began: {len(changed)} photos are on one side only, for instance "
                         f"{', '.join(sorted(changed)[:3]) or 'none, but the content of some differs'}")
 
@@ -137,13 +142,11 @@ def make_frame_cache(
     items=(),  # (scene, window) pairs that will be asked for: made now, several at a time, where the store lacks them
 ) -> FrameCache:
     """The frames of a run at its image size (the model's own where the configuration says 0), from the store on disk or decoded each time."""
-    settings = config.image_size or model.config.img_size, config.image_mode, source or config.supervision
-    if config.frame_cache:
-        frames = FrameStore(*settings)
-        frames.prepare(items, device=resolve_device(config.device))
-    else:
-        frames = FrameCache(*settings)
-        frames.work_ahead(items, resolve_device(config.device))
+    settings, device = (config.image_size or model.config.img_size, config.image_mode, source or config.supervision), resolve_device(config.device)
+    base = BaseDepth(model, device, resolve_precision(config.precision, device), config.image_mode)
+    frames = (FrameStore if config.frame_cache else FrameCache)(*settings, base=base)
+    (frames.prepare if config.frame_cache else frames.work_ahead)(items, device=device)
+    base.release()  # an adapter will change the model
     return frames
 
 # %% ../../nbs/training/build.ipynb #9a41d7ce
@@ -155,5 +158,8 @@ def truth_source(
     """Name the depth source that held-out frames are measured against."""
     if config.eval_supervision != "auto":
         return config.eval_supervision
-    held_out = {w.scene for w in split.val}
-    return "laser" if all(has_laser(s) for s in scenes if s.name in held_out) else config.supervision
+    judged = {w.scene for w in split.val}
+    held_out = [scene for scene in scenes if scene.name in judged]
+    if all(has_laser(scene) for scene in held_out):
+        return "laser"
+    return measured_part(resolve_supervision(next(scene for scene in held_out if not has_laser(scene)), config.supervision))

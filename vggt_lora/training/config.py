@@ -13,14 +13,14 @@ from pathlib import Path
 from ..adapters.targets import STRATEGIES, strategy_named
 from ..core import ConfigError, unknown_name_message, user_path
 from ..settings import check_values
-from ..supervision.sources import depth_source
+from ..supervision.sources import check_supervision, depth_source
 
 # %% ../../nbs/training/config.ipynb #278cf274
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run; a bad value raises ConfigError before any work."""
 
-    strategy: str = "b"  # which layers get adapters: a, b, c or custom
+    strategy: str = "a"  # which layers get adapters: a, b, c or custom
     model: str = "tiny"  # "tiny" (small and pretrained, in the package), "random" (the same shape, untrained), a hub name such as facebook/VGGT-1B, a folder or a file
     data: str = "demo"  # "demo", a scene folder, or a folder of scene folders
     scenes: str = ""  # names of the scenes to use, separated by commas; empty: all
@@ -31,19 +31,21 @@ class TrainConfig:
     resume: bool = False  # continue the run in `output`
     save_every: int = 50  # optimiser steps between checkpoints, besides one after each epoch; 0: only those
     keep_checkpoints: int = 3  # checkpoints kept besides the best
-    adapter_weights: str = "last"  # weights that become the adapter: last, or best (lowest held-out loss)
-    patience: int = 0  # epochs without a lower held-out loss after which training ends; 0: never
+    adapter_weights: str = "best"  # weights that become the adapter: best (by the photos that choose), or last
+    metric_for_best_model: str = "absrel"  # by which those photos choose: absrel (of depth, after the median of each frame), or loss
+    patience: int = 0  # epochs without progress on the photos that choose, after which training ends; 0: never
     epochs: int = 10  # passes over the training windows
     frames: int = 8  # photos in a window
     overlap: float = 0.5  # of neighbouring windows
     train_fraction: float = 0.85  # of each scene's photos, the rest validates; not used where whole scenes are held out
+    choose_fraction: float = 0.15  # of the photos of each scene that trains: they choose the best weights, and neither train nor judge; 0: the last weights are taken
     image_size: int = 0  # long side in px, a multiple of 14; 0: the model's own
     image_mode: str = "aspect"  # aspect, or a square by crop, pad or squash
-    supervision: str = "laser+sparse"  # depth source: sparse, laser, dense, colmap, completed, or several joined by "+", the most trusted first
+    supervision: str = "auto"  # auto (by scene: laser where there is one, then sparse, then anchored), or sparse, laser, dense, colmap, completed, anchored, joined by "+", the most trusted first
     frame_cache: bool = True  # keep preprocessed frames on disk for the next run; changes no number
     feature_cache: str = "auto"  # keep what the frozen layers make of a window: off, float32 (changes no number), bf16 (half the size), or auto (as `precision`)
     feature_cache_gb: float = 30.0  # of disk for that; where it would not do, an earlier layer is kept
-    eval_supervision: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else the supervision
+    eval_supervision: str = "auto"  # depth source that held-out frames are measured against; auto: laser where every held-out scene has it, else what of the supervision measures
     target_modules: str = ""  # patterns of strategy custom, separated by commas
     full_finetune: str = ""  # patterns of layers trained in full beside the adapters
     heads: str = "camera,depth"  # heads that are trained and run: camera, depth or both
@@ -88,7 +90,7 @@ class TrainConfig:
     confidence_error: str = "absolute"  # the confidence term weighs errors as they are, or relative to the depth
     glass_weight: float = 0.0  # pixels labelled as a window count 1 + this
     base_consistency_weight: float = 0.0  # weight of staying near the base where nothing supervises
-    scale_normalization: str = "points"  # unit of the truth: mean distance of its points, or where the base's prediction fits (base)
+    scale_normalization: str = "base"  # unit of the truth: where the base's prediction fits (base; without the depth head: points), or mean distance of its points (points)
     depth_min: float = 0.1  # m; nearer depth is left out where the scene is metric
     depth_max: float = 100.0  # m; likewise farther depth
     precision: str = "auto"  # auto (bf16 on a GPU, float32 else), float32 or bf16
@@ -104,7 +106,7 @@ class TrainConfig:
         check_values(self, CHOICES, RANGES)
         if self.strategy != "custom":
             strategy_named(self.strategy)
-        depth_source(self.supervision)
+        check_supervision(self.supervision)
         if self.eval_supervision != "auto":
             depth_source(self.eval_supervision, "eval_supervision")
         _check_together(self)
@@ -144,33 +146,34 @@ class TrainConfig:
 
 # %% ../../nbs/training/config.ipynb #1b767f59
 CHOICES = {
-    "units_are_metres": ("auto", "yes", "no"),
+    "metric": ("auto", "yes", "no"),
     "image_mode": ("aspect", "crop", "pad", "squash"),
-    "window_selection": ("order", "covisible"),
+    "windows": ("order", "covisible"),
     "camera_loss": ("l1", "l2"),
     "depth_grad_loss": ("grad", "grad_conf"),
     "point_gradient": ("normal", "normal_conf", "grad", "grad_conf"),
     "confidence_error": ("absolute", "relative"),
-    "scale_normalization": ("points", "base"),
+    "normalise": ("points", "base"),
     "precision": ("auto", "float32", "bf16"),
     "preflight": ("refuse", "warn", "off"),
     "device": ("auto", "cpu", "cuda"),
-    "feature_cache": ("auto", "off", "float32", "bf16"),
+    "cache": ("auto", "off", "float32", "bf16"),
     "head_precision": ("float32", "bf16"),
-    "adapter_weights": ("last", "best"),
+    "keep": ("last", "best"),
+    "metric_for_best_model": ("absrel", "loss"),
     "heads": ("camera,depth", "depth,camera", "camera", "depth"),
 }
 RANGES = {
-    "epochs": (1, 100_000), "frames": (1, 1_000), "overlap": (0, 0.95), "train_fraction": (0.05, 0.99),
+    "epochs": (1, 100_000), "frames": (1, 1_000), "overlap": (0, 0.95), "train_fraction": (0.05, 0.99), "choose_fraction": (0, 0.5),
     "image_size": (0, 8_400), "rank": (1, 4_096), "alpha": (1e-6, 1e6), "dropout": (0, 0.95), "lr": (0, 1),
-    "min_lr": (0, 1), "warmup_ratio": (0, 0.9), "weight_decay": (0, 1), "max_grad_norm": (1e-6, 1e6), "gradient_accumulation_steps": (1, 10_000),
+    "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
     "camera_translation_weight": (0, 1e4), "camera_rotation_weight": (0, 1e4), "camera_fov_weight": (0, 1e4),
     "point_conf_weight": (0, 1e4), "point_reg_weight": (0, 1e4), "point_grad_weight": (0, 1e4),
     "depth_normal_weight": (0, 1e4), "glass_weight": (0, 1e4), "base_consistency_weight": (0, 1e4),
     "crop_min_scale": (0.1, 1), "colour_strength": (0, 1), "colour_per_frame": (0, 1), "tilt_degrees": (0, 45), "mix_probability": (0, 1),
     "save_every": (0, 10**9), "keep_checkpoints": (1, 1_000), "patience": (0, 100_000), "loraplus_lr_ratio": (0, 1e4), "skip_grad_factor": (0, 1e9), "max_skipped_steps": (1, 10**6),
-    "feature_cache_gb": (0, 1e6), "frames_chunk": (0, 1_000), "distinct_epochs": (0, 1_000),
+    "feature_cache_gb": (0, 1e6), "frames_chunk": (0, 1_000), "variants": (0, 1_000),
     "depth_min": (0, 1e6), "depth_max": (0, 1e6), "seed": (0, 2**31 - 1),
 }
 
@@ -203,8 +206,8 @@ def _check_together(config) -> None:
         raise ConfigError(f"image_size must be a multiple of 14 (the patch size), got {config.image_size}; "
                           f"take {near or 14} or {near + 14}")
     drawn_sizes(config.image_sizes, 518)
-    if "depth" not in config.names("heads") and (config.base_consistency_weight or config.depth_normal_weight or config.scale_normalization == "base"):
-        raise ConfigError("base_consistency_weight, depth_normal_weight and scale_normalization='base' need the depth head; add it to heads, or leave them at 0, 0 and 'points'")
+    if "depth" not in config.names("heads") and (config.base_consistency_weight or config.depth_normal_weight):
+        raise ConfigError("base_consistency_weight and depth_normal_weight need the depth head; add it to heads, or leave them at 0")
     for name in config.names("augment"):
         if name not in AUGMENTS:
             raise ConfigError(unknown_name_message("augment", name, AUGMENTS))

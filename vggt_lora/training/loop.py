@@ -26,7 +26,7 @@ from .losses import LossConfig, loss_config, window_loss
 from .oom_recovery import OomRecovery
 from .optimizer import gradient_norms, make_optimizer, set_rate, trained_parameters
 from .run import RunFolder
-from .run_state import Hook, Progress, Stopped, stop_signals
+from .run_state import Hook, Progress, Stopped, held_out_score, stop_signals
 from .sample_source import SampleSource, sample_source_of
 from .schedule import epoch_order, learning_rate
 from .step_guard import MOST_FILES, StepGuard, nonfinite_terms, save_bad
@@ -64,6 +64,7 @@ def held_out_loss(
     device,
     distributed: Distributed | None = None,  # processes that share the work; None: this one alone
     attempt: Callable = lambda work: work(),  # does the work, perhaps once more
+    units: dict | None = None,  # of window_loss
 ) -> dict:
     """Mean loss and terms over the held-out windows that have truth; counts are summed, terms left out are named.
 
@@ -75,7 +76,7 @@ def held_out_loss(
         found = []
         for number, (scene, window) in enumerate(items) if distributed is None else distributed.shard(items):
             sample, state = sample_source.load(scene, window)
-            result = window_loss(model, sample, losses, device, state)
+            result = window_loss(model, sample, losses, device, state, units)
             faults = [f"{', '.join(faults)} on {_where(sample)}"] if (faults := nonfinite_terms(result)) else []
             found.append((number, {"loss": float(result.total)} | _numbers(result), result.left_out, faults))
         return found
@@ -118,6 +119,7 @@ class Loop:
     oom_recovery: OomRecovery
     hooks: tuple[Hook, ...] = ()
     notes: list[str] = dataclasses.field(default_factory=list)  # of a process that writes no log; the first one takes them over with the next save
+    units: dict | None = None  # of window_loss; None: training windows change, so no length may be kept
 
     @property
     def per_epoch(self) -> int:
@@ -180,7 +182,7 @@ def _prepare(model, train, held_out, config: TrainConfig, run: RunFolder, sample
     frames = max((len(w.frames) for _, w in [*train, *held_out]), default=1)
     notes = []
     loop = Loop(distributed, prepared, make_optimizer(prepared, config), train, held_out, config, run, sample_source, loss_config(config), Progress(),
-                StepGuard.of(config), OomRecovery(model, frames, run.log if distributed.main else notes.append), tuple(hooks), notes)
+                StepGuard.of(config), OomRecovery(model, frames, run.log if distributed.main else notes.append), tuple(hooks), notes, None if config.varies else {})
     loop.progress.total_steps = config.epochs * loop.per_epoch
     return loop
 
@@ -221,7 +223,7 @@ def _backward(loop: Loop, chunk) -> list[dict]:
     said = []
     for number, ((scene, window), order) in loop.distributed.shard(chunk):
         sample, state = loop.sample_source.load(scene, window, order, loop.progress.epoch)
-        result = window_loss(loop.model, sample, loop.losses, loop.distributed.device, state)
+        result = window_loss(loop.model, sample, loop.losses, loop.distributed.device, state, loop.units)
         loop.distributed.accelerator.backward(result.total / len(chunk))
         said.append({"number": number, "values": {"loss": float(result.total.detach())} | _numbers(result), "left_out": result.left_out,
                      "faults": nonfinite_terms(result), "coverage": coverage_of(result, sample), "where": _where(sample)})
@@ -297,7 +299,7 @@ def _validate(loop: Loop, **more) -> float:
     """Measure and record the held-out loss; inf, and null in the record, where it is not finite: never the best, but no end of the run. Raises NotFinite before the first step."""
     progress, run = loop.progress, loop.run
     try:
-        numbers = held_out_loss(loop.model, loop.held_out, loop.sample_source, loop.losses, loop.distributed.device, loop.distributed, loop.oom_recovery.attempt)
+        numbers = held_out_loss(loop.model, loop.held_out, loop.sample_source, loop.losses, loop.distributed.device, loop.distributed, loop.oom_recovery.attempt, loop.units)
     except NotFinite as fault:
         if not progress.step:
             raise NotFinite(f"before any training the held-out loss is not finite: {fault}; nothing could be judged by it: "
@@ -305,7 +307,7 @@ def _validate(loop: Loop, **more) -> float:
         run.log(f"the held-out loss after step {progress.step} is not finite: {fault}; these weights cannot be the best")
         numbers = {"loss": None, "not_finite": str(fault)}
     run.record(step=progress.step, epoch=progress.epoch, split="val", **numbers, **more)
-    value = math.inf if numbers["loss"] is None else numbers["loss"]
+    value = held_out_score(numbers, loop.config)
     if not more:
         progress.held_out = value
     return value

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CAMERA_RULES', 'CAMERA_KINDS', 'CAMERA_PARTS', 'GRADIENTS', 'CONFIDENCE_ERRORS', 'quantile_filter', 'LossResult',
            'scenes_with_scale', 'camera_loss', 'difference_term', 'surface_normals', 'normal_term', 'gradient_term',
-           'depth_normal_term', 'trusted_pixels', 'dense_loss', 'depth_loss', 'point_loss', 'base_consistency_term']
+           'depth_normal_term', 'trusted_pixels', 'dense_loss', 'depth_loss', 'point_loss', 'base_consistency_term',
+           'aligned_error']
 
 # %% ../../nbs/training/loss_terms.ipynb #3aa6d8ae
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class LossResult:
     terms: dict[str, torch.Tensor]  # unweighted scalars, with gradient
     counts: dict[str, int]  # pixels, frames, scenes and terms used or left out
     left_out: dict[str, str] = field(default_factory=dict)  # term -> why it is 0
+    scale: torch.Tensor | None = None  # (B,) length in scene units that the truth was divided by
 
 # %% ../../nbs/training/loss_terms.ipynb #5533c0e9
 CAMERA_RULES = ("any", "first")
@@ -332,3 +334,17 @@ def base_consistency_term(
         return connected_zero(pred), 0
     wanted = base.log() + shift[:, None, None, None]
     return connected_zero(pred) + fix_inf_nan((pred[free].log() - wanted[free]).abs()).mean(), int(free.sum())
+
+# %% ../../nbs/training/loss_terms.ipynb #fe2954e1
+@torch.no_grad()
+def aligned_error(
+    pred: torch.Tensor,  # (B,S,H,W) or (B,S,H,W,1)
+    target: torch.Tensor,  # (B,S,H,W) depth, above 0 where valid; any unit
+    valid: torch.Tensor,  # (B,S,H,W) bool
+) -> torch.Tensor:
+    """Mean |s z / z* - 1| over the valid pixels of each frame, s the median of z* / z there, then over the frames; 0 where no frame has any."""
+    pred = at_least_float32(pred).reshape(valid.shape)
+    used = valid & (pred > 0) & pred.isfinite() & (target > 0)
+    ratio = torch.where(used, pred / target, torch.nan).flatten(0, 1).flatten(1)
+    errors = (ratio / ratio.nanmedian(1, keepdim=True).values - 1).abs().nanmean(1)
+    return torch.nan_to_num(errors.nanmean(), nan=0.0)

@@ -8,6 +8,7 @@ __all__ = ['DENSE_TERMS', 'SCALES', 'WINDOW_LABEL', 'HEADS', 'LossConfig', 'prep
            'limit_depth', 'camera_loss', 'depth_loss', 'point_loss', 'LossResult']
 
 # %% ../../nbs/training/losses.ipynb #b3fa34f7
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ from ..datasets.samples import Sample, collate
 from .base_prediction import base_prediction
 from .config import TrainConfig
 from vggt_lora.training.loss_terms import (
-    CAMERA_KINDS, CAMERA_RULES, CONFIDENCE_ERRORS, GRADIENTS, LossResult, base_consistency_term, camera_loss,
-    depth_loss, depth_normal_term, point_loss, trusted_pixels,
+    CAMERA_KINDS, CAMERA_RULES, CONFIDENCE_ERRORS, GRADIENTS, LossResult, aligned_error, base_consistency_term,
+    camera_loss, depth_loss, depth_normal_term, point_loss, trusted_pixels,
 )
 from .normalization import base_scale, full_precision, limit_depth, normalise_batch
 
@@ -164,6 +165,8 @@ def training_loss(
         counts |= {f"{kind}_{name}": count for name, count in result.counts.items() if name != "pixels_without_weight"}
         left_out |= {f"{kind}_{name}": reason for name, reason in result.left_out.items() if weights[name]}
         weighted += [weight * result.terms[name] for name, weight in weights.items() if weight]
+        if kind == "depth":
+            terms["depth_absrel"] = aligned_error(pred, truth["depth"], truth["valid"])  # not a part of the objective
     if config.depth_normal or config.base_consistency:
         extra = held_surfaces(predictions, truth, config)
         terms |= extra.terms
@@ -171,7 +174,7 @@ def training_loss(
         left_out |= extra.left_out
         weighted += [getattr(config, name) * term for name, term in extra.terms.items()]
     counts["terms_left_out"] = len(left_out)
-    return LossResult(sum(weighted), terms, counts, left_out)
+    return LossResult(sum(weighted), terms, counts, left_out, truth["scale"])
 
 
 def held_surfaces(predictions: dict, truth: dict, config: LossConfig) -> LossResult:
@@ -212,7 +215,7 @@ def loss_config(
                       point_conf=config.point_conf_weight, point_reg=config.point_reg_weight, point_grad=config.point_grad_weight,
                       point_gradient=config.point_gradient, depth_range=(config.depth_min, config.depth_max),
                       depth_normal=depth * config.depth_normal_weight, confidence_error=config.confidence_error, window=config.glass_weight,
-                      base_consistency=depth * config.base_consistency_weight, scale=config.scale_normalization)
+                      base_consistency=depth * config.base_consistency_weight, scale=config.scale_normalization if depth else "points")
 
 
 def heads_read(
@@ -230,12 +233,19 @@ def window_loss(
     losses: LossConfig,
     device,  # where the model is
     state=None,  # AggregatorState of this window after the frozen layers; None: start from the images
+    units: dict | None = None,  # (scene, photos in order) -> length where the base fits, once known: the base then need not run again
 ):
     """Forward one window and compute its LossResult."""
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collate([sample]).items()}
-    state = None if state is None else state.to(device)
+    state, window = None if state is None else state.to(device), (sample.scene, sample.names)
+    remembers = units is not None and losses.scale == "base" and not losses.base_consistency
+    if remembers and window in units:
+        batch["scale"], losses = [units[window]], dataclasses.replace(losses, scale="points")
     if losses.needs_base:
         batch["base_prediction"] = base_prediction(model, batch["images"] if state is None else None, state)
     heads = heads_read(losses)
     predictions = model(batch["images"], heads=heads) if state is None else model(state=state, heads=heads)
-    return training_loss(predictions, batch, losses)
+    result = training_loss(predictions, batch, losses)
+    if remembers:
+        units[window] = float(result.scale[0])
+    return result
