@@ -17,7 +17,7 @@ from ..demo.demo_scenes import DEMO_HELD_OUT
 from ..evaluation.statistics import smallest_sample
 from ..scenes.opening import find_scenes, open_scene
 from ..scenes.scene import Scene
-from ..supervision.base_prediction import BaseDepth
+from ..supervision.base_depth import BaseDepth
 from ..supervision.laser import has_laser
 from ..supervision.sources import measured_part, resolve_supervision
 from .config import TrainConfig
