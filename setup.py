@@ -8,7 +8,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-views = cfg["views_requirements"].split()
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("notebooks", "views", "compare")}
 
 setup(
     name=cfg["lib_name"],
@@ -23,7 +23,7 @@ setup(
     packages=find_packages(include=["vggt_lora", "vggt_lora.*"]),
     package_data={"vggt_lora": ["weights/*.safetensors", "weights/*.json"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"views": views, "dev": views + cfg["dev_requirements"].split()},
+    extras_require={**extras, "dev": sum(extras.values(), []) + cfg["dev_requirements"].split()},
     entry_points={"nbdev": ["vggt_lora=vggt_lora._modidx:d"], "console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

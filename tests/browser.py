@@ -47,7 +47,7 @@ def what_is_missing() -> str | None:
     """Say in plain words why a browser check cannot run here, or return None where it can."""
     if os.environ.get("VGGT_LORA_SKIP_BROWSER"):
         return "browser checks are switched off by VGGT_LORA_SKIP_BROWSER"
-    for module, remedy in (("selenium", "pip install 'vggt_lora[dev]'"), ("jupyterlab", "pip install 'vggt_lora[views]'"),
+    for module, remedy in (("selenium", "pip install 'vggt_lora[dev]'"), ("jupyterlab", "pip install 'vggt_lora[notebooks]'"),
                            ("ipywidgets", "pip install 'vggt_lora[views]'")):
         try:
             __import__(module)

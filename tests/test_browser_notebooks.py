@@ -27,6 +27,7 @@ PARAMETERS = {
     "04_evaluate": {"run": str(RUN), "pictures": 1, "protocol": "median"},
     "05_compare": {"output": str(FOLDER / "compare"), "grid": "strategy=a", "jobs": 1, "pictures": 1,
                    "settings": "; ".join(f'{name}="{value}"' if "," in str(value) else f"{name}={value}" for name, value in SMALL.items())},
+    "06_predict": {"model": "tiny", "image_size": 112, "output": str(FOLDER / "predict")},
 }
 # (kind, description of the control, words that stand in its output afterwards, or None), in this order, for what is known by name. Words or not, something beside
 # the control's own read-out has to change, and a picture with it. Any other control is moved as well, one in each output that has none here.

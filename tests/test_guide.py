@@ -139,7 +139,7 @@ def run_folder(tmp_path_factory):
 def test_the_guide_has_commands_of_every_step():
     commands = " ".join(guide_commands())
     assert len(runnable()) >= 6
-    for step in ("00_data", "01_depth", "02_lora", "03_train", "04_evaluate", "05_compare"):
+    for step in ("00_data", "01_depth", "02_lora", "03_train", "04_evaluate", "05_compare", "06_predict"):
         assert f"nbs/{step}.ipynb" in commands, step
     unknown = [c for c in runnable() if not c.startswith(("papermill nbs/", "ls ", "vggt_lora_doctor", "python -m "))]
     assert unknown == [], "the test below does not know how to run these"
@@ -160,7 +160,7 @@ def test_names_of_parameters_in_the_guide_exist():
 
 # Plain forms of 00, 01, 02, 04 and 05 are run whole by the browser test, and 03 and 04 as the README has them by test_project; VGGT_LORA_GUIDE=all runs them here, too.
 TO_RUN = [c for c in runnable() if os.environ.get("VGGT_LORA_GUIDE") == "all" and "05_compare" not in c
-          or not any(step in c for step in ("00_data", "01_depth", "02_lora", "04_evaluate", "05_compare")) and ("03_train" not in c or "base_consistency_weight" in c)]
+          or not any(step in c for step in ("00_data", "01_depth", "02_lora", "04_evaluate", "05_compare", "06_predict")) and ("03_train" not in c or "base_consistency_weight" in c)]
 
 
 @pytest.mark.slow

@@ -27,10 +27,10 @@ FLOORS = [
     ["training"],
     ["preflight", "pretraining"],
     ["evaluation"],
-    ["comparison"],
-    ["data", "depth", "lora", "train", "evaluate", "compare", "doctor", "download"],  # the chapters, in their order
+    ["comparison", "prediction"],
+    ["data", "depth", "lora", "train", "evaluate", "compare", "predict", "commands", "doctor", "download"],  # the chapters, in their order
 ]
-STEPS = ["data", "depth", "lora", "train", "evaluate", "compare"]
+STEPS = ["data", "depth", "lora", "train", "evaluate", "compare", "predict"]
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 GROUND = {"settings": {"core"}, "reference_data": {"core"}}  # what the modules of the ground floor may import of each other
 

@@ -440,8 +440,12 @@ def test_a_push_arrives_whole_and_loads_or_fails_with_a_reason(server, base, pla
     wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
     assert equal(outputs(load_adapter(copy.deepcopy(plain), tmp_path / "adapter"), images), wanted)
     card = adapter["README.md"].decode()
-    assert "# houses" in card and "'somebody/houses'" in card and 'base_model: "facebook/VGGT-1B"' in card and "license: other" in card
+    assert "# houses" in card and "'somebody/houses'" in card and 'base_model: facebook/VGGT-1B' in card and "license: other" in card
     assert "0.1235" in card or "0.1234" in card
+    from huggingface_hub import ModelCard
+
+    results = ModelCard(card).data.eval_results
+    assert results and {r.metric_type for r in results} <= {"absrel", "d1"} and all(r.task_type == "depth-estimation" and "held-out" in r.dataset_name for r in results)
     from markdown_it import MarkdownIt
     page = MarkdownIt("commonmark").enable("table").render(card.split("---\n", 2)[2])
     assert page.count("<h") == 4 + page.count("<hr") and "href" not in page and "<b>" not in page and "&lt;b&gt;" in page

@@ -1,9 +1,9 @@
 """The wheel: every module and the weights are in it, and what is installed from it works without the checkout."""
 import json
+import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from vggt_lora.model.vggt import VGGT, VGGTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "vggt_lora" / "weights"
+SITE = str(Path(torch.__file__).resolve().parents[1])  # where the dependencies lie
 NAMES = ("tiny.safetensors", "tiny.json")
 PROJECT = ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt", "nbs", "vggt_lora")
 
@@ -104,7 +105,7 @@ def installed(built, tmp_path_factory):
 
 def load(target: Path, cwd: Path) -> subprocess.CompletedProcess:
     """Load the tiny network from an installation, isolated from the checkout (-S: not even its .pth file is seen)."""
-    return subprocess.run([sys.executable, "-I", "-S", "-c", LOAD, str(target), sysconfig.get_path("purelib")], cwd=cwd,
+    return subprocess.run([sys.executable, "-I", "-S", "-c", LOAD, str(target), SITE], cwd=cwd,
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
@@ -129,3 +130,34 @@ def test_a_damaged_installation_says_so(installed, tmp_path):
             assert str(weights.name) in last and fault in last and "reinstall the package" in last
     finally:
         weights.write_bytes(whole)
+
+
+COMMANDS = {  # of an installed package, in an empty folder: what is called, and what has to be there afterwards
+    "train": (["--epochs", "1", "--frames", "2", "--overlap", "0", "--image-size", "56", "--scenes", "demo_a,demo_held", "--hold-out", "demo_held", "--output", "run"], "run/adapter/adapter_config.json"),
+    "evaluate": (["--run", "run", "--protocol", "robustmvd"], "run/evaluations"),
+    "predict": (["--photos", "demo_held", "--model", "run", "--image-size", "56", "--output", "predicted"], "predicted/index.html"),
+    "compare": (["--grid", "seed=0", "--settings", "epochs=1; frames=2; overlap=0; image_size=56; scenes=\"demo_a,demo_held\"; hold_out=demo_held", "--jobs", "1"], "outputs/compare/comparison.html"),
+}
+CALL = """
+import sys
+sys.path[:] = [sys.argv[1], *sys.path, sys.argv[2]]
+from importlib.metadata import distribution
+entry, = [e for e in distribution("vggt_lora").entry_points if e.name == "vggt_lora_" + sys.argv[3]]
+import vggt_lora
+assert vggt_lora.__file__.startswith(sys.argv[1])
+sys.exit(entry.load()(sys.argv[4:]))
+"""
+
+
+@not_yet
+@pytest.mark.slow
+def test_the_commands_work_from_the_wheel_without_a_checkout(installed, tmp_path):
+    """Train, evaluate, predict and compare by their entry points, isolated from the checkout, in an empty folder."""
+    for name, (arguments, wanted) in COMMANDS.items():
+        environ = {**os.environ, "PYTHONPATH": f"{installed}:{SITE}"}  # for the jobs of a comparison, which are processes of their own
+        done = subprocess.run([sys.executable, "-S", "-c", CALL, str(installed), SITE, name, *arguments], cwd=tmp_path,
+                              capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environ)
+        assert done.returncode == 0, (name, done.stdout[-1500:], done.stderr[-2500:])
+        assert (tmp_path / wanted).exists(), (name, done.stdout[-1500:])
+        assert "written to" in done.stdout and str(tmp_path) in done.stdout, name
+    assert not (tmp_path / "outputs" / "compare" / "seed-0" / "executed.ipynb").exists()

@@ -6,7 +6,6 @@
 __all__ = ['LICENCES', 'UNKNOWN_LICENCE', 'SHOWN', 'plain', 'model_card', 'push_to_hub']
 
 # %% ../../nbs/adapters/hub.ipynb #8d36e42f
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -52,16 +51,34 @@ def _records(source: Trained) -> dict:
     return found
 
 
-def _header(source: Trained, merged: bool) -> list[str]:
-    """The YAML between the lines of dashes; JSON strings are YAML strings."""
-    base = public_name(source.base)
-    lines = ["---", f"license: {LICENCES.get(source.base, UNKNOWN_LICENCE)[0]}", "pipeline_tag: depth-estimation", "tags:"]
-    lines += [f"- {tag}" for tag in ("vggt", "lora", "vggt_lora", "depth-estimation")]
-    if not merged:
-        lines.insert(1, "library_name: peft")
+def _results(source: Trained, results: dict) -> list:
+    """The adapted network's numbers as the hub shows them, each with its alignment."""
+    from huggingface_hub import EvalResult
+
+    data = portable(source.config).get("data") or "not recorded"
+    rows = [r for r in results.get("table") or [] if isinstance(r, dict) and r.get("model") == "adapted"]
+    found = []
+    for row in rows:
+        aligned = f"{row.get('protocol')}, {row.get('alignment')}"
+        for key in ("absrel", "d1"):
+            if isinstance(row.get(key), float):
+                found.append(EvalResult("depth-estimation", str(data), f"{data}, held-out photos", key, row[key], metric_name=f"{SHOWN[key]} ({aligned})"))
+    return found
+
+
+def _header(source: Trained, merged: bool, name: str, results: dict) -> list[str]:
+    """The YAML between the lines of dashes, by the hub's own writer."""
+    from huggingface_hub import ModelCardData
+
+    base, found = public_name(source.base), _results(source, results)
+    more = {} if merged else {"library_name": "peft"}
     if base and REPOSITORY.fullmatch(base):
-        lines += [f"base_model: {json.dumps(base)}", f"base_model_relation: {'finetune' if merged else 'adapter'}"]
-    return [*lines, "---"]
+        more |= {"base_model": base, "base_model_relation": "finetune" if merged else "adapter"}
+    if found:
+        more |= {"model_name": name, "eval_results": found}
+    data = ModelCardData(license=LICENCES.get(source.base, UNKNOWN_LICENCE)[0], pipeline_tag="depth-estimation",
+                         tags=["vggt", "lora", "vggt_lora", "depth-estimation"], **more)
+    return ["---", data.to_yaml(), "---"]
 
 # %% ../../nbs/adapters/hub.ipynb #3ac62383
 def _about_training(source: Trained, record: dict) -> list[str]:
@@ -130,7 +147,7 @@ def model_card(
     what = "VGGT merged with a LoRA adapter" if merged else "LoRA adapter for VGGT"
     name = public_name(source.base)
     where = "random weights" if random else f"`{name}`" if name else f"weights that are not public by name ({plain(Path(source.base).name)})" if source.base else "a base that is not recorded"
-    lines = [*_header(source, merged), "", f"# {plain(repo.rpartition('/')[2])}", "",
+    lines = [*_header(source, merged, repo.rpartition("/")[2], records["results.json"]), "", f"# {plain(repo.rpartition('/')[2])}", "",
              f"{what}, trained with vggt_lora on {where}.",
              "**The base was random: this proves that the line works, not that the depth is good.**" if random else LICENCES.get(source.base, UNKNOWN_LICENCE)[1],
              "", "## Load", "", *_how_to_load(source, repo, merged), "", "## Training", "", *_about_training(source, records["config.json"]),

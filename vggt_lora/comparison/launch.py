@@ -23,7 +23,7 @@ from ..files.atomic import write_json, file_lock
 from ..training.config import TrainConfig, read_config
 
 # %% ../../nbs/comparison/launch.ipynb #308f83d7
-MAY_CHANGE = (*PLACE, "device", "store")
+MAY_CHANGE = (*PLACE, "device", "store", "report_to")
 STATES = ("finished", "failed", "interrupted", "new")
 
 
@@ -69,10 +69,9 @@ def run_point(
     parameters: dict,
     environ: dict,  # variables for the notebook's process, such as its share of threads
     cwd: str,
+    work=None,  # called with the parameters; None: the notebook is executed
 ) -> dict:
-    """Execute a notebook with parameters into a folder; returns what state.json says. A point that another process holds is `elsewhere`."""
-    import papermill
-
+    """Execute a notebook, or call `work`, with parameters; returns what state.json says. A point that another process holds is `elsewhere`."""
     os.environ.update(environ)
     os.environ.pop("IN_TEST", None)  # under nbdev_test the training notebook would shorten itself; a point runs as it is written
     folder = Path(folder)
@@ -85,7 +84,12 @@ def run_point(
             executed.replace(folder / f"failed-{1 + len(list(folder.glob('failed-*.ipynb')))}.ipynb")
         (folder / "state.json").unlink(missing_ok=True)
         try:
-            papermill.execute_notebook(notebook, str(executed), parameters=parameters, cwd=cwd, progress_bar=False, log_output=False)
+            if work is not None:
+                work(parameters)
+            else:
+                import papermill
+
+                papermill.execute_notebook(notebook, str(executed), parameters=parameters, cwd=cwd, progress_bar=False, log_output=False)
             state = {"state": "finished"}
         except Exception as error:
             state = {"state": "failed", "error": first_words(error)}
@@ -143,10 +147,9 @@ def executor_for(
     if cluster not in CLUSTERS:
         raise ConfigError(unknown_name_message("cluster", cluster, CLUSTERS))
     try:
-        import papermill  # noqa: F401
         import submitit
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed; a comparison needs: pip install 'vggt_lora[dev]'") from None
+        raise ConfigError(f"{error.name} is not installed; a comparison needs: pip install 'vggt_lora[compare]'") from None
     try:
         executor = submitit.AutoExecutor(folder=str(folder / ".jobs" / "%j"), cluster=cluster)
         executor.update_parameters(name="vggt_lora", timeout_min=max(1, round(60 * hours)), **options)
@@ -224,6 +227,7 @@ def run_grid(
     hours: float = 24.0,  # that a point may take
     retry: bool = True,  # points that failed before are tried again
     tell=print,  # called with a line for every point that ends
+    work=None,  # called with the parameters of a point, in its process; None: the notebook is executed
     **options,  # of submitit
 ) -> dict[str, dict]:
     """Run what is not finished; returns for each point its state (finished, failed or elsewhere), error and seconds. Raises ConfigError before any work."""
@@ -237,7 +241,7 @@ def run_grid(
     tell(f"{len(points)} points: {counts}; {len(todo)} to run")
     if not todo:
         return {p.name: found[p.name] for p in points}
-    tasks = [(p.name, folder / p.name, (str(notebook), str(folder / p.name), parameters_of(p, folder / p.name), {}, str(cwd))) for p in todo]
+    tasks = [(p.name, folder / p.name, (str(notebook), str(folder / p.name), parameters_of(p, folder / p.name), {}, str(cwd), work)) for p in todo]
     if cluster == "local":
         lanes = lanes_for(jobs, len(todo))
         ends = start_here(tasks, executor_for(folder, cluster, hours, **options), lanes)

@@ -46,6 +46,7 @@ def fit_similarity(
     target: np.ndarray,  # (n, 3), row by row the same places
     how: str = "point pairs",  # what the pairs are, for reports
     trim: float = 0.0,  # share of the worst pairs that is dropped, in five rounds
+    weights: np.ndarray | None = None,  # (n,) above 0; None: all pairs count alike
 ) -> Similarity:
     """Fit the similarity from source to target (Umeyama 1991); raises ConfigError for fewer than 3 pairs, or pairs on one line."""
     source, target = (np.asarray(a, np.float64).reshape(-1, 3) for a in (source, target))
@@ -55,7 +56,7 @@ def fit_similarity(
         raise ConfigError(f"trim is the share of pairs to drop, from 0 to below 1; got {trim}")
     kept = np.arange(len(source))
     for _ in range(6 if trim else 1):
-        scale, rotation, shift = _umeyama(source[kept], target[kept], how)
+        scale, rotation, shift = _umeyama(source[kept], target[kept], how, None if weights is None else weights[kept])
         off = np.linalg.norm(scale * (source @ rotation.T) + shift - target, axis=1)
         last, kept = kept, np.sort(np.argsort(off, kind="stable")[: max(3, round((1 - trim) * len(off)))])
         if np.array_equal(last, kept):
@@ -63,19 +64,23 @@ def fit_similarity(
     return Similarity(scale, rotation, shift, float(np.sqrt(np.mean(off[last] ** 2))), len(last), how)
 
 
-def _umeyama(source: np.ndarray, target: np.ndarray, how: str):
+def _umeyama(source: np.ndarray, target: np.ndarray, how: str, weights: np.ndarray | None = None):
     if len(source) < 3:
         raise ConfigError(f"{how}: a similarity needs at least 3 pairs, there are {len(source)}")
-    mean_x, mean_y = source.mean(0), target.mean(0)
+    if weights is None:
+        share, mean_x, mean_y = np.ones((len(source), 1)), source.mean(0), target.mean(0)
+    else:
+        share = (weights * len(source) / weights.sum())[:, None]  # 1 in the mean
+        mean_x, mean_y = (share * source).mean(0), (share * target).mean(0)
     x, y = source - mean_x, target - mean_y
     for points in (x, y):
         spread = np.linalg.svd(points, compute_uv=False)
         if spread[1] <= 1e-6 * spread[0]:
             raise ConfigError(f"{how}: all {len(points)} places lie on one line, which leaves the turn about it open; align by depth instead of by centres")
-    U, D, Vt = np.linalg.svd(y.T @ x / len(x))
+    U, D, Vt = np.linalg.svd(y.T @ (share * x) / len(x))
     sign = np.array([1, 1, np.sign(np.linalg.det(U) * np.linalg.det(Vt))])
     rotation = U * sign @ Vt
-    scale = (D * sign).sum() / (x ** 2).sum(1).mean()
+    scale = (D * sign).sum() / (share * x ** 2).sum(1).mean()
     return float(scale), rotation, mean_y - scale * rotation @ mean_x
 
 # %% ../../nbs/evaluation/fusion.ipynb #840c43d2

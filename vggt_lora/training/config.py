@@ -99,6 +99,7 @@ class TrainConfig:
     head_precision: str = "float32"  # of the dense heads in training: float32, or bf16 up to its last convolutions
     compile: bool = False  # compile what is trained: minutes at first, for each image size anew
     preflight: str = "refuse"  # before the run, predict memory, disk and time: refuse what does not fit, only warn, or off
+    report_to: str = "tensorboard"  # trackers, separated by commas: tensorboard, wandb, mlflow, trackio and others that accelerate knows; metrics.jsonl is written in any case
     device: str = "auto"  # auto, cpu or cuda
     seed: int = 0  # of weights, order and dropout
 

@@ -22,6 +22,7 @@ from ..core import STOP, ConfigError, project_root, user_path
 from ..files.atomic import write_json, write_text, file_lock
 from .checkpoint import CheckpointError, checkpoint_files, load_checkpoint, read_checkpoint, save_checkpoint
 from .config import TrainConfig
+from .trackers import open_trackers, tracker_names
 
 # %% ../../nbs/training/run.ipynb #dc485409
 _all_ = ["CheckpointError", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
@@ -108,6 +109,7 @@ class RunFolder:
         keep_step: int | None = None,  # resume: keep records up to this step; None: start empty
         keep_records: int | None = None,  # resume: and no more records than this
         writes: bool = True,  # False: touch no file, keep records only
+        report_to: str = "tensorboard",  # trackers, separated by commas
     ):
         self.folder, self.writes = Path(folder), writes
         self.records = self._kept(keep_step)[:keep_records]
@@ -124,7 +126,9 @@ class RunFolder:
         write_text(self.metrics_path, "".join(json.dumps(r) + "\n" for r in self.records))
         self._metrics = open(self.metrics_path, "a", encoding="utf-8")
         self._log = open(self.folder / "train.log", "a", encoding="utf-8")
-        self._board = self._open_board(keep_step)
+        names = tracker_names(report_to)
+        self._board = self._open_board(keep_step) if "tensorboard" in names else None
+        self._trackers = open_trackers(tuple(n for n in names if n != "tensorboard"), self.folder)
 
     @property
     def metrics_path(self) -> Path:
@@ -175,9 +179,12 @@ class RunFolder:
             return
         self._metrics.write(line + "\n")
         self._metrics.flush()
-        for name, value in (values | {f"wall/{n}": v for n, v in values.get("wall", {}).items()}).items():
-            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                self._board.add_scalar(f"{values['split']}/{name}", value, values["step"])
+        named = values | {f"wall/{n}": v for n, v in values.get("wall", {}).items()}
+        numbers = {f"{values['split']}/{n}": v for n, v in named.items() if isinstance(v, (int, float)) and n not in ("step", "epoch")}
+        for name, value in numbers.items() if self._board else ():
+            self._board.add_scalar(name, value, values["step"])
+        for tracker in self._trackers:
+            tracker.log(numbers, step=values["step"])
 
     def asked_to_stop(self) -> bool:
         """Whether there is a file `stop`; asking takes it away."""
@@ -192,7 +199,8 @@ class RunFolder:
         if self.writes:
             self._metrics.flush()
             os.fsync(self._metrics.fileno())
-            self._board.flush()
+            if self._board:
+                self._board.flush()
 
     def write(self, name: str, value) -> Path:
         """A text or JSON file of the run, whole or absent."""
@@ -205,8 +213,12 @@ class RunFolder:
         """Flush and close; safe to call twice. On a full disk what cannot be written is given up: an error on the way has said so."""
         for file in (self._board, self._metrics, self._log) if self.writes else ():
             with contextlib.suppress(OSError):
-                file.close()
+                if file is not None:
+                    file.close()
         if self.writes:
+            trackers, self._trackers = self._trackers, []
+            for tracker in trackers:
+                tracker.finish()
             self._lock.release()
 
 

@@ -110,8 +110,9 @@ def section(title: str, *children) -> Markup:
 def page(
     title: str,
     *children,  # Markup, or text that becomes a paragraph
+    policy: Markup = POLICY,  # what a browser may do with it
 ) -> str:
     """Make the whole file: nothing in it refers to anything outside."""
     body = [child if isinstance(child, Markup) else tag("p", child) for child in children if child is not None]
-    head = [tag("meta", charset="utf-8"), POLICY, tag("meta", name="viewport", content="width=device-width, initial-scale=1"), tag("title", title), STYLE]
+    head = [tag("meta", charset="utf-8"), policy, tag("meta", name="viewport", content="width=device-width, initial-scale=1"), tag("title", title), STYLE]
     return "<!DOCTYPE html>\n" + tag("html", tag("head", head), tag("body", tag("h1", title), body), lang="en") + "\n"

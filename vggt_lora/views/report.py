@@ -225,7 +225,8 @@ def run_report(
     return page(f"Strategy {config['strategy']} on {config['data']}", tag("p", f"Run {folder.name}", class_="pale"), verdict_part(config, results),
                 *trained_on(config, about, read_json(folder / "coverage.json")), gate_part(gate.read_text(encoding="utf-8").splitlines() if gate.is_file() else None),
                 numbers_part(results), *detail_parts(results), section("Pictures", *pictures), forgotten_part(results, read_json(folder / "forgetting.json")),
-                clouds_part(folder), others_part(folder), cost_part(read_json(folder / "resource_usage.json"), read_json(folder / "preflight.json")), environment_part(about))
+                clouds_part(folder), others_part(folder), cost_part(read_json(folder / "resource_usage.json"), read_json(folder / "preflight.json")), environment_part(about),
+                section("Next", tag("p", "Use this adapter on your photos: ", tag("code", "vggt_lora_predict --photos my_photos --model path/to/this/run"))))
 
 
 def write_report(
