@@ -67,12 +67,8 @@ class FrameCache:
         check_supervision(supervision)
         self.supervision, self.base = supervision, base
         self.sources = () if supervision == "auto" else source_names(supervision)  # auto: they differ by scene, see sources_of
+        self.source = None if not self.sources or ANCHORED in self.sources else depth_source(supervision)  # None: it differs by scene or needs the base
         self._frames: OrderedDict = OrderedDict()
-
-    @property
-    def source(self):
-        """Return the depth source as a function, where it is the same for all scenes and needs no base; raises ConfigError elsewhere."""
-        return depth_source(self.supervision)
 
     def sources_of(self, scene: Scene) -> tuple[str, ...]:
         """Name the sources of a scene's depth, the most trusted first; raises ConfigError where "anchored" has no base."""

@@ -8,8 +8,7 @@ __all__ = ['split_notes', 'risky_settings', 'without_choice', 'next_tries']
 # %% ../../nbs/training/advice.ipynb #efa7d372
 import dataclasses
 
-from ..datasets.splits import SIDES, Split
-from ..evaluation.statistics import smallest_sample
+from ..datasets.splits import FEWEST_JUDGES, SIDES, Split
 from ..scenes.scene import Scene
 from ..supervision.sources import ANCHORED, resolve_supervision, source_names
 from .config import TrainConfig
@@ -18,14 +17,13 @@ from .config import TrainConfig
 def split_notes(split: Split, config: TrainConfig) -> list[str]:
     """Say what the split cannot give: a verdict from few judged frames, best weights where nothing chooses."""
     notes = []
-    needed = smallest_sample(0.95)
     count, photos = (sum(len(frames) for side in sides for frames in split.frame_sets(side).values()) for sides in (("val",), SIDES))
-    if count < needed:
-        share = round(1 - (needed + 0.4) / photos, 2)
-        remedy = f"train_fraction={share} would judge by {needed} of {photos} photos" if photos >= 2 * needed else "take more photos"
-        notes.append(f"{count} frames judge: too few for a verdict, which needs {needed}; {remedy}")
+    if count < FEWEST_JUDGES:
+        share = round(1 - (FEWEST_JUDGES + 0.4) / photos, 2)
+        remedy = f"train_fraction={share} would judge by {FEWEST_JUDGES} of {photos} photos" if photos >= 2 * FEWEST_JUDGES else "take more photos"
+        notes.append(f"{count} frames judge: too few for a verdict, which needs {FEWEST_JUDGES}; {remedy}")
     if config.choose_fraction and not split.choose:
-        notes.append(f"nothing chooses: {config.choose_fraction:g} of the training photos are fewer than {needed}, so all of them train and the last weights are taken")
+        notes.append(f"nothing chooses: {config.choose_fraction:g} of the training photos are fewer than {FEWEST_JUDGES}, so all of them train and the last weights are taken")
     return notes
 
 # %% ../../nbs/training/advice.ipynb #a8317da7

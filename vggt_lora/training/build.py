@@ -12,9 +12,8 @@ import dataclasses
 from ..core import ConfigError, unknown_name_message
 from ..datasets.frame_store import FrameStore
 from ..datasets.samples import FrameCache
-from ..datasets.splits import SIDES, LeakError, Split, audit_split, content_hash, split_windows
+from ..datasets.splits import FEWEST_JUDGES, SIDES, LeakError, Split, audit_split, content_hash, split_windows
 from ..demo.demo_scenes import DEMO_HELD_OUT
-from ..evaluation.statistics import smallest_sample
 from ..scenes.opening import find_scenes, open_scene
 from ..scenes.scene import Scene
 from ..supervision.base_depth import BaseDepth
@@ -45,7 +44,7 @@ def split_scenes(
     hold_out = config.names("hold_out") or _demo_hold_out(scenes, config)
     settings = {"frames": config.frames, "overlap": config.overlap, "train_fraction": config.train_fraction, "hold_out": hold_out, "groups": config.groups, "by": config.window_selection}
     split = split_windows(scenes, choose_fraction=config.choose_fraction, **settings)
-    if sum(map(len, split.frame_sets("choose").values())) < smallest_sample():
+    if sum(map(len, split.frame_sets("choose").values())) < FEWEST_JUDGES:
         split = split_windows(scenes, **settings)  # a choice by fewer is a matter of luck, and they are missed in training
     if not split.train or not split.val:
         raise ConfigError(f"the split leaves {len(split.train)} training and {len(split.val)} validation windows; "

@@ -147,34 +147,34 @@ class TrainConfig:
 
 # %% ../../nbs/training/config.ipynb #1b767f59
 CHOICES = {
-    "metric": ("auto", "yes", "no"),
+    "units_are_metres": ("auto", "yes", "no"),
     "image_mode": ("aspect", "crop", "pad", "squash"),
-    "windows": ("order", "covisible"),
+    "window_selection": ("order", "covisible"),
     "camera_loss": ("l1", "l2"),
     "depth_grad_loss": ("grad", "grad_conf"),
     "point_gradient": ("normal", "normal_conf", "grad", "grad_conf"),
     "confidence_error": ("absolute", "relative"),
-    "normalise": ("points", "base"),
+    "scale_normalization": ("points", "base"),
     "precision": ("auto", "float32", "bf16"),
     "preflight": ("refuse", "warn", "off"),
     "device": ("auto", "cpu", "cuda"),
-    "cache": ("auto", "off", "float32", "bf16"),
+    "feature_cache": ("auto", "off", "float32", "bf16"),
     "head_precision": ("float32", "bf16"),
-    "keep": ("last", "best"),
+    "adapter_weights": ("last", "best"),
     "metric_for_best_model": ("absrel", "loss"),
     "heads": ("camera,depth", "depth,camera", "camera", "depth"),
 }
 RANGES = {
     "epochs": (1, 100_000), "frames": (1, 1_000), "overlap": (0, 0.95), "train_fraction": (0.05, 0.99), "choose_fraction": (0, 0.5),
     "image_size": (0, 8_400), "rank": (1, 4_096), "alpha": (1e-6, 1e6), "dropout": (0, 0.95), "lr": (0, 1),
-    "min_lr": (0, 1), "warmup": (0, 0.9), "weight_decay": (0, 1), "clip": (1e-6, 1e6), "accumulate": (1, 10_000),
+    "min_lr": (0, 1), "warmup_ratio": (0, 0.9), "weight_decay": (0, 1), "max_grad_norm": (1e-6, 1e6), "gradient_accumulation_steps": (1, 10_000),
     "camera_weight": (0, 1e4), "depth_conf_weight": (0, 1e4), "depth_reg_weight": (0, 1e4), "depth_grad_weight": (0, 1e4),
     "camera_translation_weight": (0, 1e4), "camera_rotation_weight": (0, 1e4), "camera_fov_weight": (0, 1e4),
     "point_conf_weight": (0, 1e4), "point_reg_weight": (0, 1e4), "point_grad_weight": (0, 1e4),
     "depth_normal_weight": (0, 1e4), "glass_weight": (0, 1e4), "base_consistency_weight": (0, 1e4),
     "crop_min_scale": (0.1, 1), "colour_strength": (0, 1), "colour_per_frame": (0, 1), "tilt_degrees": (0, 45), "mix_probability": (0, 1),
     "save_every": (0, 10**9), "keep_checkpoints": (1, 1_000), "patience": (0, 100_000), "loraplus_lr_ratio": (0, 1e4), "skip_grad_factor": (0, 1e9), "max_skipped_steps": (1, 10**6),
-    "feature_cache_gb": (0, 1e6), "frames_chunk": (0, 1_000), "variants": (0, 1_000),
+    "feature_cache_gb": (0, 1e6), "frames_chunk": (0, 1_000), "distinct_epochs": (0, 1_000),
     "depth_min": (0, 1e6), "depth_max": (0, 1e6), "seed": (0, 2**31 - 1),
 }
 
