@@ -99,8 +99,8 @@ def listed(
 ) -> tuple[list[str], list[Path], Scene | None]:
     """List names and files of the photos, and the scene that they belong to; raises SceneError or ConfigError."""
     path = user_path(source)
-    if not path.exists():
-        demo = {p.name: p for p in find_scenes("demo")} if source == "demo" or source.startswith("demo_") else {}
+    if source == "demo" or source.startswith("demo_") and not path.exists():
+        demo = {p.name: p for p in find_scenes("demo")}
         path = demo.get(DEMO_HELD_OUT[0] if source == "demo" else source, path)
     if path.is_file():
         raise SceneError(f"{path}: is a file; expected a folder of photos or a scene folder")
