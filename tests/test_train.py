@@ -17,6 +17,7 @@ from vggt_lora.train import TrainConfig, small_photos, train
 from vggt_lora.training.build import build_model, make_frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
 from vggt_lora.training.loop import held_out_loss
+from vggt_lora.training.checkpoint import read_checkpoint
 from vggt_lora.training.losses import loss_config
 from vggt_lora.training.run import without_wall
 
@@ -27,7 +28,9 @@ def scene(tmp_path_factory):
 
 
 def quick(scene, output, **changes) -> TrainConfig:
-    settings = {"strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 2, "frames": 4, "image_size": 56, "rank": 4, "lr": 1e-3}
+    settings = {"strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 2, "frames": 4, "image_size": 56, "rank": 4, "lr": 1e-3,
+                "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last",
+                "metric_for_best_model": "loss"}
     return TrainConfig(**{**settings, **changes})
 
 
@@ -224,3 +227,19 @@ def test_two_runs_in_one_process_may_differ_in_precision(scene, tmp_path):
     train(quick(scene, tmp_path / "one", epochs=1, precision="float32"))
     run = train(quick(scene, tmp_path / "two", epochs=1, precision="bf16"))
     assert run.results["protocol"]["precision"] == "bf16"
+
+
+def test_by_default_photos_choose_that_neither_train_nor_judge(tmp_path):
+    """The base is anchored to the points, and the best weights are those with the least depth error on the photos that choose."""
+    house = toy_scene(tmp_path / "data", frames=24, size=(56, 84))
+    config = TrainConfig(model="random", data=str(house), output=str(tmp_path / "run"), epochs=3, frames=4, image_size=56, rank=4, lr=1e-3,
+                         train_fraction=0.75, choose_fraction=0.25, device="cpu")
+    run = train(config)
+    photos = json.loads((run.folder / "split.json").read_text())
+    assert [len(photos[side]) for side in ("train", "choose", "val")] == [12, 6, 6]
+    assert len({digest for side in photos.values() for digest in side.values()}) == 24
+    scores = [record["loss_depth_absrel"] for record in run.records if record["split"] == "val"]
+    assert read_checkpoint(run.folder / "checkpoints" / "best.pt")["counters"]["epoch"] == scores.index(min(scores))
+    coverage = json.loads((run.folder / "coverage.json").read_text())[0]
+    assert coverage["supervision"] == "sparse+anchored" and coverage["by_source"]["anchored"] > 0.5
+    assert run.results["protocol"]["truth"] == "sparse"

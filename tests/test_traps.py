@@ -105,7 +105,7 @@ def test_a_base_that_was_not_loaded_is_refused(tmp_path):
 def test_photos_that_were_trained_on_cannot_be_measured_under_another_name(toy, tmp_path):
     """A run's record against a folder that holds one of its training photos, renamed: stopped before any weight is read."""
     scene = open_scene(toy)
-    config = TrainConfig(data=str(toy), frames=4, image_size=56, frame_cache=False)
+    config = TrainConfig(data=str(toy), frames=4, choose_fraction=0.0, image_size=56, frame_cache=False)
     write_json(tmp_path / "run" / "config.json", {"config": dataclasses.asdict(config)})
     write_json(tmp_path / "run" / "split.json", {"train": {"elsewhere/renamed.jpg": content_hash(scene.frames[2].image_path)}, "val": {}})
     with pytest.raises(LeakError, match="1 photos would be measured on that this run was trained on, for instance .*" + Path(scene.frames[2].name).stem):

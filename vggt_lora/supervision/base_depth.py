@@ -9,8 +9,6 @@ __all__ = ['BaseDepth']
 import threading
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from ..core import ConfigError
 from ..datasets.windows import make_windows
@@ -48,6 +46,9 @@ class BaseDepth:
         found = self._maps[self._key(scene)][index]
         if found.shape == tuple(size):
             return found
+        import torch
+        import torch.nn.functional as F
+
         return F.interpolate(torch.from_numpy(found)[None, None], tuple(size), mode="bilinear", antialias=True)[0, 0].numpy()
 
     def release(self) -> None:
@@ -58,8 +59,9 @@ class BaseDepth:
     def _key(scene: Scene) -> tuple[str, str]:
         return str(scene.root), scene.name
 
-    @torch.no_grad()
     def _predict(self, scene: Scene, target: tuple[int, int], progress: bool) -> dict[int, np.ndarray]:
+        import torch
+
         from vggt_lora.progress import progress_bar
 
         found: dict[int, list] = {}
@@ -69,7 +71,7 @@ class BaseDepth:
             plans = [plan_image(scene.frames[i].size, max(target), self.mode, target=target) for i in window.frames]
             photos = np.stack([load_image(scene.frames[i].image_path, plan) for i, plan in zip(window.frames, plans)])
             images = torch.from_numpy(photos).permute(0, 3, 1, 2).float() / 255
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
                 depth = self.model(images[None].to(self.device), heads=("depth",))["depth"]
             logs = depth.float().reshape(len(photos), *target).clamp_min(1e-6).log().cpu().numpy()
             for index, log in zip(window.frames, logs):
