@@ -41,7 +41,8 @@ def scene(tmp_path_factory):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss", "strategy": "a", "model": "random", "data": str(scene), "output": str(output), "epochs": 2, "frames": 3, "image_size": 56, "rank": 2, "lr": 1e-3, "dropout": 0.1,
+    values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
+              "strategy": "a", "model": "random", "data": str(scene), "output": str(output), "epochs": 2, "frames": 3, "image_size": 56, "rank": 2, "lr": 1e-3, "dropout": 0.1,
               "device": "cpu", "save_every": 2}
     return TrainConfig(**{**values, **changes})
 

@@ -38,7 +38,8 @@ def gpu(monkeypatch):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    return TrainConfig(**{"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss", "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "device": "cuda", "epochs": 1, "frames": 4, "image_size": 56,
+    return TrainConfig(**{"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
+                          "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "device": "cuda", "epochs": 1, "frames": 4, "image_size": 56,
                           "rank": 4, "lr": 1e-3, **changes})
 
 

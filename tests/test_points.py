@@ -35,7 +35,8 @@ def weights(tmp_path_factory):
 
 
 def settings(scene, weights, output, **changes) -> TrainConfig:
-    values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss", "strategy": "b", "model": str(weights), "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "lr": 1e-3, "device": "cpu"}
+    values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
+              "strategy": "b", "model": str(weights), "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "lr": 1e-3, "device": "cpu"}
     return TrainConfig(**{**values, **changes})
 
 

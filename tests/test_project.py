@@ -28,7 +28,8 @@ FLOORS = [
     ["preflight", "pretraining"],
     ["evaluation"],
     ["comparison", "prediction"],
-    ["data", "depth", "lora", "train", "evaluate", "compare", "predict", "commands", "doctor", "download"],  # the chapters, in their order
+    ["data", "depth", "lora", "train", "evaluate", "compare", "predict", "doctor", "download"],  # the chapters, in their order
+    ["commands"],
 ]
 STEPS = ["data", "depth", "lora", "train", "evaluate", "compare", "predict"]
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -238,7 +238,7 @@ def test_by_default_photos_choose_that_neither_train_nor_judge(tmp_path):
     photos = json.loads((run.folder / "split.json").read_text())
     assert [len(photos[side]) for side in ("train", "choose", "val")] == [12, 6, 6]
     assert len({digest for side in photos.values() for digest in side.values()}) == 24
-    scores = [record["loss_depth_absrel"] for record in run.records if record["split"] == "val"]
+    scores = [record["absrel"] for record in run.records if record["split"] == "val"]
     assert read_checkpoint(run.folder / "checkpoints" / "best.pt")["counters"]["epoch"] == scores.index(min(scores))
     coverage = json.loads((run.folder / "coverage.json").read_text())[0]
     assert coverage["supervision"] == "sparse+anchored" and coverage["by_source"]["anchored"] > 0.5

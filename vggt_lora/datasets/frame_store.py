@@ -176,7 +176,8 @@ class FrameStore(FrameCache):
         super().__init__(long_side, mode, supervision, capacity, base)
         self.root = Path(folder) if folder is not None else store_folder()
         self.folder = self.root / f"v{VERSION}-{maker(supervision)[:12]}"
-        self.workers = workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        known = supervision == "auto" or all(name in INPUTS or name == ANCHORED for name in self.sources)  # others may use all cores themselves
+        self.workers = (workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)) if known else 1
         self.report = StoreReport()
         self._keys: dict = {}  # (scene, frame, size) -> key, once computed
         self._verified: set = set()  # stamps of files whose checksum was right
@@ -276,8 +277,7 @@ class FrameStore(FrameCache):
             bar.update()
 
         one(order[0])
-        alone = any(name not in INPUTS for name in self.sources_of(scene))  # the others may use all cores themselves
-        pool = ThreadPoolExecutor(1 if alone else self.workers)
+        pool = ThreadPoolExecutor(self.workers)
         try:
             for done in as_completed([pool.submit(one, job) for job in order[1:]]):
                 done.result()

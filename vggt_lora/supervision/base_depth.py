@@ -11,7 +11,6 @@ import threading
 import numpy as np
 
 from ..core import ConfigError
-from ..datasets.windows import make_windows
 from ..scenes.images import load_image, plan_image
 from ..scenes.scene import Scene
 
@@ -66,15 +65,17 @@ class BaseDepth:
 
         found: dict[int, list] = {}
         self.model.to(self.device)
-        windows = make_windows(scene, self.frames)
+        count, step = len(scene), max(1, self.frames // 2)
+        starts = sorted({*range(0, max(count - self.frames, 0) + 1, step), max(count - self.frames, 0)})
+        windows = [range(start, min(start + self.frames, count)) for start in starts]
         for window in progress_bar(windows, desc=f"base depth of {scene.name}", unit="window", delay=2, disable=not progress):
-            plans = [plan_image(scene.frames[i].size, max(target), self.mode, target=target) for i in window.frames]
-            photos = np.stack([load_image(scene.frames[i].image_path, plan) for i, plan in zip(window.frames, plans)])
+            plans = [plan_image(scene.frames[i].size, max(target), self.mode, target=target) for i in window]
+            photos = np.stack([load_image(scene.frames[i].image_path, plan) for i, plan in zip(window, plans)])
             images = torch.from_numpy(photos).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
                 depth = self.model(images[None].to(self.device), heads=("depth",))["depth"]
             logs = depth.float().reshape(len(photos), *target).clamp_min(1e-6).log().cpu().numpy()
-            for index, log in zip(window.frames, logs):
+            for index, log in zip(window, logs):
                 found.setdefault(index, []).append(log - log.mean())
         self.model.to("cpu")
         return {index: np.mean(logs, 0) for index, logs in found.items()}

@@ -42,7 +42,8 @@ def _where(sample: Sample) -> str:
 
 def _numbers(result) -> dict:
     terms = {f"loss_{name}": float(term.detach()) for name, term in result.terms.items()}
-    return terms | {f"count_{name}": count for name, count in result.counts.items()}
+    absrel = {} if result.absrel is None else {"absrel": float(result.absrel)}
+    return terms | absrel | {f"count_{name}": count for name, count in result.counts.items()}
 
 
 def coverage_of(result, sample: Sample) -> float:

@@ -48,6 +48,7 @@ class LossResult:
     counts: dict[str, int]  # pixels, frames, scenes and terms used or left out
     left_out: dict[str, str] = field(default_factory=dict)  # term -> why it is 0
     scale: torch.Tensor | None = None  # (B,) length in scene units that the truth was divided by
+    absrel: torch.Tensor | None = None  # of depth after the median of each frame, see aligned_error; not a part of the objective
 
 # %% ../../nbs/training/loss_terms.ipynb #5533c0e9
 CAMERA_RULES = ("any", "first")

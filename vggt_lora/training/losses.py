@@ -141,7 +141,7 @@ def training_loss(
 ) -> LossResult:
     """Compute the training objective of a batch of scenes; ConfigError where a weighted term has no prediction (spec 13.3)."""
     truth, counts = prepare_batch(batch, config)
-    terms, left_out, weighted = {}, {}, []
+    terms, left_out, weighted, absrel = {}, {}, [], None
     if config.camera > 0:
         stages = wanted_output(predictions, "pose_enc_list", "camera")
         result = camera_loss(stages, truth["world_to_cam"], truth["K"], truth["valid"], truth["depth"].shape[-2:],
@@ -166,7 +166,7 @@ def training_loss(
         left_out |= {f"{kind}_{name}": reason for name, reason in result.left_out.items() if weights[name]}
         weighted += [weight * result.terms[name] for name, weight in weights.items() if weight]
         if kind == "depth":
-            terms["depth_absrel"] = aligned_error(pred, truth["depth"], truth["valid"])  # not a part of the objective
+            absrel = aligned_error(pred, truth["depth"], truth["valid"])
     if config.depth_normal or config.base_consistency:
         extra = held_surfaces(predictions, truth, config)
         terms |= extra.terms
@@ -174,7 +174,7 @@ def training_loss(
         left_out |= extra.left_out
         weighted += [getattr(config, name) * term for name, term in extra.terms.items()]
     counts["terms_left_out"] = len(left_out)
-    return LossResult(sum(weighted), terms, counts, left_out, truth["scale"])
+    return LossResult(sum(weighted), terms, counts, left_out, truth["scale"], absrel)
 
 
 def held_surfaces(predictions: dict, truth: dict, config: LossConfig) -> LossResult:
