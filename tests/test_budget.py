@@ -27,7 +27,7 @@ def scene(tmp_path_factory):
 def settings(scene, output, **changes) -> TrainConfig:
     values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
               "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2,
-              "lr": 1e-3, "device": "cpu", "store": False}
+              "lr": 1e-3, "device": "cpu", "frame_cache": False}
     return TrainConfig(**{**values, **changes})
 
 
