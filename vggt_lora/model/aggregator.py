@@ -14,6 +14,7 @@ from torch import nn
 from ..core import ConfigError
 from .config import VGGTConfig
 from .layers import Block, patch_positions, rope_table, run_block
+from .omega import OmegaVisionTransformer, PeriodRope
 from .vit import VisionTransformer
 
 # %% ../../nbs/model/aggregator.ipynb #375acaf8
@@ -46,7 +47,7 @@ class AggregatorState:
 
     tokens: torch.Tensor  # (B, S, N, C) after `last_layer`, special tokens first
     last_layer: int  # last layer that ran; -1: patch embedding only
-    outputs: dict[int, torch.Tensor]  # layer -> (B, S, N, 2C): frame half, then global half; kept layers only
+    outputs: dict[int, torch.Tensor]  # layer -> (B, S, N, 2C): frame half, then the half from across frames; kept layers only
     image_size: tuple[int, int]  # (height, width) in pixels
 
     @property
@@ -120,11 +121,16 @@ class Aggregator(nn.Module):
         self.absent_to: int | None = None  # last layer whose weights are elsewhere (-1: patch embedding only); None: all are here
         self.camera_token = nn.Parameter(torch.zeros(1, 2, 1, width))
         self.register_token = nn.Parameter(torch.zeros(1, 2, config.num_register_tokens, width))
-        self.patch_embed = VisionTransformer(config)
-        blocks = [[Block(width, config.num_heads, config.mlp_ratio, qk_norm=True) for _ in range(config.depth)] for _ in "fg"]
-        self.frame_blocks, self.global_blocks = map(nn.ModuleList, blocks)
-        nn.init.normal_(self.camera_token, std=1e-6)
-        nn.init.normal_(self.register_token, std=1e-6)
+        omega = config.family == "omega"
+        self.patch_embed = OmegaVisionTransformer(config) if omega else VisionTransformer(config)
+        settings = {"qk_norm": True, "bias_mask": omega, "scale": 1e-5 if omega else 0.01}
+        for name in config.names.blocks:
+            blocks = (Block(width, config.num_heads, config.mlp_ratio, **settings) for _ in range(config.depth))
+            self.add_module(name, nn.ModuleList(blocks))
+        if omega:
+            self.rope_embed = PeriodRope(width // config.num_heads, config.rope_base)
+        for token in (self.camera_token, self.register_token):
+            nn.init.normal_(token, std=1e-3 if omega else 1e-6)
         for name in ("_resnet_mean", "_resnet_std"):
             self.register_buffer(name, torch.zeros(1, 1, 3, 1, 1), persistent=False)
         self.reset_constants()
@@ -135,6 +141,11 @@ class Aggregator(nn.Module):
         device = self.camera_token.device
         self._resnet_mean = torch.tensor(IMAGE_MEAN, device=device).view(1, 1, 3, 1, 1)
         self._resnet_std = torch.tensor(IMAGE_DEVIATION, device=device).view(1, 1, 3, 1, 1)
+
+    @property
+    def across_blocks(self) -> nn.ModuleList:
+        """The blocks that let the frames of a window see each other."""
+        return getattr(self, self.config.names.blocks[1])
 
     def embed(
         self,
@@ -188,24 +199,29 @@ class Aggregator(nn.Module):
         state: AggregatorState,  # that kept the output of `layer`
         layer: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the queries and keys of a layer's global block, each (B, heads, S * N, head_width): what looks at what across photos."""
-        block, inside = self.global_blocks[layer], state.outputs[layer][..., : self.config.embed_dim]
+        """Return the queries and keys of a layer's block across frames, each (B, heads, S * N, head_width): what looks at what across photos."""
+        block, inside = self.across_blocks[layer], state.outputs[layer][..., : self.config.embed_dim]
         query, key, _ = block.attn.project(block.norm1(inside.flatten(1, 2)), self._rope(state)[1])
         return query, key
 
     def _layer(self, layer: int, tokens: torch.Tensor, rope: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one layer on (B, S, N, C); return the tokens after its frame block and after its global block."""
+        """Run one layer on (B, S, N, C); return the tokens after its frame block and after its block across frames."""
         batch, frames, count, _ = tokens.shape
         recompute = layer >= self.recompute_from
         inside = run_block(self.frame_blocks[layer], tokens.flatten(0, 1), rope[0], recompute)
         inside = inside.unflatten(0, (batch, frames))
-        across = run_block(self.global_blocks[layer], inside.flatten(1, 2), rope[1], recompute)
-        return inside, across.unflatten(1, (frames, count))
+        # in a register layer only the special tokens of the frames meet; patch tokens pass untouched
+        seen = self.config.patch_start if layer in self.config.register_layers else count
+        across = run_block(self.across_blocks[layer], inside[:, :, :seen].flatten(1, 2), rope[1], recompute)
+        across = across.unflatten(1, (frames, seen))
+        return inside, across if seen == count else torch.cat([across, inside[:, :, seen:]], dim=2)
 
     def _rope(self, state: AggregatorState) -> tuple:
-        """Return the rotations of a frame, and of all frames of a scene one after the other."""
+        """Return the rotations of a frame, and of all frames of a scene one after the other (None in VGGT-Ω)."""
         config = self.config
         grid = tuple(side // config.patch_size for side in state.image_size)
+        if config.family == "omega":
+            return self.rope_embed(grid, config.patch_start), None
         positions = patch_positions(grid, config.patch_start, state.tokens.device)
         tables = (positions, positions.repeat(state.frames, 1))
         return tuple(rope_table(table, config.embed_dim // config.num_heads, config.rope_base) for table in tables)

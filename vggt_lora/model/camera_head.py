@@ -19,9 +19,10 @@ POSE_WIDTH = 9  # translation 3, quaternion 4 (x, y, z, w), field of view 2 (ver
 
 def activate_pose(
     raw: torch.Tensor,  # (..., 9)
+    least: float = 0.0,  # radians that every field of view has at least; 0.01 in VGGT-Ω
 ) -> torch.Tensor:
     """Return the pose encoding: fields of view rectified, the rest untouched."""
-    return torch.cat([raw[..., :7], F.relu(raw[..., 7:])], dim=-1)
+    return torch.cat([raw[..., :7], F.relu(raw[..., 7:]) + least], dim=-1)
 
 # %% ../../nbs/model/camera_head.ipynb #21e5cb34
 class CameraHead(nn.Module):

@@ -69,20 +69,22 @@ def add_uv(
 
 # %% ../../nbs/model/dpt_head.ipynb #f64965d6
 class ResidualConvUnit(nn.Module):
-    """conv2(relu(conv1(r))) + r with r = relu(x): the skip is rectified, as in the network's training."""
+    """conv2(relu(conv1(r))) + skip, with r = relu(x); the skip is r in VGGT and x in VGGT-Ω, as each was trained."""
 
     def __init__(
         self,
         channels: int,  # in and out
+        plain_skip: bool = False,  # carry x itself
     ) -> None:
         super().__init__()
+        self.plain_skip = plain_skip
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Map (F, channels, h, w) to the same shape; the input is left as it is."""
         rectified = F.relu(maps)
-        return self.conv2(F.relu(self.conv1(rectified))) + rectified
+        return self.conv2(F.relu(self.conv1(rectified))) + (maps if self.plain_skip else rectified)
 
 # %% ../../nbs/model/dpt_head.ipynb #61fbeb80
 LARGEST_RESIZE = 1_610_612_736  # elements of one resized tensor; beyond it the batch is split
@@ -93,6 +95,8 @@ def resize_maps(
     size: tuple[int, int],  # (height, width) wanted
 ) -> torch.Tensor:
     """Resize bilinearly, corner pixel centres onto corner pixel centres."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
     total = maps.shape[0] * maps.shape[1] * size[0] * size[1]
     pieces = maps.chunk(-(-total // LARGEST_RESIZE)) if total > LARGEST_RESIZE else (maps,)
     resized = [F.interpolate(piece, size=size, mode="bilinear", align_corners=True) for piece in pieces]
@@ -106,12 +110,13 @@ class FusionBlock(nn.Module):
         self,
         channels: int,  # of all maps
         two_inputs: bool = True,  # False for the coarsest, which has nothing to add
+        plain_skip: bool = False,  # as in `ResidualConvUnit`
     ) -> None:
         super().__init__()
         self.out_conv = nn.Conv2d(channels, channels, 1)
         if two_inputs:
-            self.resConfUnit1 = ResidualConvUnit(channels)
-        self.resConfUnit2 = ResidualConvUnit(channels)
+            self.resConfUnit1 = ResidualConvUnit(channels, plain_skip)
+        self.resConfUnit2 = ResidualConvUnit(channels, plain_skip)
 
     def forward(
         self,
@@ -144,23 +149,29 @@ class Scratch(nn.Module):
         features: int,  # channels of the fusion blocks
         levels: tuple[int, ...],  # channels of the four levels
         output_dim: int | None,  # channels of the result; None: feature maps are the result
+        omega: bool = False,  # as VGGT-Ω has it: skips carry x, the last fusion keeps its size, no output convolutions
     ) -> None:
         super().__init__()
+        self.omega = omega
         for level, channels in enumerate(levels, 1):
             self.add_module(f"layer{level}_rn", nn.Conv2d(channels, features, 3, padding=1, bias=False))
         for level in range(1, 5):
-            self.add_module(f"refinenet{level}", FusionBlock(features, two_inputs=level < 4))
+            self.add_module(f"refinenet{level}", FusionBlock(features, two_inputs=level < 4, plain_skip=omega))
+        if omega:
+            return
         between = features if output_dim is None else features // 2
         self.output_conv1 = nn.Conv2d(features, between, 3, padding=1)
         if output_dim is not None:
             self.output_conv2 = nn.Sequential(nn.Conv2d(between, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, output_dim, 1))
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
-        """Fuse four maps (F, channels, h, w), fine to coarse, into one of twice the finest size."""
+        """Fuse four maps (F, channels, h, w), fine to coarse, into one of twice the finest size (VGGT-Ω: of the finest size)."""
         first, second, third, fourth = (getattr(self, f"layer{i}_rn")(level) for i, level in enumerate(levels, 1))
         fused = self.refinenet4(fourth, size=tuple(third.shape[-2:]))
         fused = self.refinenet3(fused, third, size=tuple(second.shape[-2:]))
         fused = self.refinenet2(fused, second, size=tuple(first.shape[-2:]))
+        if self.omega:
+            return self.refinenet1(fused, first, size=tuple(first.shape[-2:]))
         return self.output_conv1(self.refinenet1(fused, first))
 
 # %% ../../nbs/model/dpt_head.ipynb #0a0356f7
@@ -189,7 +200,7 @@ class DPTHead(nn.Module):
             nn.Identity(),
             nn.Conv2d(channels[3], channels[3], 3, stride=2, padding=1),
         ])
-        self.scratch = Scratch(features or config.dpt_features, channels, output_dim)
+        self.scratch = Scratch(features or config.dpt_features, channels, output_dim, config.family == "omega")
 
     def forward(
         self,
@@ -216,12 +227,15 @@ class DPTHead(nn.Module):
         else:
             with torch.autocast(tokens[0].device.type, self.body_dtype):
                 fused = self.scratch(self._levels(tokens, image_size)).to(tokens[0].dtype)
-        fused = resize_maps(fused, tuple(side // self.down_ratio for side in image_size))
         if self.output_dim is None:
-            return fused.unflatten(0, (batch, frames))
-        raw = self.scratch.output_conv2(add_uv(fused, image_size[1] / image_size[0]))
-        values, confidence = activate_map(raw, self.activation)
+            return resize_maps(fused, tuple(side // self.down_ratio for side in image_size)).unflatten(0, (batch, frames))
+        values, confidence = activate_map(self._raw(fused, image_size), self.activation)
         return values.unflatten(0, (batch, frames)), confidence.unflatten(0, (batch, frames))
+
+    def _raw(self, fused: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        """Return what the activations are applied to, (F, output_dim, H, W)."""
+        fused = resize_maps(fused, tuple(side // self.down_ratio for side in image_size))
+        return self.scratch.output_conv2(add_uv(fused, image_size[1] / image_size[0]))
 
     def _levels(self, tokens: list[torch.Tensor], image_size: tuple[int, int]) -> list[torch.Tensor]:
         """Lay tokens out as pictures, (B * s, channels, h, w), and bring them to their four resolutions."""

@@ -20,6 +20,7 @@ from .camera_head import CameraHead
 from .config import VGGTConfig
 from .dpt_head import DPTHead
 from .embedded import check_file, remedy, to_float32
+from .omega import OmegaCameraHead, OmegaDenseHead
 from .track_head import TrackHead
 from vggt_lora.model.weights import (
     HEADS,
@@ -30,6 +31,7 @@ from vggt_lora.model.weights import (
     config_for,
     drop_heads,
     file_hash,
+    fold_bias_masks,
     find_weights,
     read_tensors,
 )
@@ -66,7 +68,7 @@ def _upcast(tensor: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/model/vggt.ipynb #72a75658
 class VGGT(nn.Module):
-    """The network as published: aggregator, camera head, point head, depth head, track head (held, not run)."""
+    """A network as published, VGGT or VGGT-Ω: aggregator, camera head, depth head; of VGGT point head and track head (held, not run)."""
 
     def __init__(
         self,
@@ -78,10 +80,20 @@ class VGGT(nn.Module):
         self.config = config
         self.load_report: LoadReport | None = None  # set by from_pretrained
         self.aggregator = Aggregator(config)
+        if config.family == "omega":
+            self.camera_head = OmegaCameraHead(config) if config.camera_head else None
+            self.dense_head = OmegaDenseHead(config) if config.depth_head else None
+            return
         self.camera_head = CameraHead(config) if config.camera_head else None
         self.point_head = DPTHead(config, 4, activation="inv_log") if config.point_head else None
         self.depth_head = DPTHead(config, 2, activation="exp") if config.depth_head else None
         self.track_head = TrackHead(config) if config.track_head else None
+
+    @property
+    def dense_heads(self) -> dict[str, DPTHead]:
+        """The heads that answer for every pixel, "depth" and "point", as far as they are built."""
+        named = {head: getattr(self, self.config.head_modules[f"{head}_head"], None) for head in ("depth", "point")}
+        return {head: module for head, module in named.items() if module is not None}
 
     def encode(
         self,
@@ -118,12 +130,10 @@ class VGGT(nn.Module):
             if "camera" in heads:
                 poses = self.camera_head(outputs[self.config.depth - 1])
                 predictions.update(pose_enc=poses[-1], pose_enc_list=poses)
-            if "depth" in heads:
-                depth, confidence = self.depth_head(outputs, state.image_size)
-                predictions.update(depth=depth, depth_conf=confidence)
-            if "point" in heads:
-                points, confidence = self.point_head(outputs, state.image_size)
-                predictions.update(world_points=points, world_points_conf=confidence)
+            for head, module in self.dense_heads.items():
+                if head in heads:
+                    key = "depth" if head == "depth" else "world_points"
+                    predictions[key], predictions[f"{key}_conf"] = module(outputs, state.image_size)
         return predictions
 
     def _check_dtype(self, images: torch.Tensor) -> torch.Tensor:
@@ -139,7 +149,7 @@ class VGGT(nn.Module):
         """Return the heads to run; refuse names that are none and heads that are not built."""
         wanted = self.config.heads if heads is None else (heads,) if isinstance(heads, str) else tuple(heads)
         for head in wanted:
-            if head == "track" and self.track_head is not None:
+            if head == "track" and getattr(self, "track_head", None) is not None:
                 self.track_head()  # says that it cannot run
             if head not in ("camera", "depth", "point", "track"):
                 raise ConfigError(unknown_name_message("head", head, ("camera", "depth", "point")))
@@ -169,7 +179,7 @@ class VGGT(nn.Module):
     @contextlib.contextmanager
     def keeping_choices(self):
         """Whatever is chosen inside between time and memory (what recomputes, how many frames a dense head takes) is afterwards as it was."""
-        places = [(module, name, getattr(module, name)) for module in (self.aggregator, self.aggregator.patch_embed, self.depth_head, self.point_head)
+        places = [(module, name, getattr(module, name)) for module in (self.aggregator, self.aggregator.patch_embed, *self.dense_heads.values())
                   for name in ("recompute_from", "recompute", "frames_chunk") if hasattr(module, name)]
         try:
             yield
@@ -182,7 +192,7 @@ class VGGT(nn.Module):
         """While inside, a backward pass needs the least memory: all blocks recompute, dense heads too, one frame at a time."""
         with self.keeping_choices():
             self.set_gradient_checkpointing(True)
-            for head in filter(None, (self.depth_head, self.point_head)):
+            for head in self.dense_heads.values():
                 head.recompute, head.frames_chunk = True, 1
             yield
 
@@ -215,7 +225,7 @@ def parameter_table(
 ) -> list[tuple[str, int, int]]:
     """Return (part, tensors, parameters) for the main parts and the total."""
     parts = [name for name, child in model.named_children() if child is not None]
-    inner = [f"aggregator.{name}" for name in ("patch_embed", "frame_blocks", "global_blocks")]
+    inner = [f"aggregator.{name}" for name in ("patch_embed", *model.config.names.blocks)]
     rows = []
     for part in (*parts, *inner, ""):
         sizes = [p.numel() for name, p in model.named_parameters() if not part or name.startswith(f"{part}.")]
@@ -242,9 +252,10 @@ def load_vggt(
         model = cls(config)
     with remedy(file.source):
         check_fit(model.state_dict(), kept, file.path)
+    fold_bias_masks(kept)
     model.load_state_dict(kept, strict=True, assign=True)
     model.load_report = LoadReport(file.source, str(file.path), file.path.stat().st_size, file_hash(file.path), len(kept), dropped,
-                                   absent=tuple(head for head in HEADS if not getattr(stored, head)), converted=converted)
+                                   absent=tuple(head for head in HEADS if not getattr(stored, head) and (stored.family == "vggt" or head in ("camera_head", "depth_head"))), converted=converted)
     model.name_or_path = file.source  # PEFT writes this into an adapter's config
     return model.to(device or "cpu").eval()
 
