@@ -47,6 +47,9 @@ def settings(scene, output, **changes) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
+MODELS = {"vggt": {}, "omega": {"model": "random-omega", "image_size": 64}}  # what the two families need of settings
+
+
 class Spoiled(SampleSource):
     """A sample source that multiplies the photos of some training windows by a number, for instance NaN."""
 
@@ -71,7 +74,7 @@ def run_fit(config, hooks=(), spoil=None, writes=True):
     counters = newest_checkpoint(folder / "checkpoints")[1]["counters"] if config.resume else {"step": None, "records": None}
     run = RunFolder(folder, counters["step"], counters["records"], writes)
     run.write("config.json", {"config": dataclasses.asdict(config)})
-    sample_source = Spoiled(FrameCache(config.image_size, supervision=config.supervision), spoil or {})
+    sample_source = Spoiled(FrameCache(config.image_size, supervision=config.supervision, patch=base.config.patch_size), spoil or {})
     try:
         progress = fit(adapted, items_of(split.train, scenes), items_of(split.val, scenes), config, run, sample_source, hooks)
     finally:
@@ -132,9 +135,11 @@ def kill_at(step):
     return hook
 
 
-@pytest.mark.parametrize("damage", ["none", "cut", "changed"])
-def test_resume_inside_an_epoch_and_from_the_checkpoint_before_a_damaged_one(scene, tmp_path, whole, damage):
-    config = settings(scene, tmp_path / "run")
+@pytest.mark.parametrize("family, damage", [("vggt", "none"), ("vggt", "cut"), ("vggt", "changed"), ("omega", "none"), ("omega", "cut")])
+def test_resume_inside_an_epoch_and_from_the_checkpoint_before_a_damaged_one(scene, tmp_path, whole, family, damage):
+    config = settings(scene, tmp_path / "run", **MODELS[family])
+    if family != "vggt":
+        whole = run_fit(dataclasses.replace(config, output=str(tmp_path / "whole")))
     with pytest.raises(Killed):
         run_fit(config, (kill_at(5),))
     newest, *others = checkpoint_files(tmp_path / "run" / "checkpoints")
@@ -448,13 +453,14 @@ LAUNCHERS = {"torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--m
                                    "--dynamo_backend", "inductor", "--main_process_port", "{port}", "--module"]}
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.slow)])
-def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(scene, tmp_path, launcher):
+@pytest.mark.parametrize("launcher, family", [("torchrun", "vggt"), ("torchrun", "omega"), pytest.param("accelerate launch", "vggt", marks=pytest.mark.slow)])
+def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(scene, tmp_path, launcher, family):
     """The guide's command with two gloo processes on the CPU: first loss, first gradients, all metrics, and one set of files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         words = [word.format(port=free.getsockname()[1]) for word in LAUNCHERS[launcher]]
-    common = settings(scene, tmp_path / "one", dropout=0.0, epochs=1, save_every=1, keep_checkpoints=9, max_grad_norm=1e6, gradient_accumulation_steps=2)
+    common = settings(scene, tmp_path / "one", dropout=0.0, epochs=1, save_every=1, keep_checkpoints=9, max_grad_norm=1e6, gradient_accumulation_steps=2,
+                      **MODELS[family])
     train(common)
     config = dataclasses.replace(common, output=str(tmp_path / "two"), gradient_accumulation_steps=1)
     given = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]

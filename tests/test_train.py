@@ -67,7 +67,7 @@ def test_too_little_disk_or_memory_before_the_first_step_is_said_in_words(scene,
 
 @pytest.mark.parametrize("size, proved", [((350, 518), (70, 112)), ((518, 518), (112, 112)), ((56, 84), (56, 84)), ((14, 980), (14, 112))])
 def test_the_base_is_proved_on_small_photos_in_whole_patches(size, proved):
-    photos = small_photos(torch.rand(2, 3, *size))
+    photos = small_photos(torch.rand(2, 3, *size), 14)
     assert tuple(photos.shape) == (2, 3, *proved) and 0 <= photos.min() <= photos.max() <= 1
 
 

@@ -219,12 +219,12 @@ def header(
 # %% ../nbs/doctor.ipynb #99497aa0
 def planned_config(plan: Plan):
     """The network's shape with the heads that a run loads: from the name where that is enough, else from the file's header; None where neither tells."""
-    from vggt_lora.model.config import VGGTConfig
+    from vggt_lora.model.config import RANDOM, VGGTConfig
     from vggt_lora.model.weights import config_for
 
     heads = {"camera_head": True, "depth_head": True, "point_head": False, "track_head": False}
-    if plan.model in ("random", "tiny"):
-        return dataclasses.replace(VGGTConfig.tiny(), **heads)
+    if plan.model in RANDOM or plan.model == "tiny":
+        return dataclasses.replace(RANDOM.get(plan.model, VGGTConfig.tiny)(), **heads)
     if plan.model.startswith("facebook/VGGT-1B"):
         return dataclasses.replace(VGGTConfig.vggt_1b(), **heads)
     file = weights_here(plan.model)
@@ -233,9 +233,10 @@ def planned_config(plan: Plan):
 
 def check_weights(plan: Plan) -> list[Finding]:
     """Present, whole, and exactly those of the network."""
+    from vggt_lora.model.config import RANDOM
     from vggt_lora.model.vggt import VGGT
 
-    if plan.model == "random":
+    if plan.model in RANDOM:
         return [Finding("ok", "weights", "random: none needed")]
     file = weights_here(plan.model)
     if file is None:
@@ -277,10 +278,10 @@ def counted(plan: Plan):
     if shape is None:
         raise WeightsError(f"{plan.model} is not on this machine, its size is unknown")
     config = TrainConfig(strategy=plan.strategy, target_modules=plan.targets, full_finetune=plan.full, rank=plan.rank, frames=plan.frames, image_size=plan.image_size)
-    return count(shape, config, photo_size(plan, shape.img_size), resolve_precision("auto", resolve_device(plan.device)))
+    return count(shape, config, photo_size(plan, shape.img_size, shape.patch_size), resolve_precision("auto", resolve_device(plan.device)))
 
 
-def photo_size(plan: Plan, own: int) -> tuple[int, int]:
+def photo_size(plan: Plan, own: int, patch: int) -> tuple[int, int]:
     """(height, width) of the first photo of the data at the network's size; square where none is there yet, which is the most."""
     from vggt_lora.scenes.opening import find_scenes
     from vggt_lora.scenes.opening import open_scene
@@ -291,7 +292,7 @@ def photo_size(plan: Plan, own: int) -> tuple[int, int]:
     first = demo_folder() / next(iter(DEMO))
     try:
         folder = first if plan.data == "demo" and (first / "complete.json").is_file() else None if plan.data == "demo" else next(iter(find_scenes(plan.data)))
-        return plan_image(open_scene(folder).frames[0].size, long_side, "aspect").size if folder else (long_side, long_side)
+        return plan_image(open_scene(folder).frames[0].size, long_side, "aspect", patch).size if folder else (long_side, long_side)
     except (VggtLoraError, IndexError, StopIteration):  # check_data says what is wrong
         return long_side, long_side
 

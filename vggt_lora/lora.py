@@ -32,4 +32,4 @@ def inspect_targets(
     rank: int = 16,
 ) -> Targets:
     """Resolve a strategy on a model without changing it; raises ConfigError as apply_lora does."""
-    return resolve_targets(model, chosen_patterns(strategy, target_modules, model.config.depth), rank, full_finetune)
+    return resolve_targets(model, chosen_patterns(strategy, target_modules, model.config), rank, full_finetune)

@@ -32,6 +32,7 @@ from .prediction.solve import Solved, align_to, solve, window_key
 from .settings import check_values, command
 from .training.distributed import resolve_device, resolve_precision
 from .training.run import environment
+from .training.config import check_image_size
 
 # %% ../nbs/06_predict.ipynb #e0019532
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class PredictConfig:
     frames: int = 8  # photos of a window; more photos go in overlapping windows
     overlap: float = 0.5  # of neighbouring windows
     loop: bool = True  # close the chain of windows where the walk comes back to its beginning
-    image_size: int = 0  # long side in px, a multiple of 14; 0: the model's own
+    image_size: int = 0  # long side in px, a multiple of the network's patch (VGGT 14, VGGT-Ω 16); 0: the model's own
     keep_confident: float = 0.8  # share of the pixels that becomes cloud, the surest first
     leave_out_sky: bool = True  # leave out what is surely sky
     replace: bool = False  # overwrite an earlier prediction in `output`
@@ -59,8 +60,7 @@ class PredictConfig:
     def __post_init__(self):
         choices = {"precision": ("auto", "float32", "bf16"), "device": ("auto", "cpu", "cuda")}
         check_values(self, choices, {"frames": (2, 1000), "overlap": (0, 0.95), "image_size": (0, 8400), "keep_confident": (0.01, 1), "frames_chunk": (0, 1000)})
-        if self.image_size % 14:
-            raise ConfigError(f"image_size must be a multiple of 14 (the patch size), got {self.image_size}")
+        check_image_size(self.image_size)
         if not self.photos.strip():
             raise ConfigError("photos is empty; give a folder of photos, a scene folder, or demo")
 

@@ -51,6 +51,7 @@ from .training.run_state import held_out_score
 from .training.trackers import tracker_names
 from .training.build import (build_model, check_photos, make_frame_cache, items_of, open_scenes, photos_of, add_adapter,
                                       split_scenes, truth_source, with_rate)
+from .model.config import RANDOM
 
 # %% ../nbs/03_train.ipynb #b6a02645
 _all_ = ["TrainConfig", "read_config"]
@@ -156,7 +157,7 @@ def build_checked_adapter(model, items, cache, config: TrainConfig):
     The proof is made on the CPU, in float32: the device never holds more of the network than the run needs.
     """
     few, device = first_frames(items, cache), resolve_device(config.device)
-    gate = BaseCheck(model, small_photos(few.images)[None])
+    gate = BaseCheck(model, small_photos(few.images, model.config.patch_size)[None])
     adapted, targets = add_adapter(model, config)
     report = gate.check(adapted, targets)
     speed = apply_compute_options(adapted, config, resolve_precision(config.precision, device))
@@ -166,7 +167,7 @@ def build_checked_adapter(model, items, cache, config: TrainConfig):
 
 def small_photos(
     images: torch.Tensor,  # (S, 3, H, W) in [0, 1]
-    patch: int = 14,
+    patch: int,  # px, of the network
 ) -> torch.Tensor:
     """The same photos, no longer than PROOF_SIDE px, in whole patches."""
     factor = PROOF_SIDE / max(images.shape[-2:])
@@ -340,7 +341,7 @@ NEXT_STEP = "vggt_lora_predict --photos my_photos --model path/to/this/run"
 def report(config: TrainConfig, results: dict, folder: Path) -> str:
     """The run on one page of Markdown; every number is in results.json too."""
     loss = results["held_out_loss"]
-    note = "\n**The base is random:** these numbers prove that the line works, not that the depth is good.\n" if config.model == "random" else ""
+    note = "\n**The base is random:** these numbers prove that the line works, not that the depth is good.\n" if config.model in RANDOM else ""
     lines = [f"# Strategy {config.strategy} on {escape_markdown(config.data)}", note,
              *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
              f"Held-out loss: {_loss(loss['before'])} before, {_loss(loss['after'])} with the adapter (best {_loss(loss['best'])}).", "",

@@ -97,7 +97,7 @@ def apply_lora(
     from peft import LoraConfig, get_peft_model
 
     _without_adapters(model)
-    patterns = chosen_patterns(strategy, target_modules, model.config.depth, heads)
+    patterns = chosen_patterns(strategy, target_modules, model.config, heads)
     if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
         raise ConfigError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}")
     resolved = resolve_targets(model, patterns, rank, full_finetune, use_dora)
@@ -112,7 +112,15 @@ def apply_lora(
     adapted.base_fingerprint = mark
     adapted.targets = resolved
     _check_trainable(adapted, resolved)
+    _mask_bias_gradients(adapted)
     return adapted, resolved
+
+
+def _mask_bias_gradients(adapted) -> None:
+    """Keep the masked part of a bias of VGGT-Ω at 0 where the layer is trained in full: the official class would mask it away."""
+    for module in adapted.modules():
+        if hasattr(module, "bias_mask") and isinstance(module, torch.nn.Linear) and module.bias.requires_grad:
+            module.bias.register_hook(lambda gradient, module=module: gradient * module.bias_mask)
 
 
 def _without_adapters(model) -> None:
@@ -310,6 +318,7 @@ def load_adapter(
     if not trainable:
         adapted.requires_grad_(False)
         adapted.eval()
+    _mask_bias_gradients(adapted)
     adapted.base_fingerprint = mark
     return adapted
 

@@ -22,10 +22,10 @@ import torch
 from .adapter import BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge, whole_folder
 from ..core import ConfigError, VggtLoraError, WeightsError, short_of_memory, user_path
 from ..files.atomic import atomic_path, write_json, write_text, file_lock
-from ..model.config import VGGTConfig
+from ..model.config import RANDOM, VGGTConfig
 from ..model.embedded import SHIPPED, to_float32
 from ..model.vggt import VGGT, load_vggt
-from ..model.weights import FILE_NAMES, HEADS, MODEL_TYPE, REPOSITORY, find_weights, read_tensors
+from ..model.weights import FILE_NAMES, HEADS, MODEL_TYPE, NOT_BUILT, REPOSITORY, find_weights, read_tensors
 
 # %% ../../nbs/adapters/export.ipynb #6485cca7
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ def named_base(
     """The base's name or path; raises ConfigError where there is none to be read from a file."""
     if not source.base:
         raise ConfigError(f"{source.adapter} does not say which base it was trained on; give base=, for instance base='facebook/VGGT-1B'")
-    if source.base == "random":
+    if source.base in RANDOM:
         raise ConfigError(f"{source.adapter} was trained on random weights, which are in no file: there is nothing to go back to")
     return source.base
 
@@ -152,12 +152,14 @@ class MergedReport:
     carried: dict[str, int]  # head -> tensors that were not loaded, copied from the base file
     difference: float  # merged against unmerged, see TOLERANCE
     size: int  # bytes of one file
+    licence: str = ""  # of the base, where it passes on
 
     def __str__(self) -> str:
         heads = ", ".join(f"{count} of {head}" for head, count in self.carried.items())
         return (f"{self.folder}: {self.tensors} tensors in {' and '.join(FILE_NAMES)} ({self.size / 1e6:,.0f} MB each), {self.merged} changed, "
                 f"{self.untouched} equal to {self.base} bit for bit" + (f"; never loaded, copied: {heads}" if heads else "")
-                + f"; merged and unmerged outputs differ by {self.difference:.1e} at most (allowed: {TOLERANCE:g})")
+                + f"; merged and unmerged outputs differ by {self.difference:.1e} at most (allowed: {TOLERANCE:g})"
+                + (f". {self.licence}" if self.licence else ""))
 
 # %% ../../nbs/adapters/export.ipynb #520ff32c
 UNFINISHED = "unfinished.txt"  # lies beside the files of an export while they are written: after a kill they may be overwritten
@@ -277,11 +279,11 @@ def _export_merged(source: Trained, folder: Path, revision: str | None, replace:
         raise VggtLoraError(f"{source.adapter}: merged and unmerged outputs differ by {difference:.1e}, more than {TOLERANCE:g}: nothing was written")
     merged = model.state_dict()
     write_text(folder / UNFINISHED, "An export into this folder was begun and has not ended: its files do not belong together yet.\n")
-    same = _write_both(folder, {n: _own(merged[n] if n in merged else stored[n]) for n in stored}, stored, changed)
+    same = _write_both(folder, {n: _own(merged[n] if n in changed else stored[n]) for n in stored}, stored, changed)
     write_json(folder / "config.json", {"model_type": MODEL_TYPE, **_full_config(model.config, stored).to_dict()})
     (folder / UNFINISHED).unlink()
-    left = {head: sum(n.startswith(f"{head}.") for n in stored if n not in merged) for head in HEADS}
-    return MergedReport(folder, file.source, len(stored), len(stored) - same, same, {h: n for h, n in left.items() if n}, difference, size)
+    left = {head: sum(n.startswith(f"{head}.") for n in stored if n not in merged) for head in (*model.config.head_modules.values(), NOT_BUILT)}
+    return MergedReport(folder, file.source, len(stored), len(stored) - same, same, {h: n for h, n in left.items() if n}, difference, size, model.config.names.licence)
 
 # %% ../../nbs/adapters/export.ipynb #618b37d1
 def load_base(
@@ -295,7 +297,7 @@ def load_base(
 
 def _full_config(config: VGGTConfig, stored: StoredTensors) -> VGGTConfig:
     """The configuration with every head that the file holds."""
-    heads = {head: any(name.startswith(f"{head}.") for name in stored) for head in HEADS}
+    heads = {head: any(name.startswith(f"{module}.") for name in stored) for head, module in config.head_modules.items()}
     width = {"track_features": stored["track_head.tracker.fmap_norm.weight"].shape[0]} if heads["track_head"] else {}
     return dataclasses.replace(config, **heads, **width)
 
@@ -352,13 +354,15 @@ def export_adapter(
     if folder == source.adapter.absolute():
         raise ConfigError(f"{folder} is the adapter itself; give another folder")
     shape = VGGTConfig.from_dict(about["base_config"]) if "base_config" in about else VGGTConfig.vggt_1b()
-    official = dataclasses.replace(shape, **dict.fromkeys(HEADS, True), frame_chunk=8) == VGGTConfig.vggt_1b()
+    built = [head for head in HEADS if shape.family == "vggt" or head in ("camera_head", "depth_head")]
+    whole = dataclasses.replace(shape, **dict.fromkeys(built, True))
+    official = dataclasses.replace(whole, frame_chunk=8) == VGGTConfig.vggt_1b()
     config |= {"target_modules": list(changes.adapted), "modules_to_save": list(changes.full) or None, "inference_mode": True,
                "base_model_name_or_path": public_name(source.base), "auto_mapping": OFFICIAL_CLASS if official else config.get("auto_mapping")}
     with _only_one(folder), whole_folder(folder) as temporary:
         _write_adapter(temporary, tensors, config, about, source)
         with torch.device("meta"):
-            tree = VGGT(dataclasses.replace(shape, **dict.fromkeys(HEADS, True)))
+            tree = VGGT(whole)
         _rehearse(tree, _read_lora_config(temporary / "adapter_config.json"), tensors, temporary)
     return folder
 

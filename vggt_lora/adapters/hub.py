@@ -15,6 +15,7 @@ from .export import Trained, export_adapter, export_merged, portable, public_nam
 from ..core import ConfigError, VggtLoraError
 from ..files.atomic import write_text
 from ..model.weights import REPOSITORY
+from ..model.config import FAMILIES, RANDOM
 
 # %% ../../nbs/adapters/hub.ipynb #6bc03547
 def plain(
@@ -40,6 +41,12 @@ LICENCES = {  # base -> (what the card's header says, what its text says)
 }
 UNKNOWN_LICENCE = ("other", "The licence of the base is not recorded; whoever passes this on has to know it.")
 SHOWN = {"absrel": "AbsRel", "mae": "MAE", "rmse": "RMSE", "d1": "δ<1.25"}  # columns of results.json that a card shows
+
+
+def _licence(source: Trained) -> tuple[str, str]:
+    """What the card's header and its text say of the base's licence."""
+    family = FAMILIES.get((source.about.get("base_config") or {}).get("family", "vggt"))
+    return ("other", family.licence) if family and family.licence else LICENCES.get(source.base, UNKNOWN_LICENCE)
 
 
 def _records(source: Trained) -> dict:
@@ -76,7 +83,7 @@ def _header(source: Trained, merged: bool, name: str, results: dict) -> list[str
         more |= {"base_model": base, "base_model_relation": "finetune" if merged else "adapter"}
     if found:
         more |= {"model_name": name, "eval_results": found}
-    data = ModelCardData(license=LICENCES.get(source.base, UNKNOWN_LICENCE)[0], pipeline_tag="depth-estimation",
+    data = ModelCardData(license=_licence(source)[0], pipeline_tag="depth-estimation",
                          tags=["vggt", "lora", "vggt_lora", "depth-estimation"], **more)
     return ["---", data.to_yaml(), "---"]
 
@@ -143,13 +150,13 @@ def model_card(
     """Generate the README.md of a repository from the run's files; nothing else goes into it."""
     source = trained(run, base)
     records = _records(source)
-    random = source.config.get("model") == "random"
+    random = source.config.get("model") in RANDOM
     what = "VGGT merged with a LoRA adapter" if merged else "LoRA adapter for VGGT"
     name = public_name(source.base)
     where = "random weights" if random else f"`{name}`" if name else f"weights that are not public by name ({plain(Path(source.base).name)})" if source.base else "a base that is not recorded"
     lines = [*_header(source, merged, repo.rpartition("/")[2], records["results.json"]), "", f"# {plain(repo.rpartition('/')[2])}", "",
              f"{what}, trained with vggt_lora on {where}.",
-             "**The base was random: this proves that the line works, not that the depth is good.**" if random else LICENCES.get(source.base, UNKNOWN_LICENCE)[1],
+             "**The base was random: this proves that the line works, not that the depth is good.**" if random else _licence(source)[1],
              "", "## Load", "", *_how_to_load(source, repo, merged), "", "## Training", "", *_about_training(source, records["config.json"]),
              "", "## Numbers", "", *_about_results(records["results.json"]), "",
              "This card was generated from the run's own records."]

@@ -12,6 +12,7 @@ import fnmatch
 from collections.abc import Callable
 
 from ..core import ConfigError, unknown_name_message
+from ..model.config import VGGTConfig
 
 # %% ../../nbs/adapters/targets.ipynb #9f21d4f9
 @dataclasses.dataclass(frozen=True)
@@ -20,21 +21,21 @@ class Strategy:
 
     name: str
     summary: str  # one line for tables
-    scopes: Callable[[int], list[str]]  # aggregator depth -> module names whose leaves are adapted
+    scopes: Callable[[VGGTConfig], list[str]]  # network -> module names whose leaves are adapted
     lr: float  # peak learning rate
 
 
-def _blocks(first: int, depth: int) -> list[str]:
-    return [f"aggregator.{kind}_blocks.{i}" for kind in ("frame", "global") for i in range(first, depth)]
+def _blocks(shape: VGGTConfig, first: int) -> list[str]:
+    return [f"aggregator.{kind}.{i}" for kind in shape.names.blocks for i in range(first, shape.depth)]
 
 
 STRATEGIES = {
     "a": Strategy("a", "depth head: projects and scratch",
-                  lambda depth: ["depth_head.projects", "depth_head.scratch"], 1e-4),
+                  lambda shape: [f"{shape.names.depth_head}.projects", f"{shape.names.depth_head}.scratch"], 1e-4),
     "b": Strategy("b", "later half of the aggregator, and the depth head",
-                  lambda depth: [*_blocks(depth // 2, depth), "depth_head"], 5e-5),
+                  lambda shape: [*_blocks(shape, shape.depth // 2), shape.names.depth_head], 5e-5),
     "c": Strategy("c", "whole aggregator, depth head and camera head",
-                  lambda depth: [*_blocks(0, depth), "depth_head", "camera_head"], 3e-5),
+                  lambda shape: [*_blocks(shape, 0), shape.names.depth_head, "camera_head"], 3e-5),
 }
 
 # %% ../../nbs/adapters/targets.ipynb #035f07b7
@@ -50,7 +51,7 @@ def strategy_named(
 def chosen_patterns(
     strategy: str,  # "a", "b", "c" or "custom"
     targets,  # patterns of a custom choice, or one text with commas between them
-    depth: int,  # layers of the model's aggregator
+    shape: VGGTConfig,  # of the network: names and number of its layers
     heads=("camera", "depth"),  # heads that are trained: a strategy leaves the others alone
 ) -> list[str]:
     """The patterns a choice stands for; raises ConfigError for an unknown strategy and for targets that are missing or superfluous."""
@@ -59,12 +60,13 @@ def chosen_patterns(
         if not targets:
             raise ConfigError("strategy 'custom' needs target_modules, for instance target_modules='depth_head,aggregator.global_blocks.*'")
         return targets
-    scopes = strategy_named(strategy).scopes(depth)
+    scopes = strategy_named(strategy).scopes(shape)
     if "point" in heads:  # its twin
         scopes += ["point_head" + s.removeprefix("depth_head") for s in scopes if s.split(".")[0] == "depth_head"]
     if targets:
         raise ConfigError(f"target_modules are for strategy 'custom'; strategy {strategy!r} brings its own")
-    left = [s for s in scopes if s.split(".")[0] not in {f"{head}_head" for head in {"camera", "depth", "point"} - set(heads)}]
+    untrained = {shape.head_modules[f"{head}_head"] for head in {"camera", "depth", "point"} - set(heads)}
+    left = [s for s in scopes if s.split(".")[0] not in untrained]
     if not left:
         raise ConfigError(f"strategy {strategy!r} adapts {', '.join(scopes)} alone, and heads={','.join(heads)!r} does not train that; choose another")
     return left

@@ -35,7 +35,7 @@ from vggt_lora.files.cache import (
     CacheEntryError, StoreReport, digest_of, entry_files, file_digest, file_stamp, folder_bytes, gigabytes,
     prune_entries, remove_leftovers, store_folder,
 )
-from ..scenes.images import ImagePlan
+from ..scenes.images import PATCH, ImagePlan
 from ..scenes.masks import label_files
 from ..scenes.scene import Scene
 from ..supervision.depth_map import DepthMap
@@ -165,15 +165,16 @@ class FrameStore(FrameCache):
 
     def __init__(
         self,
-        long_side: int = 518,  # px, a multiple of 14
+        long_side: int = 518,  # px, a multiple of `patch`
         mode: str = "aspect",  # how photos are brought to the network's size, see scenes.images
         supervision: str = "sparse",  # "auto", one of DEPTH_SOURCES, or several joined by "+"
         capacity: int = 1024,  # frames mapped at once
         base=None,  # BaseDepth, what "anchored" bends
         folder: Path | str | None = None,  # default: store_folder()
         workers: int | None = None,  # threads of `prepare`; default: processor cores, at most 8
+        patch: int = PATCH,  # px, of the network
     ):
-        super().__init__(long_side, mode, supervision, capacity, base)
+        super().__init__(long_side, mode, supervision, capacity, base, patch)
         self.root = Path(folder) if folder is not None else store_folder()
         self.folder = self.root / f"v{VERSION}-{maker(supervision)[:12]}"
         known = supervision == "auto" or all(name in INPUTS or name == ANCHORED for name in self.sources)  # others may use all cores themselves

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core import ConfigError
 from .windows import Window
-from ..scenes.images import ImagePlan, load_image, plan_image
+from ..scenes.images import PATCH, ImagePlan, load_image, plan_image
 from ..scenes.masks import region_labels
 from ..scenes.scene import Scene
 from ..supervision.anchored import anchored_depth
@@ -56,14 +56,15 @@ class FrameCache:
 
     def __init__(
         self,
-        long_side: int = 518,  # px, a multiple of 14
+        long_side: int = 518,  # px, a multiple of `patch`
         mode: str = "aspect",  # how photos are brought to the network's size, see scenes.images
         supervision: str = "sparse",  # "auto", one of DEPTH_SOURCES, or several joined by "+"
         capacity: int = 1024,  # frames kept
         base: BaseDepth | None = None,  # what "anchored" bends
+        patch: int = PATCH,  # px, of the network
     ):
-        plan_image((long_side, long_side), long_side, mode)  # an unknown mode or a bad size stops here, not at the first photo
-        self.long_side, self.mode, self.capacity = long_side, mode, capacity
+        plan_image((long_side, long_side), long_side, mode, patch)  # an unknown mode or a bad size stops here, not at the first photo
+        self.long_side, self.mode, self.capacity, self.patch = long_side, mode, capacity, patch
         check_supervision(supervision)
         self.supervision, self.base = supervision, base
         self.sources = () if supervision == "auto" else source_names(supervision)  # auto: they differ by scene, see sources_of
@@ -106,7 +107,7 @@ class FrameCache:
 
     def plan(self, scene: Scene, index: int, target: tuple[int, int]) -> ImagePlan:
         """How frame `index` is brought to `target`."""
-        return plan_image(scene.frames[index].size, self.long_side, self.mode, target=target)
+        return plan_image(scene.frames[index].size, self.long_side, self.mode, self.patch, target)
 
     def work_ahead(self, items, device: str = "cpu") -> dict[str, int]:
         """Let the sources that work ahead do so for all windows of [(scene, window), ...]; returns what each has computed, not found on disk."""
@@ -125,7 +126,7 @@ class FrameCache:
 
     def size(self, scene: Scene, index: int, long_side: int = 0) -> tuple[int, int]:
         """The (height, width) that frame `index` would have on its own; 0: at the cache's long side."""
-        return plan_image(scene.frames[index].size, long_side or self.long_side, self.mode).size
+        return plan_image(scene.frames[index].size, long_side or self.long_side, self.mode, self.patch).size
 
     def about(self) -> str:
         """Say in one line where frames come from."""

@@ -65,7 +65,7 @@ def compile_blocks(
     """Compile the aggregator blocks behind the boundary and the dense heads' convolutions, in place; returns their number."""
     bare, frozen = network(model), find_frozen_prefix(model, heads).layer
     first = 0 if frozen is None else frozen + 1
-    modules = [*bare.aggregator.frame_blocks[first:], *bare.aggregator.global_blocks[first:]]
+    modules = [*bare.aggregator.frame_blocks[first:], *bare.aggregator.across_blocks[first:]]
     modules += [head.scratch for name, head in dense_heads(bare).items() if name in heads]
     for module in modules:
         module.compile(**settings)

@@ -27,7 +27,7 @@ from ..model.aggregator import AggregatorState
 
 # %% ../../nbs/efficiency/feature_store.ipynb #7b346ff6
 VERSION = 1  # of an entry's layout
-CODE = ("core.py", "model/config.py", "model/layers.py", "model/vit.py", "model/aggregator.py")
+CODE = ("core.py", "model/config.py", "model/layers.py", "model/vit.py", "model/omega.py", "model/aggregator.py")
 
 
 def feature_folder() -> Path:
@@ -54,7 +54,7 @@ def feature_fingerprint(
     """Return the fingerprint of the weights that make the state after a layer."""
     def inside(name: str) -> bool:
         first, _, rest = name.partition(".")
-        if first in ("frame_blocks", "global_blocks"):
+        if first in network(model).config.names.blocks:
             return int(rest.split(".")[0]) <= layer
         return first == "patch_embed" or layer > EMBEDDING
 

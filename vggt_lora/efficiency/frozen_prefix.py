@@ -30,8 +30,7 @@ def dense_heads(
     model,  # VGGT, bare or wrapped
 ) -> dict[str, nn.Module]:
     """Return the heads that answer for every pixel, by name, as far as they are built."""
-    bare = network(model)
-    return {name: head for name, head in (("depth", bare.depth_head), ("point", bare.point_head)) if head is not None}
+    return network(model).dense_heads
 
 # %% ../../nbs/efficiency/frozen_prefix.ipynb #e39f7740
 EMBEDDING = -1  # the patch embedding, counted as the layer before layer 0
@@ -44,7 +43,7 @@ def part(
     """Return the modules of one part and their names."""
     if layer == EMBEDDING:
         return [("aggregator.patch_embed", model.aggregator.patch_embed)]
-    return [(f"aggregator.{kind}.{layer}", getattr(model.aggregator, kind)[layer]) for kind in ("frame_blocks", "global_blocks")]
+    return [(f"aggregator.{kind}.{layer}", getattr(model.aggregator, kind)[layer]) for kind in model.config.names.blocks]
 
 
 def why_not_frozen(

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from ..core import SceneError, user_path
 from ..demo.demo_scenes import DEMO_HELD_OUT
 from ..progress import progress_bar
-from ..scenes.images import ImagePlan, _flatten, open_photo, plan_image, target_size
+from ..scenes.images import PATCH, ImagePlan, _flatten, open_photo, plan_image, target_size
 from ..scenes.opening import find_scenes, is_scene, open_scene
 from ..scenes.reconstruct import photos_in
 from ..scenes.scene import Scene
@@ -68,7 +68,7 @@ def on_grid(
 def common_size(
     sizes: list,  # (height, width) of the photos
     long_side: int,  # px, a multiple of `patch`
-    patch: int = 14,
+    patch: int = PATCH,
 ) -> tuple[int, int]:
     """Return the network's size for most of the photos; of equally frequent ones that of the first photo."""
     return Counter(target_size(size, long_side, "aspect", patch) for size in sizes).most_common(1)[0][0]
@@ -115,7 +115,7 @@ def listed(
 def open_photos(
     source: str,  # as in `listed`
     long_side: int = 518,  # px, a multiple of `patch`
-    patch: int = 14,
+    patch: int = PATCH,
     known_cameras: bool = True,
     wanted: tuple[str, ...] = (),  # names to take, in their order; none: all
 ) -> Photos:

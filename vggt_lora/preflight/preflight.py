@@ -180,8 +180,8 @@ def _choose(model, config: TrainConfig) -> None:
 def _largest(train, held_out, frames: FrameCache, config: TrainConfig) -> Sample:
     """The window with most pixels of all, at the largest size that it is drawn at."""
     scene, window = max([*train, *held_out], key=lambda one: len(one[1].frames) * math.prod(frames.size(one[0], one[1].frames[0])))
-    sample, patch = load_sample(scene, window, frames), 14
-    ratio = max(drawn_sizes(config.image_sizes, frames.long_side), default=frames.long_side) / frames.long_side
+    sample, patch = load_sample(scene, window, frames), frames.patch
+    ratio = max(drawn_sizes(config.image_sizes, frames.long_side, frames.patch), default=frames.long_side) / frames.long_side
     if ratio <= 1:
         return sample
     size = tuple(max(patch, round(side * ratio / patch) * patch) for side in sample.images.shape[-2:])
@@ -195,7 +195,7 @@ def _largest(train, held_out, frames: FrameCache, config: TrainConfig) -> Sample
 def _seconds(points: list[Point], phase: str, windows, frames: FrameCache, config: TrainConfig, pixels: int, drawn: bool = False) -> float:
     """Seconds of a phase summed over windows; `pixels` are those of a photo that was measured, `drawn` takes the mean over the sizes of image_sizes."""
     counts, seconds = [p.frames for p in points], [p.seconds.get(phase, 0.0) for p in points]
-    ratios = [(size / frames.long_side) ** 2 for size in drawn and drawn_sizes(config.image_sizes, frames.long_side) or (frames.long_side,)]
+    ratios = [(size / frames.long_side) ** 2 for size in drawn and drawn_sizes(config.image_sizes, frames.long_side, frames.patch) or (frames.long_side,)]
     return sum(extrapolate(counts, seconds, len(w.frames) * math.prod(frames.size(scene, w.frames[0])) * ratio / pixels)
                for scene, w in windows for ratio in ratios) / len(ratios) if points else math.nan
 

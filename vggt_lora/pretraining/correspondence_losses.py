@@ -15,7 +15,7 @@ def patch_places(
     depth: torch.Tensor,  # (B, S, H, W), z; 0 = unknown
     K: torch.Tensor,  # (B, S, 3, 3), pixel i covers [i, i+1)
     world_to_cam: torch.Tensor,  # (B, S, 4, 4)
-    patch: int = 14,  # pixels
+    patch: int,  # pixels
     tolerance: float = 0.05,  # relative difference of depth up to which it is the same thing
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the middle of each patch lies in the first photo, (B, S, P, 2) as shares of width and height, and whether it is seen there."""

@@ -96,8 +96,8 @@ def neighbour_frame(
     alike = abs(np.log(sizes[0, 0] / sizes[0, 1] * sizes[1, 1] / sizes[1, 0])) < 0.05
     if alike and plan.mode == "squash":
         return SweepFrame(other, dataclasses.replace(plan, source_size=tuple(other.size)))
-    if alike and not any(side % 14 for side in plan.size) and plan_image(shot.frame.size, mode=plan.mode, target=plan.size) == plan:
-        return SweepFrame(other, plan_image(other.size, mode=plan.mode, target=plan.size))
+    if alike and not any(side % plan.patch for side in plan.size) and plan_image(shot.frame.size, mode=plan.mode, patch=plan.patch, target=plan.size) == plan:
+        return SweepFrame(other, plan_image(other.size, mode=plan.mode, patch=plan.patch, target=plan.size))
     scale = np.sqrt(np.prod(shot.plan.resized_size) / np.prod(other.size))
     size = tuple(max(32, round(side * scale)) for side in other.size)
     return SweepFrame(other, ImagePlan(tuple(other.size), size, (0, 0), size, "squash"))

@@ -69,7 +69,7 @@ class BaseDepth:
         starts = sorted({*range(0, max(count - self.frames, 0) + 1, step), max(count - self.frames, 0)})
         windows = [range(start, min(start + self.frames, count)) for start in starts]
         for window in progress_bar(windows, desc=f"base depth of {scene.name}", unit="window", delay=2, disable=not progress):
-            plans = [plan_image(scene.frames[i].size, max(target), self.mode, target=target) for i in window]
+            plans = [plan_image(scene.frames[i].size, max(target), self.mode, self.model.config.patch_size, target) for i in window]
             photos = np.stack([load_image(scene.frames[i].image_path, plan) for i, plan in zip(window, plans)])
             images = torch.from_numpy(photos).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):

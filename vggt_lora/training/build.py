@@ -96,16 +96,17 @@ def build_model(
     """The base model of a run, on the CPU, frozen and in eval mode; raises WeightsError, and ConfigError where points have a weight and the weights no point head."""
     import torch
 
-    from vggt_lora.model.vggt import VGGT, VGGTConfig
+    from vggt_lora.model.config import RANDOM
+    from vggt_lora.model.vggt import VGGT
 
     point = "point" in config.trained_heads
-    if config.model == "random":
+    if config.model in RANDOM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = VGGT(dataclasses.replace(VGGTConfig.tiny(), point_head=point))
+            model = VGGT(dataclasses.replace(RANDOM[config.model](), point_head=point))
     else:
         model = VGGT.from_pretrained(config.model, camera_head=True, depth_head=True, track_head=False, point_head=None if point else False)
-        if point and model.point_head is None:
+        if point and "point" not in model.dense_heads:
             raise ConfigError(f"point_conf_weight, point_reg_weight or point_grad_weight is above 0, but {config.model} has no point head; "
                               "set them to 0, or give weights that have one, such as facebook/VGGT-1B")
     model.requires_grad_(False)
@@ -143,7 +144,7 @@ def make_frame_cache(
     """The frames of a run at its image size (the model's own where the configuration says 0), from the store on disk or decoded each time."""
     settings, device = (config.image_size or model.config.img_size, config.image_mode, source or config.supervision), resolve_device(config.device)
     base = BaseDepth(model, device, resolve_precision(config.precision, device), config.image_mode)
-    frames = (FrameStore if config.frame_cache else FrameCache)(*settings, base=base)
+    frames = (FrameStore if config.frame_cache else FrameCache)(*settings, base=base, patch=model.config.patch_size)
     (frames.prepare if config.frame_cache else frames.work_ahead)(items, device=device)
     base.release()  # an adapter will change the model
     return frames

@@ -116,7 +116,7 @@ def asked(
     augmented: bool = False,  # pixels change at random
 ) -> set[tuple]:
     """Return what a run will ask for, each once: (scene, photos of the window, who is first, (height, width) in px, what else was drawn)."""
-    sizes, rounds = drawn_sizes(config.image_sizes, frames.long_side), min(config.distinct_epochs or math.inf, config.epochs)
+    sizes, rounds = drawn_sizes(config.image_sizes, frames.long_side, frames.patch), min(config.distinct_epochs or math.inf, config.epochs)
     by_size = bool(sizes) and not config.names("augment")  # nothing else changes pixels
 
     def one(scene: Scene, window: Window, first, side: int = 0, draw=None) -> tuple:
