@@ -22,7 +22,7 @@ class TrainConfig:
     """Settings of one training run; a bad value raises ConfigError before any work."""
 
     strategy: str = "a"  # which layers get adapters: a, b, c or custom
-    model: str = "tiny"  # "tiny" (small and pretrained, in the package), "random" (the same shape, untrained), a hub name such as facebook/VGGT-1B, a folder or a file
+    model: str = "tiny"  # "tiny" (small and pretrained, in the package), "random" (the same shape, untrained), "random-omega" (a small VGGT-Ω, untrained), a hub name such as facebook/VGGT-1B, a folder or a file
     data: str = "demo"  # "demo", a scene folder, or a folder of scene folders
     scenes: str = ""  # names of the scenes to use, separated by commas; empty: all
     units_are_metres: str = "auto"  # are scene units metres? auto (where laser data or scene.json say so), yes or no
