@@ -209,7 +209,7 @@ def score_clouds(
     scene, size = photos.scene, photos.images.shape[1:3]
     if scene is None or not scene.metric or load_scans(scene) is None:
         return []
-    cache, place = FrameCache(max(size), "aspect", "laser"), {f.name: k for k, f in enumerate(scene.frames)}
+    cache, place = FrameCache(max(size), "aspect", "laser", patch=photos.plans[0].patch), {f.name: k for k, f in enumerate(scene.frames)}
     truth = scan_truth(scene, [make_view(scene, place[name], size, cache, np.zeros(size)) for name in photos.names])
     rows = []
     for name, cloud in clouds.items():

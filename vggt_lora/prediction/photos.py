@@ -77,10 +77,11 @@ def common_size(
 def plan_for(
     size: tuple,  # (height, width) of the photo
     target: tuple,  # (height, width) of all
+    patch: int = PATCH,
 ) -> ImagePlan:
     """Plan a photo for a common size: a few rows cut where the shape is nearly the same, white borders where it is not."""
     near = abs(np.log(size[0] / size[1] * target[1] / target[0])) < 0.12
-    return plan_image(size, mode="aspect" if near else "pad", target=target)
+    return plan_image(size, mode="aspect" if near else "pad", patch=patch, target=target)
 
 
 def content_mask(
@@ -139,7 +140,7 @@ def open_photos(
     if not opened:
         raise SceneError(f"{source}: none of its {len(chosen)} photos can be read; the first: {next(iter(left_out.values()))}")
     target = common_size([size for size, _ in opened.values()], long_side, patch)
-    plans = {k: plan_for(size, target) for k, (size, _) in opened.items()}
+    plans = {k: plan_for(size, target, patch) for k, (size, _) in opened.items()}
     K = pose = None
     if scene is not None:
         K = np.stack([plans[k].intrinsics(scene.frames[k].K) for k in opened])
