@@ -99,16 +99,17 @@ def evaluate_model(run):
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
-def test_a_run_that_was_stopped_reports_the_loss_of_the_weights_it_kept(scene, tmp_path, keep):
+def test_a_run_that_was_stopped_reports_the_loss_of_the_weights_it_kept(scene, tmp_path, monkeypatch, keep):
     """Stopped in the middle of an epoch, where the loss is lower than any before: with adapter_weights="best" those weights are given up."""
     def stop(event, progress):
         progress.stop |= event == "step" and progress.epoch == 1 and progress.position == 2
 
-    run = train(quick(scene, tmp_path / "run", adapter_weights=keep), hooks=[stop])
+    monkeypatch.setattr("vggt_lora.training.build.FEWEST_JUDGES", 1)  # two photos of this small scene choose
+    run = train(quick(scene, tmp_path / "run", adapter_weights=keep, choose_fraction=0.15), hooks=[stop])
     stopped, loss = run.records[-1], run.results["held_out_loss"]
     assert stopped["stopped"] and stopped["loss"] < min(r["loss"] for r in run.records[:-1] if r["split"] == "val"), "the case shows nothing"
     model, scenes = load_adapter(build_model(run.config), run.adapter), open_scenes(run.config)
-    items = items_of(split_scenes(scenes, run.config)[0].val, scenes)
+    items = items_of(split_scenes(scenes, run.config)[0].choose, scenes)
     measured = held_out_loss(model, items, make_frame_cache(run.config, model), loss_config(run.config), "cpu")["loss"]
     assert loss["after"] == loss["best"] == pytest.approx(measured, rel=1e-6) and (loss["after"] == stopped["loss"]) == (keep == "last")
     assert f"{loss['after']:.4f} with the adapter" in (run.folder / "report.md").read_text()
