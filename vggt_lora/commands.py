@@ -134,7 +134,7 @@ def evaluate_run(
     if folder is None:
         raise ConfigError(f"no finished run below {Path.cwd() / 'outputs'}; train one with vggt_lora_train, or give --run")
     found = evaluate(folder, config.data or None, protocol=config.protocol or STANDARD, clouds=config.clouds)
-    kept = write_answer(folder, found, question(config.data, config.protocol, config.window_selection))
+    kept = write_answer(folder, found, question(config.data, config.protocol, config.windows))
     if found.clouds is not None:
         write_clouds(found.clouds, folder / "clouds")
     renew_report(folder)
