@@ -343,7 +343,7 @@ def _end_epoch(loop: Loop, seconds: float) -> None:
     _validate(loop)
     _save(loop)
     _report_left_out(run, progress.epoch)
-    run.log(f"epoch {progress.epoch:3d}/{loop.config.epochs}  loss {progress.loss:9.4f}  held-out {progress.held_out:9.4f}  "
+    run.log(f"epoch {progress.epoch:3d}/{loop.config.epochs}  loss {progress.loss:9.4f}  held-out {loop.config.metric_for_best_model} {progress.held_out:9.4f}  "
             f"best {progress.best:9.4f}  about {seconds * (progress.total_steps - progress.step):.0f} s left")
     if loop.config.patience and progress.stale >= loop.config.patience and progress.epoch < loop.config.epochs:
         run.log(f"the held-out loss has not fallen for {progress.stale} epochs (patience {loop.config.patience}): training ends here")
@@ -368,7 +368,7 @@ def _finish(loop: Loop) -> None:
     loop.distributed.wait()
     if loop.config.adapter_weights == "best":
         counters = load_checkpoint(loop.distributed.broadcast_from_main(lambda: read_checkpoint(loop.run.folder / "checkpoints" / "best.pt")), loop.model)
-        loop.run.log(f"kept: the weights after epoch {counters['epoch']}, with the lowest held-out loss {counters['held_out']:.4f}")
+        loop.run.log(f"kept: the weights after epoch {counters['epoch']}, with the lowest held-out {loop.config.metric_for_best_model} {counters['held_out']:.4f}")
     _tell(loop, "end")
 
 

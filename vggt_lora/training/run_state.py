@@ -24,7 +24,7 @@ def held_out_score(
     """Return what the best weights have least of: the aligned error of depth where it is asked for and measured, else the loss; inf where the loss is not finite."""
     if record["loss"] is None:
         return math.inf
-    return record.get("loss_depth_absrel", record["loss"]) if config.metric_for_best_model == "absrel" else record["loss"]
+    return record.get("absrel", record["loss"]) if config.metric_for_best_model == "absrel" else record["loss"]
 
 
 @dataclasses.dataclass
