@@ -17,6 +17,7 @@ A case says what trains and what judges:
 Runs that are finished are read, not repeated: every run is a folder under --output. Nothing is asserted.
 """
 import argparse
+import itertools
 import json
 import shutil
 import time
@@ -32,6 +33,8 @@ from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap
 from vggt_lora.supervision.sources import DEPTH_SOURCES
 from vggt_lora.train import NAMES, TrainConfig, train
 
+CASES = ("laser", "points", "ceiling", "one", "one-laser", "real", "place")
+MODELS = ("base", "adapted")
 LASER_FILES = ("ground_truth_depth", "dslr_scan_eval", "occlusion")
 ONE_BUILDING = {"frames": 4, "epochs": 40, "train_fraction": 0.5}  # presets/one_building.yaml, judged by six of twelve photos
 
@@ -107,6 +110,16 @@ def fields(pairs: list[str]) -> dict:
     return found
 
 
+def runs_of(case: str, settings: list[dict], strategy: str, supervision: str, seed: int, args) -> list[dict]:
+    """Return the results of a case's runs with one seed, one for each building."""
+    found = []
+    for one in settings:
+        name = "-".join([case, strategy, supervision, str(seed), Path(one.get("data", "")).name, *args.set]).replace("/", "_")
+        own = {"strategy": strategy, "supervision": supervision, "seed": seed, "preflight": "off"} | one | fields(args.set)
+        found.append(results_of(TrainConfig(output=str(args.output / name), **own)))
+    return found
+
+
 def print_results(title: str, found: list[list[dict]]) -> None:
     """Print a block of lines for one setting; `found` holds the results of each seed, one for each building."""
     runs = [[row for results in of_seed for row in results["frames"]] for of_seed in found]
@@ -120,14 +133,10 @@ def print_results(title: str, found: list[list[dict]]) -> None:
         changes = [r["change"] for results in every for r in results["regions"] if (r["region"], r["metric"]) == (region, "absrel") and r["change"] is not None]
         if changes:
             print(f"  region {region}: AbsRel {100 * np.mean(changes):+.1f} % in the mean of {len(changes)} runs")
-    for model in NAMES_OF_MODELS:
+    for model in MODELS:
         cameras = [row for results in every for row in results["cameras"] if row["model"] == model]
         rotation, direction = (np.mean([row[name] or 0 for row in cameras]) for name in ("rotation_median", "translation_median"))
         print(f"  cameras of {model}: rotation {rotation:.2f} degrees, direction {direction:.1f} degrees", flush=True)
-
-
-NAMES_OF_MODELS = ("base", "adapted")
-CASES = ("laser", "points", "ceiling", "one", "one-laser", "real", "place")
 
 
 def main() -> None:
@@ -145,16 +154,10 @@ def main() -> None:
         if settings is None:
             print(f"\ncase {case}: skipped, its scenes are not at hand (shared/data)")
             continue
-        for strategy in args.strategies:
-            for supervision in args.supervision:
-                found = []
-                for seed in args.seeds:
-                    found.append([])
-                    for one in settings:
-                        names = [case, strategy, supervision, str(seed), Path(one.get("data", "")).name, *args.set]
-                        own = {"strategy": strategy, "supervision": supervision, "seed": seed, "preflight": "off"} | one | fields(args.set)
-                        found[-1].append(results_of(TrainConfig(output=str(args.output / "-".join(names).replace("/", "_")), **own)))
-                print_results(f"{case}: strategy {strategy}, supervision {settings[0].get('supervision', supervision)}, seeds {args.seeds}", found)
+        for strategy, supervision in itertools.product(args.strategies, args.supervision):
+            found = [runs_of(case, settings, strategy, supervision, seed, args) for seed in args.seeds]
+            stated = settings[0].get("supervision", supervision)
+            print_results(f"{case}: strategy {strategy}, supervision {stated}, seeds {args.seeds}", found)
 
 
 if __name__ == "__main__":

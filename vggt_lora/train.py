@@ -239,7 +239,7 @@ def truth_cache(config: TrainConfig, model, scenes, split):
 MAY_CHANGE_LOGGED = ("skip_grad_factor", "max_skipped_steps", "patience")  # when a step is skipped and a run given up: they change no number that is written already
 
 
-MAY_CHANGE = {*MAY_CHANGE_LOGGED, "resume", "output", "device", "store", "save_every", "keep_checkpoints", "feature_cache_gb", "checkpointing", "frames_chunk", "compile", "preflight", "report_to"}
+MAY_CHANGE = {*MAY_CHANGE_LOGGED, "resume", "output", "device", "frame_cache", "save_every", "keep_checkpoints", "feature_cache_gb", "gradient_checkpointing", "frames_chunk", "compile", "preflight", "report_to"}
 
 
 def resumed_config(config: TrainConfig, began: TrainConfig) -> TrainConfig:
@@ -271,7 +271,7 @@ def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, mete
     results["held_out_loss"] = loss = losses_of(run.records, config)
     results["warnings"] = [*next_tries(results["effects"], config), *results["warnings"]]
     if loss["after"] is None:
-        results["warnings"] = [without_loss(run.records), *results["warnings"]]
+        results["warnings"] = [without_loss(run.records, config), *results["warnings"]]
         run.log(f"WARNING: {results['warnings'][0]}")
     run.write("results.json", results)
     run.write("report.md", report(config, results, run.folder))
@@ -293,10 +293,10 @@ def losses_of(records: list[dict], config: TrainConfig) -> dict:
     return {"before": found[0]["loss"], "after": after, "best": best if after is None else min(best, after)}
 
 
-def without_loss(records: list[dict]) -> str:
+def without_loss(records: list[dict], config: TrainConfig) -> str:
     """What a run says whose last weights are kept although their held-out loss is not finite: why, and where better ones are."""
     found = [r for r in records if r["split"] == "val"]
-    best = min((r for r in found if r["loss"] is not None and not r.get("stopped")), key=lambda r: r["loss"])
+    best = min((r for r in found if not r.get("stopped")), key=lambda r: held_out_score(r, config))
     return (f"the held-out loss of the saved weights is not finite: {found[-1]['not_finite']}; checkpoints/best.pt has those after epoch {best['epoch']}, "
             f"with {best['loss']:.4f}, which adapter_weights='best' would have taken")
 

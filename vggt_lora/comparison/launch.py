@@ -23,7 +23,7 @@ from ..files.atomic import write_json, file_lock
 from ..training.config import TrainConfig, read_config
 
 # %% ../../nbs/comparison/launch.ipynb #308f83d7
-MAY_CHANGE = (*PLACE, "device", "store", "report_to")
+MAY_CHANGE = (*PLACE, "device", "frame_cache", "report_to")
 STATES = ("finished", "failed", "interrupted", "new")
 
 

@@ -20,7 +20,7 @@ from ..evaluation.statistics import Effect, effects, higher_is_better, in_words,
 from ..training.config import TrainConfig
 
 # %% ../../nbs/comparison/summary.ipynb #d980d246
-SILENT = (*PLACE, "device", "store", "seed")  # fields that make no other setting
+SILENT = (*PLACE, "device", "frame_cache", "seed")  # fields that make no other setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,8 +38,9 @@ from vggt_lora.files.cache import (
 from ..scenes.images import PATCH, ImagePlan
 from ..scenes.masks import label_files
 from ..scenes.scene import Scene
+from ..supervision.anchored import anchored_inputs
 from ..supervision.depth_map import DepthMap
-from ..supervision.sources import ANCHORED, AUTO, DEPTH_SOURCES, INPUTS, code_of, scene_inputs, source_names
+from ..supervision.sources import ANCHORED, AUTO_WITH_LASER, DEPTH_SOURCES, INPUTS, code_of, scene_inputs, source_names
 
 # %% ../../nbs/datasets/frame_store.ipynb #ba5aea7e
 VERSION = 2  # of an entry's layout
@@ -72,7 +73,7 @@ def maker(
 ) -> str:
     """Return a digest of the code that makes entries with these sources, and of the libraries that it uses."""
     modules = {"vggt_lora.scenes.images", "vggt_lora.scenes.masks"}
-    names = source_names(AUTO[True] if supervision == "auto" else supervision)
+    names = source_names(AUTO_WITH_LASER if supervision == "auto" else supervision)
     modules |= {DEPTH_SOURCES[name].__module__ for name in names if name != ANCHORED}
     modules |= {"vggt_lora.supervision.anchored"} if ANCHORED in names else set()
     files = {}
@@ -96,7 +97,7 @@ def entry_key(
     sources = []
     for name in (part.strip() for part in supervision.split("+")):
         if name == ANCHORED:
-            sources.append([name, digest_of(log_base, scene.points.xyz), [frame.world_to_cam.tolist() for frame in scene.frames]])
+            sources.append([name, anchored_inputs(scene, log_base)])
         else:
             sources.append([name, code_of(DEPTH_SOURCES[name]), INPUTS.get(name, scene_inputs)(scene, frame)])
     labels = [file_digest(path) for path in label_files(scene, frame).values()]

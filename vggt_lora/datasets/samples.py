@@ -17,7 +17,7 @@ from ..scenes.images import PATCH, ImagePlan, load_image, plan_image
 from ..scenes.masks import region_labels
 from ..scenes.scene import Scene
 from ..supervision.anchored import anchored_depth
-from ..supervision.base_depth import BaseDepth
+from .base_depth import BaseDepth
 from ..supervision.depth_map import DepthMap
 from vggt_lora.supervision.sources import (
     ANCHORED, PREPARED, Mixture, check_supervision, depth_source, resolve_supervision, source_names,

@@ -125,7 +125,7 @@ def split_windows(
     if torn:
         raise LeakError(f"hold_out tears a group apart: {'; '.join(torn)}. They show one place: hold out all of a group or none of it")
     if by not in GROUPINGS:
-        raise ConfigError(unknown_name_message("windows", by, GROUPINGS))
+        raise ConfigError(unknown_name_message("window_selection", by, GROUPINGS))
     if not 0 < train_fraction < 1:
         raise ConfigError(f"train_fraction is {train_fraction}; expected a share between 0 and 1, both excluded")
     if not 0 <= choose_fraction < 1:

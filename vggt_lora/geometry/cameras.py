@@ -7,7 +7,7 @@ __all__ = ['quaternion_to_matrix', 'matrix_to_quaternion', 'to_4x4', 'camera_cen
            'compose_poses', 'relative_to_first', 'project_points', 'depth_to_cam_points', 'unproject_depth',
            'resize_intrinsics', 'crop_intrinsics', 'resize_pixels', 'crop_pixels', 'corner_to_centre_intrinsics',
            'centre_to_corner_intrinsics', 'encode_pose', 'decode_pose', 'pinhole_rays', 'pinhole_pixels',
-           'pixel_centres', 'sample_nearest', 'down_direction']
+           'pixel_centres', 'sample_nearest', 'down_direction', 'upright']
 
 # %% ../../nbs/geometry/cameras.ipynb #5fe0ff1d
 import math
@@ -316,3 +316,14 @@ def down_direction(
         guess = np.linalg.solve((across[level].T * weight[level]) @ across[level] + trust * np.eye(3), trust * upright)
         guess /= max(np.linalg.norm(guess), 1e-12)
     return guess
+
+# %% ../../nbs/geometry/cameras.ipynb #b6a4f49b
+def upright(
+    up,  # (3,) direction in the scene
+) -> np.ndarray:
+    """Return the rotation (3, 3) that turns `up` into +y."""
+    y = np.asarray(up, np.float64) / np.linalg.norm(up)
+    x = np.eye(3)[np.argmin(np.abs(y))]
+    x = x - y * (x @ y)
+    x /= np.linalg.norm(x)
+    return np.stack([x, y, np.cross(x, y)])

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .camera_head import POSE_WIDTH, activate_pose
 from .config import VGGTConfig
 from .dpt_head import DPTHead, add_uv
-from .layers import Block, RopeTable, run_block
+from .layers import draw_linear_layers, Block, RopeTable, run_block
 from .vit import PatchConvolution
 
 # %% ../../nbs/model/omega.ipynb #8c531ac1
@@ -66,10 +66,7 @@ class OmegaVisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, config.vit_num_heads, config.mlp_ratio, **settings) for _ in range(config.vit_depth))
         self.norm = nn.LayerNorm(width, eps=1e-5)
-        for module in self.blocks.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        draw_linear_layers(self.blocks)
 
     def forward(
         self,

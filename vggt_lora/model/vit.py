@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import VGGTConfig
-from .layers import Block, run_block
+from .layers import draw_linear_layers, Block, run_block
 
 # %% ../../nbs/model/vit.ipynb #8c9310d1
 def resize_position_table(
@@ -72,10 +72,7 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.normal_(self.register_tokens, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        draw_linear_layers(self)
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from ..datasets.splits import FEWEST_JUDGES, SIDES, LeakError, Split, audit_spli
 from ..demo.demo_scenes import DEMO_HELD_OUT
 from ..scenes.opening import find_scenes, open_scene
 from ..scenes.scene import Scene
-from ..supervision.base_depth import BaseDepth
+from ..datasets.base_depth import BaseDepth
 from ..supervision.laser import has_laser
 from ..supervision.sources import measured_part, resolve_supervision
 from .config import TrainConfig
