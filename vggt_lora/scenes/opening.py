@@ -17,6 +17,7 @@ from ..core import ConfigError, SceneError, unknown_name_message, user_path
 from ..demo.demo_scenes import demo_scenes
 from ..files.atomic import read_json
 from .colmap_checks import check_convention
+from .fit import check_fit, refuse_misfit
 from .colmap_model import MODEL_FOLDERS, ColmapImage, ColmapModel, pinhole_matrix, read_model
 from .scene import Frame, Scene
 
@@ -220,9 +221,13 @@ def open_scene(
     known = unit_is_metre(folders) if metric is None else bool(metric)
     if metric is None and not known:
         notes.append("unit unknown: no laser data and no scene.json beside the photos; pass metric=True if it is the metre")
-    check_convention([frame for frame, _ in pairs], model.points, str(model.folder))
+    frames = tuple(frame for frame, _ in pairs)
+    check_convention(list(frames), model.points, str(model.folder))
+    fit = check_fit(frames, model.points)
+    refuse_misfit(fit, str(model.folder))
+    notes += [check.said for check in fit if check.verdict == "note"]
     jpg = find_part(folders, "dslr_calibration_jpg")
-    return Scene(root.name, root, tuple(frame for frame, _ in pairs), model.points, known, tuple(notes), jpg)
+    return Scene(root.name, root, frames, model.points, known, tuple(notes), jpg, fit)
 
 # %% ../../nbs/scenes/opening.ipynb #7ffb80aa
 def is_scene(
