@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'NEAR', 'LEAST_SHARE', 'FEWEST', 'OFF', 'LEAST_COLOUR', 'USUAL_COLOUR', 'AGREED', 'SIDE', 'LUMA',
            'MOST_PHOTOS', 'Check', 'lower_median', 'listed', 'KeypointFit', 'keypoint_fit', 'camera_hint',
-           'check_keypoints', 'brightness', 'seen_brightness', 'correlation', 'among_photos', 'check_colours', 'spread',
-           'check_fit', 'refuse_misfit']
+           'check_keypoints', 'brightness', 'seen_brightness', 'correlation', 'among_photos', 'check_colours',
+           'photo_figures', 'spread', 'check_fit', 'refuse_misfit']
 
 # %% ../../nbs/scenes/fit.ipynb #86822a67
 from collections.abc import Iterable
@@ -118,7 +118,7 @@ def check_keypoints(frames: Iterable[Frame], points: Points, colours: Check) -> 
     fits = [fit for frame in frames if (fit := keypoint_fit(frame, points)) is not None]
     if not fits:
         return Check("keypoints", "not checked", f"no photo has {FEWEST} keypoints of points")
-    looked_at, share = f"{sum(fit.count for fit in fits):,} keypoints of {len(fits)} photos", lower_median([fit.share for fit in fits])
+    looked_at, share = f"{sum(fit.count for fit in fits):,} keypoints of {len(fits)} photos", lower_median([fit.scaled_share if fit.other_size else fit.share for fit in fits])
     wrong = [fit for fit in fits if fit.share < LEAST_SHARE and not fit.other_size]
     photos = tuple((fit.name, f"{100 * fit.share:.0f} % of its keypoints lie on their points") for fit in wrong)
     other = [fit for fit in fits if fit.other_size]
@@ -215,6 +215,17 @@ def check_colours(frames: Iterable[Frame], points: Points) -> Check:
         return Check("colours", "note", looked_at, f"{head}; the photos fit one another, so the points' colours were not taken from them", figure, USUAL_COLOUR)
     said = f"{head} ({listed(photos)}); photos under each other's names, changed after the reconstruction, or wrong cameras"
     return Check("colours", "refuse" if figure < LEAST_COLOUR else "note", looked_at, said, figure, LEAST_COLOUR, photos)
+
+# %% ../../nbs/scenes/fit.ipynb #b0e3b727
+def photo_figures(frames: Iterable[Frame], points: Points) -> dict[str, np.ndarray]:
+    """Return per photo what the limits are about, for the table of sound scenes; nan where it is not known."""
+    fits, own, depths = [keypoint_fit(frame, points) for frame in frames], points.rgb @ np.array(LUMA), []
+    colours = [correlation(here, own[rows]) for rows, here in (seen_brightness(frame, points) for frame in frames)]
+    for frame in frames:
+        z = points.xyz[frame.point_rows] @ frame.world_to_cam[2, :3] + frame.world_to_cam[2, 3]
+        depths.append(z.max() / np.median(z) if len(z) else np.nan)
+    return {"share": np.array([fit.share if fit else np.nan for fit in fits]), "offset": np.array([fit.offset if fit else np.nan for fit in fits]),
+            "colours": np.array(colours), "farthest": np.array(depths)}
 
 # %% ../../nbs/scenes/fit.ipynb #41188c6c
 MOST_PHOTOS = 100  # photos that are looked at when a scene is opened, spread evenly; the doctor looks at all
