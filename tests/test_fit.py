@@ -2,7 +2,6 @@
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -59,12 +58,7 @@ def test_a_run_without_a_usable_pixel_stops_before_its_first_step(source, tmp_pa
     from vggt_lora.train import train
 
     sparse = cases.write(source, tmp_path / "mm")
-    model = cases.model_of(source)
-    scaled = [line if line.startswith("#") else " ".join([*line.split()[:1], *(repr(1000 * float(v)) for v in line.split()[1:4]), *line.split()[4:]])
-              for line in (sparse / "points3D.txt").read_text().splitlines()]
-    (sparse / "points3D.txt").write_text("\n".join(scaled) + "\n")
-    cases.map_lines(sparse / "images.txt", lambda _, words: [*words[:5], *(repr(1000 * float(v)) for v in words[5:8]), *words[8:]])
-    assert len(model.images) == 8
+    cases.scale_model(sparse, 1000.0)
     with pytest.raises(ConfigError, match="no depth to learn from.*outside depth_min.*millimetres"):
         train(settings(tmp_path / "mm", tmp_path / "run", units_are_metres="yes", supervision="sparse"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
