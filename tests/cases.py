@@ -289,7 +289,7 @@ def nearly_pinhole(source, out):
     path.write_text("".join(f"{line.replace(' PINHOLE ', ' OPENCV ')}{'' if line.startswith('#') else ' 1e-10 -3e-11 0 0'}\n" for line in path.read_text().splitlines()))
 
 
-@case("refuse", "distorts (pixels move by up to")
+@case("refuse", "distorts; expected", "Its lens moves pixels by up to")
 def real_distortion(source, out):
     """Cameras OPENCV whose distortion moves pixels."""
     path = write(source, out) / "cameras.txt"
@@ -343,6 +343,19 @@ def eth3d_rig(source, out):
         Image.open(source / "images" / image.name).save(out / "images" / new)
         image.name = new
     model.write_text(str(out / "rig_calibration_undistorted"))
+
+
+@case("note", "another size than their camera")
+def renamed_copies(source, out):
+    """Sound by itself: all photos at two thirds of their size, re-encoded, under other names (beside the first scene it leaks)."""
+    model = model_of(source)
+    for number, key in enumerate(sorted(model.images)):
+        image = model.images[key]
+        photo = Image.open(source / "images" / image.name)
+        image.name = f"copy_{number:03d}.jpg"
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        photo.resize((photo.width * 2 // 3, photo.height * 2 // 3)).save(out / "images" / image.name, quality=60)
+    write(source, out, model, photos=False)
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _train(config: TrainConfig, hooks, folder: Path, distributed: Distributed, m
     run = open_run(folder, config, distributed)
     try:
         describe(run, config, scenes, split, audit, photos, targets, gate)
-        for note in (*blind, *split_notes(split, config), *risky_settings(scenes, config)):
+        for note in (*blind, *audit["notes"], *split_notes(split, config), *risky_settings(scenes, config)):
             run.log(f"NOTE: {note}")
         run.write("coverage.json", coverage)
         for frames in (cache, *(() if truth.supervision == cache.supervision else (truth,))):

@@ -96,10 +96,9 @@ def pinhole_matrix(
 ) -> np.ndarray:
     """Return K (3, 3), pixel i covering [i, i+1); raises SceneError for a camera with lens distortion, saying how to remove it."""
     if not (moved := distortion_px(camera)) <= STRAIGHT:
-        raise SceneError(f"{where}: camera {camera.id} is {camera.model} and distorts"
-                         + (f" (pixels move by up to {moved:.2g})" if np.isfinite(moved) else "")
-                         + "; expected an undistorted PINHOLE camera. Undistort the photos "
-                         "first, with pycolmap.undistort_images(output_path, input_path, image_path), and open what it wrote")
+        raise SceneError(f"{where}: camera {camera.id} is {camera.model} and distorts; expected an undistorted PINHOLE camera. Undistort the photos "
+                         "first, with pycolmap.undistort_images(output_path, input_path, image_path), and open what it wrote"
+                         + (f". Its lens moves pixels by up to {moved:.2g} px; {STRAIGHT:g} px would pass" if np.isfinite(moved) else ""))
     return rough_matrix(camera)
 
 

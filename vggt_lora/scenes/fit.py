@@ -148,15 +148,16 @@ LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (BT.601)
 
 def brightness(
     path: Path,
+    side: int = SIDE,  # px, the longest that a side may be
 ) -> np.ndarray | None:
-    """Read the brightness of a photo, (h, w) uint8, no longer than SIDE px; None where it cannot be read."""
+    """Read the brightness of a photo, (h, w) uint8, no longer than `side`; None where it cannot be read."""
     try:
         with open_photo(path) as photo:
-            photo.draft("RGB", (SIDE, SIDE))
+            photo.draft("RGB", (side, side))
             small = _flatten(photo, path).convert("L")
     except SceneError:  # named when the photo is used
         return None
-    small.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+    small.thumbnail((side, side), Image.Resampling.BOX)
     return np.asarray(small)
 
 
