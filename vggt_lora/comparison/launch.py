@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'STATES', 'MEMORY_OF_A_JOB', 'CLUSTERS', 'same_run', 'state_of', 'can_resume', 'told', 'run_point',
            'first_words', 'lanes_for', 'free_memory', 'executor_for', 'outcome', 'start_here', 'start_on_cluster',
-           'writable', 'run_grid', 'parameters_of']
+           'writable', 'run_grid', 'steps_words', 'parameters_of']
 
 # %% ../../nbs/comparison/launch.ipynb #b62e96d2
 import dataclasses
@@ -231,7 +231,7 @@ def run_grid(
     **options,  # of submitit
 ) -> dict[str, dict]:
     """Run what is not finished; returns for each point its state (finished, failed or elsewhere), error and seconds. Raises ConfigError before any work."""
-    from vggt_lora.progress import progress_bar
+    from vggt_lora.progress import progress_bar, working
 
     writable(folder)
     states = {p.name: state_of(folder / p.name, p.config) for p in points}
@@ -249,7 +249,7 @@ def run_grid(
         lanes = [{}] * min(jobs or 32, len(todo))
         ends = start_on_cluster(tasks, executor_for(folder, cluster, hours, **{"slurm_array_parallelism": len(lanes), **options}))
     started = time.monotonic()
-    with progress_bar(total=len(todo), unit="point", desc="comparison") as bar:
+    with progress_bar(total=len(todo), unit="point", desc="comparison") as bar, working("running", lambda: steps_words([folder / p.name for p in todo if p.name not in found])):
         for done, (name, state) in enumerate(ends, 1):
             found[name] = state
             bar.update()
@@ -257,6 +257,21 @@ def run_grid(
             tell(f"{done}/{len(todo)} {name}: {state['state']}, {state.get('seconds', 0):.0f} s" + (f": {state['error']}" if "error" in state else "")
                  + (f"; about {left / 60:.0f} min left" if done < len(todo) else ""))
     return {p.name: found[p.name] for p in points}
+
+
+def steps_words(
+    folders: list[Path],  # of runs that have not ended
+) -> str:
+    """Say how far runs are, by the last whole line of their metrics."""
+    words = []
+    for folder in folders:
+        try:
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        except FileNotFoundError:
+            continue
+        if lines:
+            words.append(f"{folder.name} step {json.loads(lines[-1])['step']}")
+    return "; ".join(words)
 
 
 def parameters_of(point: Point, folder: Path) -> dict:
