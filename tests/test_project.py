@@ -17,7 +17,7 @@ PACKAGE = ROOT / "vggt_lora"
 
 # The house, from the ground up: a module imports from its own floor's room or from rooms below, never upwards, at the top or inside a function.
 FLOORS = [
-    ["core", "settings", "progress", "reference_data", "geometry"],
+    ["core", "settings", "progress", "reference_data", "threads", "geometry"],
     ["files"],
     ["model", "views", "demo"],
     ["scenes", "adapters"],
