@@ -42,7 +42,8 @@ def fingerprint(
         if _sums is None:
             digest.update(str(bit_sum(flat)).encode())
             continue
-        state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, tensor.device, flat[spread.to(flat.device)].float().cpu().numpy().tobytes())
+        state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, tensor.device,
+                 flat[spread.to(flat.device)].float().cpu().numpy().tobytes())
         if state not in _sums:
             _sums[state] = bit_sum(flat)
         digest.update(str(_sums[state]).encode())
@@ -51,7 +52,7 @@ def fingerprint(
 
 _sums: dict | None = None  # inside of summed_once: state of a tensor -> its sum
 
-
+# %% ../../nbs/adapters/adapter.ipynb #3af539a1
 @contextlib.contextmanager
 def summed_once():
     """Inside, a tensor that lies where it lay, was not written to since, and has the same samples is summed once. Weights must not be changed through `.data` meanwhile."""
@@ -62,13 +63,13 @@ def summed_once():
     finally:
         _sums = before
 
-
+# %% ../../nbs/adapters/adapter.ipynb #f6c1d749
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     """The bit patterns of all elements, flat, read as integers."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size(), torch.uint8)
     return tensor.detach().contiguous().reshape(-1).view(integers)
 
-
+# %% ../../nbs/adapters/adapter.ipynb #b9ba3938
 def bit_sum(tensor: torch.Tensor) -> int:
     """Sum of the bit patterns of all elements; it wraps round at 2**64, which keeps it exact."""
     return int(bits_of(tensor).sum(dtype=torch.int64))
@@ -78,7 +79,7 @@ def _exactly(names: list[str]) -> str:
     """A regular expression that matches these names and no other."""
     return "^(" + "|".join(re.escape(n) for n in sorted(names)) + ")$" if names else "^$"
 
-
+# %% ../../nbs/adapters/adapter.ipynb #b26a1a50
 def apply_lora(
     model,  # VGGT; it is changed in place and must not be used bare afterwards
     strategy: str = "b",  # "a", "b", "c", or "custom" with `target_modules`
@@ -101,7 +102,8 @@ def apply_lora(
     if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
         raise ConfigError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}")
     resolved = resolve_targets(model, patterns, rank, full_finetune, use_dora)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_rslora=use_rslora, use_dora=use_dora,
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_rslora=use_rslora,
+                        use_dora=use_dora,
                         target_modules=_exactly(resolved.named("adapted")),
                         modules_to_save=resolved.named("full") or None)
     mark = fingerprint(model)
@@ -115,7 +117,7 @@ def apply_lora(
     _mask_bias_gradients(adapted)
     return adapted, resolved
 
-
+# %% ../../nbs/adapters/adapter.ipynb #2a6b0930
 def _mask_bias_gradients(adapted) -> None:
     """Keep the masked part of a bias of VGGT-Ω at 0 where the layer is trained in full: the official class would mask it away."""
     for module in adapted.modules():
@@ -125,8 +127,10 @@ def _mask_bias_gradients(adapted) -> None:
 
 def _without_adapters(model) -> None:
     """Refuse a model that wears an adapter already: a second one would learn, and be saved, relative to the first."""
-    if hasattr(model, "peft_config") or any(hasattr(m, "lora_A") or hasattr(m, "modules_to_save") for m in model.modules()):
-        raise ConfigError("this model has an adapter already; merge it first (vggt_lora.lora.merge), or build the base anew")
+    if hasattr(model, "peft_config") or any(hasattr(m, "lora_A") or hasattr(m, "modules_to_save")
+                                            for m in model.modules()):
+        raise ConfigError("this model has an adapter already; merge it first (vggt_lora.lora.merge), or build the "
+                          "base anew")
 
 
 def _check_trainable(adapted, resolved: Targets) -> None:
@@ -153,7 +157,7 @@ def whole_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
-
+# %% ../../nbs/adapters/adapter.ipynb #6eed97ee
 def save_adapter(
     adapted,  # the model from apply_lora or load_adapter
     folder: Path | str,
@@ -180,8 +184,10 @@ def save_adapter(
 
 # %% ../../nbs/adapters/adapter.ipynb #04b13c18
 OTHER_KINDS = {name: None for name in (
-    "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config", "layer_replication",
-    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "target_parameters")} | {"megatron_core": "megatron.core"}  # fields of PEFT's LoraConfig
+    "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "monteclora_config", "arrow_config", "kasa_config", "layer_replication",
+    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora", "target_parameters")} | {
+        "megatron_core": "megatron.core"}  # fields of PEFT's LoraConfig
 
 
 def endless(
@@ -204,11 +210,13 @@ def _read_adapter(folder: Path) -> tuple[dict, dict]:
     home = (folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []))  # in the hub's cache files are links
     for name in ("adapter_config.json", "adapter_model.safetensors", BASE_FILE):
         if escapes_folder(folder / name, *home):
-            raise WeightsError(f"{folder / name}: is a link to {os.path.realpath(folder / name)}, out of the adapter's folder; put the file itself there")
+            raise WeightsError(f"{folder / name}: is a link to {os.path.realpath(folder / name)}, out of the adapter's "
+                               "folder; put the file itself there")
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{folder / 'adapter_model.safetensors'}: cannot be read ({error}); it is damaged or cut off") from None
+        raise WeightsError(f"{folder / 'adapter_model.safetensors'}: cannot be read ({error}); it is damaged "
+                           "or cut off") from None
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise WeightsError(f"{folder / 'adapter_model.safetensors'}: {name} holds NaN or infinity")
@@ -217,7 +225,7 @@ def _read_adapter(folder: Path) -> tuple[dict, dict]:
         raise WeightsError(f"{folder / BASE_FILE}: base_fingerprint is no text but {about['base_fingerprint']!r}")
     return tensors, about
 
-
+# %% ../../nbs/adapters/adapter.ipynb #4626bfa9
 def _read_json(path: Path) -> dict:
     try:
         content = read_json(path)
@@ -227,7 +235,7 @@ def _read_json(path: Path) -> dict:
         raise WeightsError(f"{path}: holds {json.dumps(content)[:40]} where settings by name are needed")
     return content
 
-
+# %% ../../nbs/adapters/adapter.ipynb #387d7e78
 def _read_lora_config(path: Path):
     """PEFT's LoraConfig from a file; raises WeightsError for another kind of adapter and for values of the wrong type."""
     from peft import LoraConfig
@@ -239,8 +247,11 @@ def _read_lora_config(path: Path):
     numbers = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float)}
     for name, types in numbers.items():
         value = content.get(name)
-        if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value < float("inf") or (name == "r" and value < 1):
-            raise WeightsError(f"{path}: {name} is {value!r}; it must be a number{' of at least 1' if name == 'r' else ''}")
+        if isinstance(value, bool) or not isinstance(value,
+                                                     types) or not 0 <= value < float("inf") or (
+                                                         name == "r" and value < 1):
+            raise WeightsError(f"{path}: {name} is {value!r}; it must be a "
+                               f"number{' of at least 1' if name == 'r' else ''}")
     targets, full = content.get("target_modules"), content.get("modules_to_save")
     if not targets or not isinstance(targets, str) and not _texts(targets):
         raise WeightsError(f"{path}: target_modules is {targets!r}; it must be an expression or a list of names")
@@ -251,9 +262,11 @@ def _read_lora_config(path: Path):
             raise WeightsError(f"{path}: {name} is {json.dumps(value)[:60]}: a kind of LoRA that is not known here")
     begun = content.get("init_lora_weights", True)
     if not isinstance(begun, bool) and begun not in (None, "gaussian", "orthogonal"):
-        raise WeightsError(f"{path}: init_lora_weights is {begun!r}: training of that kind changes the base as well; convert the adapter with PEFT's save_pretrained first")
+        raise WeightsError(f"{path}: init_lora_weights is {begun!r}: training of that kind changes the base as well; "
+                           "convert the adapter with PEFT's save_pretrained first")
     patterns = [content.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
-    patterns += [key for name in ("rank_pattern", "alpha_pattern") if isinstance(content.get(name), dict) for key in content[name]]
+    patterns += [key for name in ("rank_pattern", "alpha_pattern") if isinstance(content.get(name), dict)
+                 for key in content[name]]
     for pattern in patterns:
         if isinstance(pattern, str) and (fault := endless(pattern)):
             raise WeightsError(f"{path}: the expression {pattern[:60]!r} {fault}; list the modules by name")
@@ -262,7 +275,7 @@ def _read_lora_config(path: Path):
     except Exception as error:  # PEFT checks in many places, with errors of many kinds
         raise WeightsError(f"{path}: not a LoRA configuration ({type(error).__name__}: {error})") from None
 
-
+# %% ../../nbs/adapters/adapter.ipynb #e312b0a8
 def _texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -274,7 +287,8 @@ def _compare_keys(found: dict, wanted: dict, where: Path) -> None:
                            f"{len(unexpected)} unexpected {unexpected[:3]}")
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
-            raise WeightsError(f"{where}: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(wanted[name].shape)}")
+            raise WeightsError(f"{where}: {name} has shape {tuple(tensor.shape)}, the model needs "
+                               f"{tuple(wanted[name].shape)}")
 
 # %% ../../nbs/adapters/adapter.ipynb #77e4d808
 def _rehearse(model, config, tensors: dict, folder: Path) -> None:
@@ -282,14 +296,16 @@ def _rehearse(model, config, tensors: dict, folder: Path) -> None:
     from peft import get_peft_model, get_peft_model_state_dict
 
     shapes = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
-    shapes |= {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
+    shapes |= {id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+               for p in model.parameters()}
     double = copy.deepcopy(model, shapes)  # the memo makes deepcopy take these in place of the tensors
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             adapted = get_peft_model(double, copy.deepcopy(config))
     except Exception as error:  # no module, or an unsupported one, under the names in the file
         raise WeightsError(f"{folder / 'adapter_config.json'}: does not fit this model ({error})") from None
-    _compare_keys(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False), folder / "adapter_model.safetensors")  # its default asks the hub
+    _compare_keys(tensors, get_peft_model_state_dict(adapted, save_embedding_layers=False),
+                  folder / "adapter_model.safetensors")  # its default asks the hub
 
 # %% ../../nbs/adapters/adapter.ipynb #87a263af
 def load_adapter(
@@ -308,7 +324,8 @@ def load_adapter(
     mark = fingerprint(model)
     recorded = about.get("base_fingerprint")
     if recorded and recorded != mark and not any_base:
-        raise WeightsError(f"{folder} was trained on another base (fingerprint {recorded[:12]}, this model has {mark[:12]}); "
+        raise WeightsError(f"{folder} was trained on another base (fingerprint {recorded[:12]}, this model has "
+                           f"{mark[:12]}); "
                            "load the same weights, or pass any_base=True if you mean it")
     config = _read_lora_config(folder / "adapter_config.json")
     config.inference_mode = not trainable

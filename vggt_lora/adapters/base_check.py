@@ -61,7 +61,7 @@ def _base_weights(model) -> dict[str, torch.Tensor]:
         weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
     return weights
 
-
+# %% ../../nbs/adapters/base_check.ipynb #2673677a
 class BaseCheck:
     """Compare a model before and after adapters were put on."""
 
@@ -102,7 +102,8 @@ class BaseCheck:
             outputs = _tensors(adapted.eval()(self.images))
         for name, tensor in self.outputs.items():
             if name not in outputs or not torch.equal(outputs[name], tensor):
-                raise BaseCheckError(f"an untrained adapter changes the output {name}: the base is not what lies under it")
+                raise BaseCheckError(f"an untrained adapter changes the output {name}: the base is not what lies "
+                                     "under it")
         return len(self.outputs)
 
     def _same_weights(self, adapted) -> int:
@@ -121,7 +122,8 @@ class BaseCheck:
         with adapted.get_base_model().recomputing():  # or this proof would need more memory than a sparing run
             outputs = _tensors(adapted(self.images))
         # a random projection of everything the model says: no symmetry can cancel a gradient
-        total = sum((v.float() * torch.randn_like(v, dtype=torch.float32)).sum() for v in outputs.values() if v.requires_grad)
+        total = sum((v.float() * torch.randn_like(v, dtype=torch.float32)).sum() for v in outputs.values()
+                    if v.requires_grad)
         if not isinstance(total, torch.Tensor):
             raise BaseCheckError("no output depends on a trainable parameter")
         total.backward()
@@ -130,11 +132,12 @@ class BaseCheck:
         count = sum(adapted.get_parameter(n).numel() for n in got)
         adapted.zero_grad(set_to_none=True)
         if got != intended:
-            raise BaseCheckError(f"gradients miss {sorted(intended - got)[:3]} ({len(intended - got)} tensors) and reach "
+            raise BaseCheckError(f"gradients miss {sorted(intended - got)[:3]} ({len(intended - got)} tensors) "
+                                 "and reach "
                             f"{sorted(got - intended)[:3]} ({len(got - intended)} tensors) that should be frozen")
         return count, silent
 
-
+# %% ../../nbs/adapters/base_check.ipynb #962f6332
 def _checksum(tensor: torch.Tensor) -> tuple:
     """Shape, dtype, sum of all bit patterns and a weighted sum of a spread: cheap, and misses only changes that keep the sum."""
     bits = bits_of(tensor)
@@ -152,7 +155,8 @@ def _intended(adapted, targets: Targets) -> set[str]:
     names = set()
     for name, _ in adapted.named_parameters():
         plain = name.removeprefix(prefix)
-        if any(plain == f"{n}.{part}.default.weight" for part in parts for n in [plain.split(".lora_")[0]] if n in adapted_names):
+        if any(plain == f"{n}.{part}.default.weight" for part in parts for n in [plain.split(".lora_")[0]]
+               if n in adapted_names):
             names.add(name)
         elif ".modules_to_save.default." in plain and plain.split(".modules_to_save.")[0] in full_names:
             names.add(name)

@@ -50,12 +50,15 @@ def trained(
     alone = (folder / "adapter_config.json").is_file()
     adapter = folder if alone else folder / "adapter"
     if not (adapter / "adapter_config.json").is_file():
-        raise WeightsError(f"{folder}: neither an adapter folder nor a run that was finished (no adapter/adapter_config.json)")
+        raise WeightsError(f"{folder}: neither an adapter folder nor a run that was finished (no "
+                           "adapter/adapter_config.json)")
     about = _read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
     record = folder / "config.json"
     config = about.get("config") if alone or not record.is_file() else _read_json(record).get("config")
     config = config if isinstance(config, dict) else {}
-    name = str(base) if base is not None else str(config.get("model") or _read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    name = (str(base) if base is not None
+            else str(config.get("model") or _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+                     or ""))
     return Trained(adapter, name, config, about, None if alone else folder)
 
 # %% ../../nbs/adapters/export.ipynb #474bd174
@@ -64,9 +67,11 @@ def named_base(
 ) -> str:
     """The base's name or path; raises ConfigError where there is none to be read from a file."""
     if not source.base:
-        raise ConfigError(f"{source.adapter} does not say which base it was trained on; give base=, for instance base='facebook/VGGT-1B'")
+        raise ConfigError(f"{source.adapter} does not say which base it was trained on; give base=, for instance "
+                          "base='facebook/VGGT-1B'")
     if source.base in RANDOM:
-        raise ConfigError(f"{source.adapter} was trained on random weights, which are in no file: there is nothing to go back to")
+        raise ConfigError(f"{source.adapter} was trained on random weights, which are in no file: there is nothing to "
+                          "go back to")
     return source.base
 
 # %% ../../nbs/adapters/export.ipynb #bd29d54f
@@ -128,7 +133,8 @@ def touched(
     adapted, full, tensors = set(), set(), set()
     for key in keys:
         name = key.removeprefix(PREFIX)
-        if match := re.fullmatch(r"(.+)\.lora_(?:A|B|magnitude_vector|embedding_A|embedding_B)(?:\.(weight|bias))?", name):
+        if match := re.fullmatch(r"(.+)\.lora_(?:A|B|magnitude_vector|embedding_A|embedding_B)(?:\.(weight|bias))?",
+                                 name):
             adapted.add(match[1])
             tensors.add(f"{match[1]}.{match[2] or 'weight'}")
         else:
@@ -156,8 +162,10 @@ class MergedReport:
 
     def __str__(self) -> str:
         heads = ", ".join(f"{count} of {head}" for head, count in self.carried.items())
-        return (f"{self.folder}: {self.tensors} tensors in {' and '.join(FILE_NAMES)} ({self.size / 1e6:,.0f} MB each), {self.merged} changed, "
-                f"{self.untouched} equal to {self.base} bit for bit" + (f"; never loaded, copied: {heads}" if heads else "")
+        return (f"{self.folder}: {self.tensors} tensors in {' and '.join(FILE_NAMES)} ({self.size / 1e6:,.0f} MB "
+                f"each), {self.merged} changed, "
+                f"{self.untouched} equal to {self.base} bit for bit"
+                + (f"; never loaded, copied: {heads}" if heads else "")
                 + f"; merged and unmerged outputs differ by {self.difference:.1e} at most (allowed: {TOLERANCE:g})"
                 + (f". {self.licence}" if self.licence else ""))
 
@@ -179,7 +187,8 @@ def _free_folder(folder: Path, base: Path, size: int, replace: bool) -> None:
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     free, needed = shutil.disk_usage(existing).free, 2 * size + 2**20
     if free < needed:
-        raise WeightsError(f"{folder}: two files of {size / 1e9:.2f} GB are written there, only {free / 1e9:.2f} GB are free on that disk")
+        raise WeightsError(f"{folder}: two files of {size / 1e9:.2f} GB are written there, only {free / 1e9:.2f} GB "
+                           "are free on that disk")
 
 
 def _probe(model) -> dict[str, torch.Tensor]:
@@ -205,7 +214,8 @@ def _compare(path: Path, wanted: dict, base: StoredTensors, changed: frozenset) 
     for name in base:
         got, old = written[name], base[name]
         if got.shape != old.shape or got.dtype != old.dtype:
-            raise WeightsError(f"{path}: {name} is {got.dtype} {tuple(got.shape)}, in {base.path} it is {old.dtype} {tuple(old.shape)}")
+            raise WeightsError(f"{path}: {name} is {got.dtype} {tuple(got.shape)}, in {base.path} it is {old.dtype} "
+                               f"{tuple(old.shape)}")
         if not torch.isfinite(got).all():
             raise WeightsError(f"{path}: {name} holds NaN or infinity")
         equal = torch.equal(got.view(torch.uint8) if got.dim() else got, old.view(torch.uint8) if old.dim() else old)
@@ -240,7 +250,7 @@ def export_merged(
     with _only_one(folder):
         return _export_merged(source, folder, revision, replace)
 
-
+# %% ../../nbs/adapters/export.ipynb #0c5684b0
 @contextlib.contextmanager
 def _only_one(folder: Path):
     """Keep other processes from exporting into a folder meanwhile; raises ConfigError where one does, or where nothing can be written."""
@@ -255,15 +265,17 @@ def _only_one(folder: Path):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        raise WeightsError(f"{folder}: the export cannot be written ({error.strerror}): free some space or give another folder, then export again") from error
+        raise WeightsError(f"{folder}: the export cannot be written ({error.strerror}): free some space or give "
+                           "another folder, then export again") from error
     except (RuntimeError, MemoryError, ImportError) as error:
         if not short_of_memory(error):
             raise
-        raise WeightsError(f"{folder}: there is not enough memory to merge; an export needs the base in memory once ({error})") from error
+        raise WeightsError(f"{folder}: there is not enough memory to merge; an export needs the base in memory once "
+                           f"({error})") from error
     finally:
         lock.release()
 
-
+# %% ../../nbs/adapters/export.ipynb #1071b200
 def _export_merged(source: Trained, folder: Path, revision: str | None, replace: bool) -> MergedReport:
     """Write it; one process at a time."""
     file = find_weights(named_base(source), revision)
@@ -276,14 +288,18 @@ def _export_merged(source: Trained, folder: Path, revision: str | None, replace:
     model = merge(adapted)
     difference = _difference(before, _probe(model))
     if difference > TOLERANCE:
-        raise VggtLoraError(f"{source.adapter}: merged and unmerged outputs differ by {difference:.1e}, more than {TOLERANCE:g}: nothing was written")
+        raise VggtLoraError(f"{source.adapter}: merged and unmerged outputs differ by {difference:.1e}, more than "
+                            f"{TOLERANCE:g}: nothing was written")
     merged = model.state_dict()
-    write_text(folder / UNFINISHED, "An export into this folder was begun and has not ended: its files do not belong together yet.\n")
+    write_text(folder / UNFINISHED, "An export into this folder was begun and has not ended: its files do not belong "
+               "together yet.\n")
     same = _write_both(folder, {n: _own(merged[n] if n in changed else stored[n]) for n in stored}, stored, changed)
     write_json(folder / "config.json", {"model_type": MODEL_TYPE, **_full_config(model.config, stored).to_dict()})
     (folder / UNFINISHED).unlink()
-    left = {head: sum(n.startswith(f"{head}.") for n in stored if n not in merged) for head in (*model.config.head_modules.values(), NOT_BUILT)}
-    return MergedReport(folder, file.source, len(stored), len(stored) - same, same, {h: n for h, n in left.items() if n}, difference, size, model.config.names.licence)
+    left = {head: sum(n.startswith(f"{head}.") for n in stored if n not in merged)
+            for head in (*model.config.head_modules.values(), NOT_BUILT)}
+    return MergedReport(folder, file.source, len(stored), len(stored) - same, same,
+                        {h: n for h, n in left.items() if n}, difference, size, model.config.names.licence)
 
 # %% ../../nbs/adapters/export.ipynb #618b37d1
 def load_base(
@@ -297,7 +313,8 @@ def load_base(
 
 def _full_config(config: VGGTConfig, stored: StoredTensors) -> VGGTConfig:
     """The configuration with every head that the file holds."""
-    heads = {head: any(name.startswith(f"{module}.") for name in stored) for head, module in config.head_modules.items()}
+    heads = {head: any(name.startswith(f"{module}.") for name in stored)
+             for head, module in config.head_modules.items()}
     width = {"track_features": stored["track_head.tracker.fmap_norm.weight"].shape[0]} if heads["track_head"] else {}
     return dataclasses.replace(config, **heads, **width)
 
@@ -349,7 +366,8 @@ def export_adapter(
     source, folder = trained(run, base), Path(folder).expanduser().absolute()
     tensors, about = _read_adapter(source.adapter)
     changes, config = touched(tensors), _read_json(source.adapter / "adapter_config.json")
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "adapter_config.json").is_file())):
+    if folder.exists() and (not folder.is_dir()
+                            or (any(folder.iterdir()) and not (folder / "adapter_config.json").is_file())):
         raise ConfigError(f"{folder} exists and is no adapter folder; give another one")
     if folder == source.adapter.absolute():
         raise ConfigError(f"{folder} is the adapter itself; give another folder")
@@ -357,8 +375,10 @@ def export_adapter(
     built = [head for head in HEADS if shape.family == "vggt" or head in ("camera_head", "depth_head")]
     whole = dataclasses.replace(shape, **dict.fromkeys(built, True))
     official = dataclasses.replace(whole, frame_chunk=8) == VGGTConfig.vggt_1b()
-    config |= {"target_modules": list(changes.adapted), "modules_to_save": list(changes.full) or None, "inference_mode": True,
-               "base_model_name_or_path": public_name(source.base), "auto_mapping": OFFICIAL_CLASS if official else config.get("auto_mapping")}
+    config |= {"target_modules": list(changes.adapted), "modules_to_save": list(changes.full) or None,
+               "inference_mode": True,
+               "base_model_name_or_path": public_name(source.base),
+               "auto_mapping": OFFICIAL_CLASS if official else config.get("auto_mapping")}
     with _only_one(folder), whole_folder(folder) as temporary:
         _write_adapter(temporary, tensors, config, about, source)
         with torch.device("meta"):
@@ -366,11 +386,12 @@ def export_adapter(
         _rehearse(tree, _read_lora_config(temporary / "adapter_config.json"), tensors, temporary)
     return folder
 
-
+# %% ../../nbs/adapters/export.ipynb #2954a790
 def _write_adapter(folder: Path, tensors: dict, config: dict, about: dict, source: Trained) -> None:
     from safetensors.torch import save_file
 
     with atomic_path(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
-    write_json(folder / BASE_FILE, {n: about[n] for n in ("base_fingerprint", "base_config") if n in about} | {"config": portable(source.config)})
+    write_json(folder / BASE_FILE, {n: about[n] for n in ("base_fingerprint", "base_config") if n in about}
+               | {"config": portable(source.config)})

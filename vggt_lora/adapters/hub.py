@@ -31,12 +31,15 @@ def plain(
 
 
 def _number(value) -> str:
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else plain(value)
+    return ("–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            if isinstance(value, float) else plain(value))
 
 # %% ../../nbs/adapters/hub.ipynb #8ac29033
 LICENCES = {  # base -> (what the card's header says, what its text says)
-    "facebook/VGGT-1B": ("other", "The base's weights are for non-commercial use; their terms, on the base's page, hold for this derivative as well."),
-    "facebook/VGGT-1B-Commercial": ("other", "The base is gated; its terms, on its page, hold for this derivative as well."),
+    "facebook/VGGT-1B": ("other", "The base's weights are for non-commercial use; their terms, on the base's page, "
+                         "hold for this derivative as well."),
+    "facebook/VGGT-1B-Commercial": ("other", "The base is gated; its terms, on its page, hold for this derivative "
+                                    "as well."),
     "tiny": ("apache-2.0", "The base comes with the vggt_lora package (Apache-2.0)."),
 }
 UNKNOWN_LICENCE = ("other", "The licence of the base is not recorded; whoever passes this on has to know it.")
@@ -57,7 +60,7 @@ def _records(source: Trained) -> dict:
         found[name] = _read_json(path) if path is not None and path.is_file() else {}
     return found
 
-
+# %% ../../nbs/adapters/hub.ipynb #6be9693c
 def _results(source: Trained, results: dict) -> list:
     """The adapted network's numbers as the hub shows them, each with its alignment."""
     from huggingface_hub import EvalResult
@@ -69,7 +72,8 @@ def _results(source: Trained, results: dict) -> list:
         aligned = f"{row.get('protocol')}, {row.get('alignment')}"
         for key in ("absrel", "d1"):
             if isinstance(row.get(key), float):
-                found.append(EvalResult("depth-estimation", str(data), f"{data}, held-out photos", key, row[key], metric_name=f"{SHOWN[key]} ({aligned})"))
+                found.append(EvalResult("depth-estimation", str(data), f"{data}, held-out photos", key, row[key],
+                                        metric_name=f"{SHOWN[key]} ({aligned})"))
     return found
 
 
@@ -93,19 +97,23 @@ def _about_training(source: Trained, record: dict) -> list[str]:
     settings = portable(source.config)
     if not settings:
         return ["How it was trained is not recorded."]
-    lines = ["| setting | value |", "|---|---|"] + [f"| {plain(name)} | {plain(value) if value != '' else '(default)'} |" for name, value in settings.items()]
+    lines = (["| setting | value |", "|---|---|"]
+             + [f"| {plain(name)} | {plain(value) if value != '' else '(default)'} |"
+                for name, value in settings.items()])
     split, scenes = record.get("split") or {}, record.get("scenes") or []
     counts = split.get("scenes") or {}
     if scenes:
         lines += ["", "| scene | photos | trained on | held out | in metres |", "|---|---|---|---|---|"]
-        lines += [f"| {plain(s.get('name'))} | {_number(s.get('frames'))} | {_number(counts.get(s.get('name'), {}).get('train'))} | "
-                  f"{_number(counts.get(s.get('name'), {}).get('val'))} | {'yes' if s.get('metric') else 'no'} |" for s in scenes]
+        lines += [f"| {plain(s.get('name'))} | {_number(s.get('frames'))} | "
+                  f"{_number(counts.get(s.get('name'), {}).get('train'))} | "
+                  f"{_number(counts.get(s.get('name'), {}).get('val'))} | {'yes' if s.get('metric') else 'no'} |"
+                  for s in scenes]
     packages = (record.get("environment") or {}).get("packages") or {}
     if packages:
         lines += ["", "Made with " + ", ".join(f"{plain(n)} {plain(v)}" for n, v in packages.items()) + "."]
     return lines
 
-
+# %% ../../nbs/adapters/hub.ipynb #527c4256
 def _about_results(results: dict) -> list[str]:
     """Numbers with their protocol, exactly those of results.json."""
     rows = [r for r in results.get("table") or [] if isinstance(r, dict)]
@@ -117,7 +125,8 @@ def _about_results(results: dict) -> list[str]:
     lines += ["| " + " | ".join(_number(r.get(k)) for k in keys) + " |" for r in rows]
     protocol = results.get("protocol")
     protocol = protocol if isinstance(protocol, dict) else {"protocol": protocol} if protocol else {}
-    lines += ["", "Protocol: " + "; ".join(f"{plain(k)} {plain(v)}" for k, v in protocol.items()) + "."] if protocol else []
+    lines += (["", "Protocol: " + "; ".join(f"{plain(k)} {plain(v)}" for k, v in protocol.items()) + "."] if protocol
+              else [])
     loss = results.get("held_out_loss") or {}
     if loss:
         lines += ["", "Held-out loss: " + ", ".join(f"{plain(k)} {_number(v)}" for k, v in loss.items()) + "."]
@@ -132,14 +141,17 @@ def _how_to_load(source: Trained, repo: str, merged: bool) -> list[str]:
     if merged:
         return ["```python", "from vggt_lora.model.vggt import VGGT", f"model = VGGT.from_pretrained({repo!r})", "```",
                 "The keys are those of the official checkpoint: the official class loads the file likewise."]
-    lines = ["```python", "from huggingface_hub import snapshot_download", "from vggt_lora.lora import load_adapter", "from vggt_lora.model.vggt import VGGT",
-             f"model = VGGT.from_pretrained({base!r}, point_head={point}, track_head=False)", f"model = load_adapter(model, snapshot_download({repo!r}))", "```"]
+    lines = ["```python", "from huggingface_hub import snapshot_download", "from vggt_lora.lora import load_adapter",
+             "from vggt_lora.model.vggt import VGGT",
+             f"model = VGGT.from_pretrained({base!r}, point_head={point}, track_head=False)",
+             f"model = load_adapter(model, snapshot_download({repo!r}))", "```"]
     if base != "tiny":
-        lines += ["With the official code and PEFT, without this project:", "```python", "from peft import PeftModel", "from vggt.models.vggt import VGGT",
+        lines += ["With the official code and PEFT, without this project:", "```python", "from peft import PeftModel",
+                  "from vggt.models.vggt import VGGT",
                   f"model = PeftModel.from_pretrained(VGGT.from_pretrained({base!r}), {repo!r})", "```"]
     return lines
 
-
+# %% ../../nbs/adapters/hub.ipynb #c704323e
 def model_card(
     run,  # a Run, a run folder, or an adapter folder
     repo: str = "OWNER/NAME",  # where it will lie
@@ -153,11 +165,15 @@ def model_card(
     random = source.config.get("model") in RANDOM
     what = "VGGT merged with a LoRA adapter" if merged else "LoRA adapter for VGGT"
     name = public_name(source.base)
-    where = "random weights" if random else f"`{name}`" if name else f"weights that are not public by name ({plain(Path(source.base).name)})" if source.base else "a base that is not recorded"
-    lines = [*_header(source, merged, repo.rpartition("/")[2], records["results.json"]), "", f"# {plain(repo.rpartition('/')[2])}", "",
+    where = ("random weights" if random else f"`{name}`" if name else "weights that are not public by name "
+             f"({plain(Path(source.base).name)})" if source.base else "a base that is not recorded")
+    lines = [*_header(source, merged, repo.rpartition("/")[2], records["results.json"]), "",
+             f"# {plain(repo.rpartition('/')[2])}", "",
              f"{what}, trained with vggt_lora on {where}.",
-             "**The base was random: this proves that the line works, not that the depth is good.**" if random else _licence(source)[1],
-             "", "## Load", "", *_how_to_load(source, repo, merged), "", "## Training", "", *_about_training(source, records["config.json"]),
+             "**The base was random: this proves that the line works, not that the depth "
+             "is good.**" if random else _licence(source)[1],
+             "", "## Load", "", *_how_to_load(source, repo, merged), "", "## Training", "",
+             *_about_training(source, records["config.json"]),
              "", "## Numbers", "", *_about_results(records["results.json"]), "",
              "This card was generated from the run's own records."]
     return "\n".join(lines) + "\n"
@@ -195,7 +211,9 @@ def push_to_hub(
             repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
             write_text(folder / "README.md", model_card(run, repo, base=base, merged=merged))
             files = [CommitOperationAdd(path_in_repo=p.name, path_or_fileobj=str(p)) for p in sorted(folder.iterdir())]
-            commit = api.create_commit(repo, files, revision=revision, commit_message=message or f"{'Merged model' if merged else 'Adapter'} of vggt_lora, "
+            commit = api.create_commit(repo, files, revision=revision,
+                                       commit_message=message or f"{'Merged model' if merged else 'Adapter'} of "
+                                       "vggt_lora, "
                                        f"strategy {source.config.get('strategy', 'not recorded')}")
     return commit.commit_url
 
@@ -214,7 +232,8 @@ class _hub_errors:
             return False
         code = getattr(getattr(fault, "response", None), "status_code", None)
         remedy = {401: "log in with `hf auth login`, or set HF_TOKEN", 403: "this account may not write there",
-                  404: "check the name of the repository and of the branch"}.get(code, "check the network and HF_ENDPOINT, and push again")
+                  404: "check the name of the repository and of "
+                  "the branch"}.get(code, "check the network and HF_ENDPOINT, and push again")
         first = next((line for line in str(fault).splitlines() if line.strip()), "")
         raise VggtLoraError(f"{self.repo}: not pushed ({kind.__name__}: {_without_secrets(first)}); {remedy}") from None
 

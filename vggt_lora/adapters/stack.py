@@ -25,7 +25,8 @@ def _adapter_layers(adapted):
     from peft.utils import ModulesToSaveWrapper
 
     modules = list(adapted.modules())
-    return [m for m in modules if isinstance(m, BaseTunerLayer) and hasattr(m, "scaling")], [m for m in modules if isinstance(m, ModulesToSaveWrapper)]
+    return ([m for m in modules if isinstance(m, BaseTunerLayer) and hasattr(m, "scaling")],
+            [m for m in modules if isinstance(m, ModulesToSaveWrapper)])
 
 
 @contextlib.contextmanager
@@ -63,15 +64,18 @@ def _clash(first: str, second: str, one, other, use_dora: bool) -> None:
     """Refuse two adapters that cannot both be in force."""
     both = set(one.full) & set(other.full) or set(one.full) & set(other.adapted) or set(one.adapted) & set(other.full)
     if both:
-        raise ConfigError(f"adapters {first!r} and {second!r} exclude each other: {sorted(both)[0]} is trained in full by one of them and changed by the other")
+        raise ConfigError(f"adapters {first!r} and {second!r} exclude each other: {sorted(both)[0]} is trained in full "
+                          "by one of them and changed by the other")
     both = set(one.adapted) & set(other.adapted)
     if use_dora and both:
-        raise ConfigError(f"adapters {first!r} and {second!r} both adapt {sorted(both)[0]} and one of them is DoRA, which cannot be added to another")
+        raise ConfigError(f"adapters {first!r} and {second!r} both adapt {sorted(both)[0]} and one of them is DoRA, "
+                          "which cannot be added to another")
 
 
 def _named(adapters) -> dict[str, Path]:
     """Adapters by name; a list gets names by position."""
-    named = dict(adapters) if isinstance(adapters, Mapping) else {f"adapter{i}": folder for i, folder in enumerate(adapters, 1)}
+    named = (dict(adapters) if isinstance(adapters, Mapping)
+             else {f"adapter{i}": folder for i, folder in enumerate(adapters, 1)})
     if not named:
         raise ConfigError("stack_adapters needs at least one adapter folder")
     for name in named:
@@ -97,13 +101,15 @@ def stack_adapters(
         tensors, about = _read_adapter(folder)
         recorded = about.get("base_fingerprint")
         if recorded and recorded != mark and not any_base:
-            raise WeightsError(f"{folder} was trained on another base (fingerprint {recorded[:12]}, this model has {mark[:12]}); "
+            raise WeightsError(f"{folder} was trained on another base (fingerprint {recorded[:12]}, this model has "
+                               f"{mark[:12]}); "
                                "adapters on one model need one base, or any_base=True if you mean it")
         config = _read_lora_config(folder / "adapter_config.json")
         config.inference_mode = True
         _rehearse(model, config, tensors, folder)
         for other, (_, other_config, other_tensors) in loaded.items():
-            _clash(other, name, touched(other_tensors), touched(tensors), bool(config.use_dora or other_config.use_dora))
+            _clash(other, name, touched(other_tensors), touched(tensors),
+                   bool(config.use_dora or other_config.use_dora))
         loaded[name] = folder, config, tensors
     for name in scales or {}:
         if name not in loaded:

@@ -58,7 +58,8 @@ def chosen_patterns(
     targets = split_patterns(targets)
     if strategy == "custom":
         if not targets:
-            raise ConfigError("strategy 'custom' needs target_modules, for instance target_modules='depth_head,aggregator.global_blocks.*'")
+            raise ConfigError("strategy 'custom' needs target_modules, for instance "
+                              "target_modules='depth_head,aggregator.global_blocks.*'")
         return targets
     scopes = strategy_named(strategy).scopes(shape)
     if "point" in heads:  # its twin
@@ -68,7 +69,8 @@ def chosen_patterns(
     untrained = {shape.head_modules[f"{head}_head"] for head in {"camera", "depth", "point"} - set(heads)}
     left = [s for s in scopes if s.split(".")[0] not in untrained]
     if not left:
-        raise ConfigError(f"strategy {strategy!r} adapts {', '.join(scopes)} alone, and heads={','.join(heads)!r} does not train that; choose another")
+        raise ConfigError(f"strategy {strategy!r} adapts {', '.join(scopes)} alone, and heads={','.join(heads)!r} does "
+                          "not train that; choose another")
     return left
 
 
@@ -101,7 +103,8 @@ def lora_parameters(
     if type(module).__name__ == "Linear":
         return rank * (module.in_features + module.out_features) + use_dora * module.out_features
     height, width = module.kernel_size
-    return rank * (module.in_channels // module.groups * height * width + module.out_channels) + use_dora * module.out_channels
+    return (rank * (module.in_channels // module.groups * height * width + module.out_channels)
+            + use_dora * module.out_channels)
 
 # %% ../../nbs/adapters/targets.ipynb #81ce0af0
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +161,11 @@ def _check_patterns(patterns, names: list[str], what: str) -> None:
 # %% ../../nbs/adapters/targets.ipynb #fe28fd16
 def _nothing_left(patterns, full, rows) -> str:
     """Why no layer gets an adapter."""
-    taken = [r.name for r in rows if r.status == "full" and r.kind in ADAPTABLE and any(matches(p, r.name) for p in patterns)]
+    taken = [r.name for r in rows if r.status == "full" and r.kind in ADAPTABLE
+             and any(matches(p, r.name) for p in patterns)]
     if taken:
-        return (f"nothing is left for adapters: full {list(full)} takes every layer that patterns {list(patterns)} would adapt, "
+        return (f"nothing is left for adapters: full {list(full)} takes every layer that patterns {list(patterns)} "
+                "would adapt, "
                 f"{len(taken)} of them; choose fewer layers in full, or more patterns")
     return (f"patterns {list(patterns)} match only layers that cannot be adapted: "
             f"{sorted({r.kind for r in rows if r.status == 'skipped'})}; PEFT adapts {ADAPTABLE}")
@@ -195,7 +200,9 @@ def resolve_targets(
             elif kind in ADAPTABLE and name not in bypassed:
                 status, lora = "adapted", lora_parameters(module, rank, use_dora)
             else:
-                status, reason = "skipped", f"PEFT cannot adapt {'this layer of MultiheadAttention' if name in bypassed else kind}"
+                status, reason = ("skipped",
+                                  "PEFT cannot adapt "
+                                  f"{'this layer of MultiheadAttention' if name in bypassed else kind}")
         rows.append(TargetRow(name, kind, own, lora, status, reason))
     if not any(r.status == "adapted" for r in rows):
         raise ConfigError(_nothing_left(patterns, full, rows))

@@ -82,12 +82,14 @@ def contents(
     folded = {}
     for name in names:
         if folded.setdefault(name.casefold(), name) is not name:
-            raise SceneError(f"{path}: is refused, nothing was unpacked: {folded[name.casefold()]!r} and {name!r} are one file on many disks")
+            raise SceneError(f"{path}: is refused, nothing was unpacked: {folded[name.casefold()]!r} and {name!r} are "
+                             "one file on many disks")
     files = {entry.filename: Packed(int(entry.uncompressed or 0), entry.crc32) for entry in entries if entry.is_file}
     limit = LARGEST_RATIO * path.stat().st_size if largest is None else largest
     total = sum(file.size for file in files.values())
     if len(entries) > MOST_FILES or total > limit or any(file.size < 0 for file in files.values()):
-        raise SceneError(f"{path}: is refused, nothing was unpacked: it would unpack to {amount(total)} in {len(entries):,} entries, "
+        raise SceneError(f"{path}: is refused, nothing was unpacked: it would unpack to {amount(total)} in "
+                         f"{len(entries):,} entries, "
                          f"at most {amount(limit)} in {MOST_FILES:,} are expected of it")
     if not files:
         raise SceneError(f"{path}: holds no file")
@@ -159,7 +161,8 @@ def conflicts(
     def differs(path: Path, packed: Packed) -> bool:
         if path.is_file():
             return path.stat().st_size != packed.size or (packed.crc is not None and crc_of(path) != packed.crc)
-        return os.path.lexists(path) or any(p.is_relative_to(folder) and p.exists() and not p.is_dir() for p in path.parents)
+        return (os.path.lexists(path) or any(p.is_relative_to(folder) and p.exists() and not p.is_dir()
+                                             for p in path.parents))
     return [name for name, packed in files.items() if differs(folder / name, packed)]
 
 # %% ../../nbs/files/archive.ipynb #76934bcf
@@ -195,21 +198,26 @@ def unpack(
         with open(path, "rb") as file, py7zr.SevenZipFile(file, "r") as archive:  # an open file: one thread, which an interruption reaches
             files = contents(archive, path, root, largest)
             if not replace and (other := conflicts(folder, files)):
-                raise SceneError(f"{folder}: {len(other)} files are there already and differ from those in {path.name}: {', '.join(other[:3])}"
+                raise SceneError(f"{folder}: {len(other)} files are there already and differ from those in "
+                                 f"{path.name}: {', '.join(other[:3])}"
                                  f"{' ...' if len(other) > 3 else ''}; move them away, or replace them (--replace)")
             check_room(folder, total := sum(packed.size for packed in files.values()), f"unpacking {path.name}")
-            with progress_bar(total=total, unit="B", unit_scale=True, desc=f"unpacking {path.name}", disable=not progress) as bar:
+            with progress_bar(total=total, unit="B", unit_scale=True, desc=f"unpacking {path.name}",
+                              disable=not progress) as bar:
                 archive.extractall(work, factory=writers(work, files, bar.update))
-        missing = [name for name, packed in files.items() if not (work / name).is_file() or (work / name).stat().st_size != packed.size]
+        missing = [name for name, packed in files.items() if not (work / name).is_file()
+                   or (work / name).stat().st_size != packed.size]
         if missing:
-            raise SceneError(f"{path}: {missing[0]} did not come out whole; the archive is damaged: remove it and fetch it again")
+            raise SceneError(f"{path}: {missing[0]} did not come out whole; the archive is damaged: remove it and "
+                             "fetch it again")
         merge(work, folder)
     except (SceneError, DownloadError):
         raise
     except OSError as fault:
         raise DownloadError(f"{path}: cannot be unpacked into {folder}: {fault.strerror or fault}") from fault
     except Exception as fault:  # py7zr, lzma and zlib have a type for every way to be broken, and there is one remedy
-        raise SceneError(f"{path}: is no whole 7-Zip archive ({type(fault).__name__}: {fault}); remove it and fetch it again") from fault
+        raise SceneError(f"{path}: is no whole 7-Zip archive ({type(fault).__name__}: {fault}); remove it and fetch "
+                         "it again") from fault
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return files

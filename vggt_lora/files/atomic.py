@@ -85,13 +85,15 @@ def remove_stale(
 ) -> int:
     """Remove the temporary files and folders that dead processes left in a folder, and return their number; a live one's stay."""
     removed = 0
-    for path in [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(".")] if os.path.isdir(folder) else ():
+    for path in [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(".")] if os.path.isdir(
+        folder) else ():
         ours = OWNED.fullmatch(path.name) or unnamed and re.fullmatch(r"\..*\.tmp\b.*", path.name)
         try:
             ended = has_ended(path.name)
             if not ours or ended is False or ended is None and untouched(path) <= age:
                 continue
-            final = path.with_name(path.name[1: OWNED.fullmatch(path.name).start(1) - 1]) if path.name.endswith(".old") else None
+            final = (path.with_name(path.name[1: OWNED.fullmatch(path.name).start(1) - 1]) if path.name.endswith(".old")
+                     else None)
             if final is not None and not os.path.lexists(final):
                 path.rename(final)
             elif path.is_dir() and not path.is_symlink():

@@ -35,7 +35,8 @@ def photo_hash(path: Path) -> str:
         state = Path(path).stat()
         return _file_hash(Path(path), state.st_size, state.st_mtime_ns)
     except OSError as error:
-        raise SceneError(f"{path}: cannot be read ({error.strerror}); expected the photo that the scene names") from error
+        raise SceneError(f"{path}: cannot be read ({error.strerror}); expected the photo that the "
+                         "scene names") from error
 
 # %% ../../nbs/files/cache.ipynb #06097b14
 def digest_of(*arrays) -> str:
@@ -107,7 +108,8 @@ class StoreReport:
 # %% ../../nbs/files/cache.ipynb #b6351707
 def entry_files(folder: Path) -> list[Path]:
     """Return the files of all entries below a folder: nothing else has such a name in such a folder, so weights that lie beside them are none."""
-    return [path for path in Path(folder).rglob("*.safetensors") if re.fullmatch("[0-9a-f]{64}", path.stem) and re.fullmatch(r"v\d+-[0-9a-f]{12}", path.absolute().parent.name)]
+    return [path for path in Path(folder).rglob("*.safetensors") if re.fullmatch("[0-9a-f]{64}", path.stem)
+            and re.fullmatch(r"v\d+-[0-9a-f]{12}", path.absolute().parent.name)]
 
 
 def folder_bytes(folder: Path) -> int:

@@ -47,7 +47,8 @@ def check_room(
     there = next(p for p in (Path(folder).resolve(), *Path(folder).resolve().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed:
-        raise DownloadError(f"{folder}: {what} needs {amount(needed)}, only {amount(free)} are free on that disk; make room or name another folder")
+        raise DownloadError(f"{folder}: {what} needs {amount(needed)}, only {amount(free)} are free on that disk; make "
+                            "room or name another folder")
     return free
 
 # %% ../../nbs/files/http.ipynb #99197466
@@ -72,7 +73,8 @@ def remote_of(
 ) -> Remote:
     """Read what an answer says about the whole file; raises DownloadError where the bytes would come packed."""
     if answer.headers.get("Content-Encoding", "identity") != "identity":
-        raise DownloadError(f"{answer.url}: the server packs the file on the way ({answer.headers['Content-Encoding']}), so its size cannot be checked")
+        raise DownloadError(f"{answer.url}: the server packs the file on the way "
+                            f"({answer.headers['Content-Encoding']}), so its size cannot be checked")
     if answer.status_code == 206:  # the length of the answer is that of the rest
         length = answer.headers.get("Content-Range", "").rpartition("/")[2]
     else:
@@ -92,7 +94,8 @@ def ask(
 ) -> requests.Response:
     """Send a request, following redirections; raises `Passing`, or DownloadError where another attempt would not help."""
     try:
-        answer = requests.request(method, url, headers={"Accept-Encoding": "identity", **headers}, timeout=timeout, stream=True, allow_redirects=True)
+        answer = requests.request(method, url, headers={"Accept-Encoding": "identity", **headers}, timeout=timeout,
+                                  stream=True, allow_redirects=True)
     except (requests.ConnectionError, requests.Timeout) as fault:
         cause = getattr(next(iter(fault.args), None), "reason", None) or fault  # inside urllib3's own words about pools and retries
         raise Passing(f"no connection ({str(cause).rpartition(': ')[2][:150]})") from fault
@@ -104,7 +107,8 @@ def ask(
     answer.close()
     if code in (408, 429) or code >= 500:
         raise Passing(f"the server answers {code} {answer.reason}")
-    hint = {404: "; check the name and the base address", 401: "; it asks for a login", 403: "; it refuses access"}.get(code, "")
+    hint = {404: "; check the name and the base address", 401: "; it asks for a login",
+            403: "; it refuses access"}.get(code, "")
     raise DownloadError(f"{url}: the server answers {code} {answer.reason}{hint}")
 
 # %% ../../nbs/files/http.ipynb #5fd2fd11
@@ -122,7 +126,8 @@ def persist(
             return action()
         except Passing as fault:
             if attempt >= tries:
-                raise DownloadError(f"{url}: {fault}; gave up after {attempt} attempt{'s' if attempt > 1 else ''}{remedy}") from fault
+                raise DownloadError(f"{url}: {fault}; gave up after {attempt} "
+                                    f"attempt{'s' if attempt > 1 else ''}{remedy}") from fault
             say(f"{url.rpartition('/')[2]}: {fault}; trying again ({attempt + 1} of {tries})")
             time.sleep(min(wait * 2 ** (attempt - 1), 60))
 
@@ -171,7 +176,8 @@ class Part:
             remote, have = Remote(said["size"], said["version"]), self.path.stat().st_size
         except (OSError, ValueError, KeyError, TypeError):
             return 0, Remote(None, None)
-        usable = said["url"] == url and isinstance(remote.version, str) and isinstance(remote.size, int) and have <= remote.size
+        usable = (said["url"] == url and isinstance(remote.version, str) and isinstance(remote.size, int)
+                  and have <= remote.size)
         return (have, remote) if usable else (0, Remote(None, None))
 
     def begin(self, url: str, remote: Remote) -> None:
@@ -198,7 +204,8 @@ def continues(
     span = answer.headers.get("Content-Range", "")
     now = remote_of(answer)
     start = re.match(r"bytes (\d+)-", span)
-    if answer.status_code == 206 and start and int(start[1]) == have and now.size == noted.size and now.version in (None, noted.version):
+    if answer.status_code == 206 and start and int(start[1]) == have and now.size == noted.size and now.version in (
+        None, noted.version):
         return True
     part.remove()
     raise Passing(f"the file on the server is not the one that was begun ({answer.status_code} {span})".rstrip(" ("))
@@ -212,7 +219,8 @@ def store(
     progress: bool,
 ) -> None:
     """Append the answer's bytes to the part; raises `Passing` where they end early, DownloadError where the disk is full or there are too many."""
-    with progress_bar(total=size, initial=have, unit="B", unit_scale=True, desc=part.target.name, disable=not progress) as bar, open(part.path, "ab", 0) as file:
+    with progress_bar(total=size, initial=have, unit="B", unit_scale=True, desc=part.target.name,
+                      disable=not progress) as bar, open(part.path, "ab", 0) as file:
         blocks = answer.iter_content(1 << 14)  # what is in hand when a connection breaks is lost, so hold little
         while True:
             try:
@@ -224,7 +232,8 @@ def store(
             try:
                 file.write(block)
             except OSError as fault:
-                raise DownloadError(f"{part.path}: cannot be written ({fault.strerror}); what has arrived is kept, the same command goes on") from fault
+                raise DownloadError(f"{part.path}: cannot be written ({fault.strerror}); what has arrived is kept, the "
+                                    "same command goes on") from fault
             have += len(block)
             bar.update(len(block))
             if have > size:
@@ -254,15 +263,18 @@ def transfer(
             say(f"{part.target.name}: going on after {amount(have)} of {amount(noted.size)}")
         else:
             if have:
-                say(f"{part.target.name}: the server sends the whole file again (it has changed, or continues none): starting anew")
+                say(f"{part.target.name}: the server sends the whole file again (it has changed, or continues none): "
+                    "starting anew")
             if answer.status_code != 200:
                 raise Passing(f"the server answers {answer.status_code} where nothing but the whole file was asked for")
             remote, have = remote_of(answer), 0
             if size is not None and remote.size not in (None, size):
-                raise DownloadError(f"{url}: the server offers {remote.size:,} bytes, expected {size:,}; it is another file, or another edition of it")
+                raise DownloadError(f"{url}: the server offers {remote.size:,} bytes, expected {size:,}; it is another "
+                                    "file, or another edition of it")
             remote = Remote(remote.size if size is None else size, remote.version)
             if remote.size is None:
-                raise DownloadError(f"{url}: the server does not tell the file's length, so a cut could not be noticed; state its size")
+                raise DownloadError(f"{url}: the server does not tell the file's length, so a cut could not be "
+                                    "noticed; state its size")
             part.begin(url, remote)
         check_room(part.target.parent, remote.size - have, part.target.name)
         store(answer, part, have, remote.size, progress)
@@ -316,7 +328,8 @@ def fetch(
                 raise Passing(f"what was put together {fault}")
             raise DownloadError(f"{url}: the file that arrived {fault}")
 
-    persist(action, url, tries, wait, say, f"; what has arrived is kept in {part.path.name}, the same command goes on from there")
+    persist(action, url, tries, wait, say, f"; what has arrived is kept in {part.path.name}, the same command goes on "
+            "from there")
     with open(part.path, "rb+") as file:
         os.fsync(file.fileno())  # the bytes reach the disk before the name does
     part.path.replace(target)

@@ -145,7 +145,7 @@ def project_points(
         pixels = _apply(K[..., :2, :], in_camera / z[..., None])
     return pixels, z
 
-
+# %% ../../nbs/geometry/cameras.ipynb #7e65c631
 def depth_to_cam_points(
     depth,  # (…,H,W) z, scene units
     K,  # (…,3,3) house convention; skew is honoured
@@ -160,7 +160,7 @@ def depth_to_cam_points(
     x = (column - K[..., 0, 2] - K[..., 0, 1] * y) / K[..., 0, 0]
     return xp.stack(xp.broadcast_arrays(x * depth, y * depth, depth), axis=-1)
 
-
+# %% ../../nbs/geometry/cameras.ipynb #07fc830d
 def unproject_depth(
     depth,  # (…,H,W) z, scene units; 0 = unknown gives the camera centre, so mask it
     K,  # (…,3,3) house convention

@@ -70,7 +70,7 @@ def draw_planes(
     normals = normals[good] / length[good, None]
     return normals, np.einsum("ni,ni->n", normals, points[first[good]])
 
-
+# %% ../../nbs/geometry/planes.ipynb #e3e4db43
 def find_planes(
     scene,  # Scene
     tolerance: float = 0.004,  # of a point's distance from a plane, as a share of its viewing distance

@@ -25,12 +25,14 @@ def check_images(
     """Return the images with a batch axis; raises ConfigError for shapes and dtypes that the network cannot take."""
     if not isinstance(images, torch.Tensor) or images.ndim not in (4, 5):
         got = tuple(images.shape) if hasattr(images, "shape") else type(images).__name__
-        raise ConfigError(f"images must be a tensor (frames, 3, height, width) or (batch, frames, 3, height, width), got {got}")
+        raise ConfigError("images must be a tensor (frames, 3, height, width) or (batch, frames, 3, height, width), "
+                          f"got {got}")
     if not images.is_floating_point():
         raise ConfigError(f"images must be floats in [0, 1], got {images.dtype}: divide 8-bit values by 255")
     batch = images if images.ndim == 5 else images.unsqueeze(0)
     if batch.shape[2] != 3:
-        raise ConfigError(f"images must have 3 channels (red, green, blue) before height and width, got shape {tuple(images.shape)}")
+        raise ConfigError("images must have 3 channels (red, green, blue) before height and width, got shape "
+                          f"{tuple(images.shape)}")
     if 0 in batch.shape[:2]:
         raise ConfigError(f"images hold no frame: shape {tuple(images.shape)}")
     for name, side in zip(("height", "width"), batch.shape[-2:]):
@@ -84,7 +86,8 @@ class AggregatorState:
         if not {"tokens", "layer_height_width"} <= set(tensors):
             raise ConfigError(f"no aggregator state: expected 'tokens' and 'layer_height_width', got {sorted(tensors)}")
         layer, height, width = tensors["layer_height_width"].tolist()
-        outputs = {int(name.removeprefix("output.")): tensor for name, tensor in tensors.items() if name.startswith("output.")}
+        outputs = {int(name.removeprefix("output.")): tensor
+                   for name, tensor in tensors.items() if name.startswith("output.")}
         return cls(tensors["tokens"], layer, dict(sorted(outputs.items())), (height, width))
 
 # %% ../../nbs/model/aggregator.ipynb #5872045e
@@ -230,13 +233,16 @@ class Aggregator(nn.Module):
         """Refuse to start (None: from images, else after a layer) before weights that have left."""
         if self.absent_to is not None and (last_layer is None or last_layer < self.absent_to):
             gone = "the patch embedding" + (f" and layers 0 to {self.absent_to}" if self.absent_to >= 0 else "")
-            raise ConfigError(f"{gone} of this model have left the device: it goes on from a state after layer {self.absent_to} or a later one, not "
-                              f"{'from images' if last_layer is None else f'after layer {last_layer}'}; bring the weights back (FreedPrefix.back) or build the base anew")
+            raise ConfigError(f"{gone} of this model have left the device: it goes on from a state after layer "
+                              f"{self.absent_to} or a later one, not "
+                              f"{'from images' if last_layer is None else f'after layer {last_layer}'}; bring the "
+                              "weights back (FreedPrefix.back) or build the base anew")
 
     def _check_last(self, last: int) -> None:
         """Refuse a layer that is not there."""
         if not -1 <= last < self.config.depth:
-            raise ConfigError(f"stop_after must lie between -1 (patch embedding only) and {self.config.depth - 1}, got {last}")
+            raise ConfigError(f"stop_after must lie between -1 (patch embedding only) and {self.config.depth - 1}, "
+                              f"got {last}")
 
     def _check_start(self, state: AggregatorState, keep: tuple[int, ...], last: int) -> None:
         """Refuse a state that went too far, lacks outputs, or belongs to another network."""
@@ -246,7 +252,8 @@ class Aggregator(nn.Module):
             raise ConfigError(f"the state is after layer {state.last_layer} already, beyond layer {last}")
         missing = sorted(layer for layer in keep if layer <= state.last_layer and layer not in state.outputs)
         if missing:
-            raise ConfigError(f"the state after layer {state.last_layer} does not hold outputs {missing}; it holds {sorted(state.outputs)}")
+            raise ConfigError(f"the state after layer {state.last_layer} does not hold outputs {missing}; it holds "
+                              f"{sorted(state.outputs)}")
         config = self.config
         patches = (state.image_size[0] // config.patch_size) * (state.image_size[1] // config.patch_size)
         expected = (config.patch_start + patches, config.embed_dim)

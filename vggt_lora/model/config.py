@@ -41,7 +41,8 @@ class Family:
 FAMILIES = {
     "vggt": Family("VGGT", 14, ("frame_blocks", "global_blocks"), "depth_head", "facebook/VGGT-1B", ""),
     "omega": Family("VGGT-Ω", 16, ("frame_blocks", "inter_frame_blocks"), "dense_head", "facebook/VGGT-Omega",
-                    "The base is VGGT-Ω under the FAIR Noncommercial Research License: this derivative, too, is for noncommercial research only, outputs included."),
+                    "The base is VGGT-Ω under the FAIR Noncommercial Research License: this derivative, too, is for "
+                    "noncommercial research only, outputs included."),
 }
 
 # %% ../../nbs/model/config.ipynb #37a458e6
@@ -90,13 +91,15 @@ class VGGTConfig:
     @classmethod
     def omega_1b(cls) -> "VGGTConfig":
         """Return the published configuration of VGGT-Ω, `facebook/VGGT-Omega`, made for images of about 512x512 pixels."""
-        return cls(family="omega", img_size=512, patch_size=16, num_register_tokens=16, register_layers=(2, 6, 9, 14, 20),
+        return cls(family="omega", img_size=512, patch_size=16, num_register_tokens=16,
+                   register_layers=(2, 6, 9, 14, 20),
                    camera_iterations=1, point_head=False, track_head=False)
 
     @classmethod
     def omega_small(cls) -> "VGGTConfig":
         """Return a small VGGT-Ω for two CPU cores; no weights of this size exist, so it is always random."""
-        return cls(family="omega", img_size=224, patch_size=16, embed_dim=96, depth=6, num_heads=4, num_register_tokens=6,
+        return cls(family="omega", img_size=224, patch_size=16, embed_dim=96, depth=6, num_heads=4,
+                   num_register_tokens=6,
                    register_layers=(2, 3), vit_depth=4, vit_num_heads=4, camera_trunk_depth=2, camera_num_heads=8,
                    camera_iterations=1, point_head=False, track_head=False, dpt_features=32,
                    dpt_out_channels=(24, 48, 96, 96), dpt_layers=(1, 2, 4, 5))
@@ -104,7 +107,8 @@ class VGGTConfig:
     @classmethod
     def omega_golden(cls) -> "VGGTConfig":
         """Return the configuration for which outputs of the official code of VGGT-Ω are known."""
-        return cls(family="omega", img_size=96, patch_size=16, embed_dim=48, depth=5, num_heads=4, num_register_tokens=6,
+        return cls(family="omega", img_size=96, patch_size=16, embed_dim=48, depth=5, num_heads=4,
+                   num_register_tokens=6,
                    register_layers=(1, 3), vit_depth=2, vit_num_heads=3, camera_trunk_depth=2, camera_num_heads=6,
                    camera_iterations=1, point_head=False, track_head=False, dpt_features=24,
                    dpt_out_channels=(24, 32, 48, 64), dpt_layers=(0, 1, 2, 4))
@@ -148,7 +152,8 @@ class VGGTConfig:
     @property
     def head_modules(self) -> dict[str, str]:
         """Field that switches a head -> name of its module in the network."""
-        return {"camera_head": "camera_head", "depth_head": self.names.depth_head, "point_head": "point_head", "track_head": "track_head"}
+        return {"camera_head": "camera_head", "depth_head": self.names.depth_head, "point_head": "point_head",
+                "track_head": "track_head"}
 
     @property
     def grid(self) -> int:
@@ -209,9 +214,11 @@ def _check_widths(config: VGGTConfig) -> None:
     require(all(channels % 4 == 0 for channels in config.dpt_out_channels),
             f"dpt_out_channels {config.dpt_out_channels} must be multiples of 4 (uv embedding)")
     omega = config.family == "omega"
-    require(not (omega and (config.point_head or config.track_head)), "VGGT-Ω has neither a point head nor a track head")
+    require(not (omega and (config.point_head or config.track_head)), "VGGT-Ω has neither a point head nor a "
+            "track head")
     require(omega or not config.register_layers, "register_layers belong to the family 'omega'")
-    require(omega or config.storage_tokens == config.num_register_tokens, "VGGT has as many storage tokens as register tokens")
+    require(omega or config.storage_tokens == config.num_register_tokens, "VGGT has as many storage tokens as "
+            "register tokens")
     require(all(isinstance(layer, int) and 0 <= layer < config.depth for layer in config.register_layers),
             f"register_layers {config.register_layers} name a layer that depth {config.depth} does not have")
     require(all(a <= b for a, b in zip(config.dpt_layers, config.dpt_layers[1:])),

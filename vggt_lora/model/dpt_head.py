@@ -102,7 +102,7 @@ def resize_maps(
     resized = [F.interpolate(piece, size=size, mode="bilinear", align_corners=True) for piece in pieces]
     return resized[0] if len(resized) == 1 else torch.cat(resized)
 
-
+# %% ../../nbs/model/dpt_head.ipynb #96d80ec9
 class FusionBlock(nn.Module):
     """Add a refined finer map to the coarse one, refine the sum, and resize it."""
 
@@ -127,7 +127,8 @@ class FusionBlock(nn.Module):
         """Return the fused map at the wanted size."""
         fused = coarse if finer is None else coarse + self.resConfUnit1(finer)
         size = size or (2 * coarse.shape[-2], 2 * coarse.shape[-1])
-        # a 1x1 convolution and a resize whose weights sum to 1 commute: first the one on the small map, and the large input of the other need not be kept
+        # a 1x1 convolution and a resize whose weights sum to 1 commute: first the one on the small map, and the large
+        # input of the other need not be kept
         return resize_maps(self.out_conv(self.resConfUnit2(fused)), size)
 
 # %% ../../nbs/model/dpt_head.ipynb #359f6dd2
@@ -162,7 +163,8 @@ class Scratch(nn.Module):
         between = features if output_dim is None else features // 2
         self.output_conv1 = nn.Conv2d(features, between, 3, padding=1)
         if output_dim is not None:
-            self.output_conv2 = nn.Sequential(nn.Conv2d(between, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, output_dim, 1))
+            self.output_conv2 = nn.Sequential(nn.Conv2d(between, 32, 3, padding=1), nn.ReLU(),
+                                              nn.Conv2d(32, output_dim, 1))
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
         """Fuse four maps (F, channels, h, w), fine to coarse, into one of twice the finest size (VGGT-Ω: of the finest size)."""
@@ -228,7 +230,8 @@ class DPTHead(nn.Module):
             with torch.autocast(tokens[0].device.type, self.body_dtype):
                 fused = self.scratch(self._levels(tokens, image_size)).to(tokens[0].dtype)
         if self.output_dim is None:
-            return resize_maps(fused, tuple(side // self.down_ratio for side in image_size)).unflatten(0, (batch, frames))
+            return resize_maps(fused, tuple(side // self.down_ratio for side in image_size)).unflatten(
+                0, (batch, frames))
         values, confidence = activate_map(self._raw(fused, image_size), self.activation)
         return values.unflatten(0, (batch, frames)), confidence.unflatten(0, (batch, frames))
 
@@ -242,7 +245,8 @@ class DPTHead(nn.Module):
         grid = tuple(side // self.config.patch_size for side in image_size)
         levels = []
         for level, project, resize in zip(tokens, self.projects, self.resize_layers):
-            # channels stay side by side in memory, also for a single frame, which torch would lay out otherwise: convolutions want them so
+            # channels stay side by side in memory, also for a single frame, which torch would lay out otherwise:
+            # convolutions want them so
             maps = project(self.norm(level.flatten(0, 1)).unflatten(1, grid).permute(0, 3, 1, 2))
             if self.output_dim is not None:  # the tracker's feature maps carry no uv embedding
                 maps = add_uv(maps, image_size[1] / image_size[0])

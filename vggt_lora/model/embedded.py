@@ -33,14 +33,14 @@ class ModelCard:
     sha256: str  # of the weights file
     training: dict  # how it was trained; plain JSON values
 
-
+# %% ../../nbs/model/embedded.ipynb #4c7d3d0b
 def card_path(
     weights: Path,  # a weights file
 ) -> Path:
     """Return where the card of a weights file is: beside it, under the same name."""
     return weights.with_suffix(".json")
 
-
+# %% ../../nbs/model/embedded.ipynb #866e1ffd
 def read_card(
     path: Path,  # a model card
 ) -> ModelCard:
@@ -52,14 +52,15 @@ def read_card(
         fields, wanted = content["config"], [field.name for field in dataclasses.fields(VGGTConfig)]
         if absent := [name for name in wanted if name not in fields]:
             raise ValueError(f"its config does not name {', '.join(absent)}")
-        card = ModelCard(content["name"], VGGTConfig.from_dict(fields), content["size"], content["sha256"], content["training"])
+        card = ModelCard(content["name"], VGGTConfig.from_dict(fields), content["size"], content["sha256"],
+                         content["training"])
     except KeyError as fault:
         raise WeightsError(f"{path}: the model card has no {fault}") from fault
     except (OSError, ValueError, TypeError) as fault:  # ConfigError, bad JSON and bad UTF-8 are ValueErrors
         raise WeightsError(f"{path}: the model card cannot be used: {fault}") from fault
     return card
 
-
+# %% ../../nbs/model/embedded.ipynb #499df9b6
 def card_beside(
     weights: Path,  # a weights file
 ) -> ModelCard | None:
@@ -79,10 +80,12 @@ def check_file(
     except OSError as fault:
         raise WeightsError(f"{path}: cannot be read ({fault.strerror or fault})") from fault
     if len(content) != card.size:
-        raise WeightsError(f"{path}: {len(content)} bytes instead of {card.size}: the file was {'cut short' if len(content) < card.size else 'changed'}")
+        raise WeightsError(f"{path}: {len(content)} bytes instead of {card.size}: the file was "
+                           f"{'cut short' if len(content) < card.size else 'changed'}")
     digest = hashlib.sha256(content).hexdigest()
     if digest != card.sha256:
-        raise WeightsError(f"{path}: damaged: its SHA-256 is {digest[:12]}..., the model card says {str(card.sha256)[:12]}...")
+        raise WeightsError(f"{path}: damaged: its SHA-256 is {digest[:12]}..., the model card says "
+                           f"{str(card.sha256)[:12]}...")
 
 # %% ../../nbs/model/embedded.ipynb #4a845662
 def to_float32(
@@ -93,7 +96,8 @@ def to_float32(
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float16, torch.float32):
             raise WeightsError(f"{path}: {name} is stored as {tensor.dtype}, expected float16 or float32")
-    return {name: tensor.float() for name, tensor in tensors.items()}, sum(tensor.dtype == torch.float16 for tensor in tensors.values())
+    return ({name: tensor.float() for name, tensor in tensors.items()},
+            sum(tensor.dtype == torch.float16 for tensor in tensors.values()))
 
 # %% ../../nbs/model/embedded.ipynb #103fb412
 SHIPPED = ("tiny",)  # networks whose weights come inside this package
@@ -143,14 +147,17 @@ def write_shipped(
     state = model.state_dict()
     halves = {key: tensor.detach().to("cpu", torch.float16).contiguous() for key, tensor in state.items()}
     if lost := [key for key, tensor in halves.items() if not torch.isfinite(tensor).all()]:
-        raise WeightsError(f"not written: {len(lost)} tensors hold values that are not finite in float16: {', '.join(lost[:5])}")
+        raise WeightsError(f"not written: {len(lost)} tensors hold values that are not finite in float16: "
+                           f"{', '.join(lost[:5])}")
     total = sum(2 * tensor.numel() for tensor in halves.values())
     if total > LARGEST:
-        raise WeightsError(f"not written: {total} bytes of weights, a network that ships in the package may have {LARGEST}")
+        raise WeightsError(f"not written: {total} bytes of weights, a network that ships in the package may have "
+                           f"{LARGEST}")
     path = Path(folder) / f"{name}.safetensors"
     with atomic_path(path) as temporary:
         save_file(halves, temporary, metadata={"format": "pt"})
     content = path.read_bytes()
-    write_json(card_path(path), {"format": CARD_FORMAT, "name": name, "config": model.config.to_dict(), "size": len(content),
+    write_json(card_path(path), {"format": CARD_FORMAT, "name": name, "config": model.config.to_dict(),
+                                 "size": len(content),
                                  "sha256": hashlib.sha256(content).hexdigest(), "training": training})
     return path

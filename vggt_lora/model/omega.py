@@ -98,7 +98,8 @@ class OmegaCameraHead(nn.Module):
         self.special = config.patch_start
         self.token_norm = nn.LayerNorm(width, eps=1e-5)
         self.trunk = nn.Sequential(
-            *(Block(width, config.camera_num_heads, config.mlp_ratio, **settings) for _ in range(config.camera_trunk_depth)))
+            *(Block(width, config.camera_num_heads, config.mlp_ratio, **settings)
+              for _ in range(config.camera_trunk_depth)))
         self.trunk_norm = nn.LayerNorm(width, eps=1e-5)
         self.camera_branch = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, POSE_WIDTH))
 

@@ -38,7 +38,7 @@ class TrackBlock(nn.Module):
         self.add_module("cross_attn" if cross else "attn", attention)
         self.mlp = Mlp(TRACK_WIDTH, 4 * TRACK_WIDTH)
 
-
+# %% ../../nbs/model/track_head.ipynb #7badb8d1
 class UpdateTransformer(nn.Module):
     """Weights of the transformer that moves tracks."""
 
@@ -90,5 +90,6 @@ class TrackHead(nn.Module):
 
     def forward(self, *args, **kwargs):
         """Refuse: raises NotImplementedError."""
-        raise NotImplementedError("the track head's weights are loaded and saved, but tracking is not implemented in vggt_lora; "
+        raise NotImplementedError("the track head's weights are loaded and saved, but tracking is not implemented in "
+                                  "vggt_lora; "
                                   "use the official code with the same weights")

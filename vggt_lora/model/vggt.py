@@ -44,7 +44,8 @@ class Predictions(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"these predictions have no {name!r}; they have {', '.join(self) or 'nothing'}") from None
+            raise AttributeError(f"these predictions have no {name!r}; they have "
+                                 f"{', '.join(self) or 'nothing'}") from None
 
     def __setattr__(self, name: str, value: object) -> None:
         self[name] = value
@@ -142,7 +143,8 @@ class VGGT(nn.Module):
         cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if images.dtype != weights and (torch.float64 in (images.dtype, weights) or not cast):
             wanted = str(weights).removeprefix("torch.")
-            raise ConfigError(f"images are {str(images.dtype).removeprefix('torch.')}, the weights {wanted}: give images.to(torch.{wanted})")
+            raise ConfigError(f"images are {str(images.dtype).removeprefix('torch.')}, the weights {wanted}: give "
+                              f"images.to(torch.{wanted})")
         return images
 
     def _check_heads(self, heads: tuple[str, ...] | str | None) -> tuple[str, ...]:
@@ -154,7 +156,8 @@ class VGGT(nn.Module):
             if head not in ("camera", "depth", "point", "track"):
                 raise ConfigError(unknown_name_message("head", head, ("camera", "depth", "point")))
             if head not in self.config.heads:
-                raise ConfigError(f"the {head} head is switched off in this model; it has {', '.join(self.config.heads) or 'none'}")
+                raise ConfigError(f"the {head} head is switched off in this model; it has "
+                                  f"{', '.join(self.config.heads) or 'none'}")
         if not wanted:
             raise ConfigError("no head to run: every head is switched off, or `heads` is empty")
         return wanted
@@ -172,14 +175,16 @@ class VGGT(nn.Module):
         """Choose which blocks recompute their activations in the backward pass, whatever the train/eval mode."""
         depth = self.config.depth
         if not isinstance(blocks, bool) and (not isinstance(blocks, int) or not 0 <= blocks <= depth):
-            raise ConfigError(f"gradient checkpointing: give True, False, or a number of layers from 0 to {depth}, got {blocks!r}")
+            raise ConfigError(f"gradient checkpointing: give True, False, or a number of layers from 0 to {depth}, got "
+                              f"{blocks!r}")
         self.aggregator.recompute_from = depth - (depth * blocks if isinstance(blocks, bool) else blocks)
         self.aggregator.patch_embed.recompute = blocks is True
 
     @contextlib.contextmanager
     def keeping_choices(self):
         """Whatever is chosen inside between time and memory (what recomputes, how many frames a dense head takes) is afterwards as it was."""
-        places = [(module, name, getattr(module, name)) for module in (self.aggregator, self.aggregator.patch_embed, *self.dense_heads.values())
+        places = [(module, name, getattr(module, name))
+                  for module in (self.aggregator, self.aggregator.patch_embed, *self.dense_heads.values())
                   for name in ("recompute_from", "recompute", "frames_chunk") if hasattr(module, name)]
         try:
             yield
@@ -209,7 +214,8 @@ class VGGT(nn.Module):
         revision: str | None = None,  # branch, tag or commit on the hub
     ) -> "VGGT":
         """Build a network and load its weights strictly, in eval mode; raises WeightsError naming the file and the fault."""
-        switches = {"camera_head": camera_head, "depth_head": depth_head, "point_head": point_head, "track_head": track_head}
+        switches = {"camera_head": camera_head, "depth_head": depth_head, "point_head": point_head,
+                    "track_head": track_head}
         return load_vggt(cls, name_or_path, switches, device, revision)
 
     def save_pretrained(
@@ -254,12 +260,15 @@ def load_vggt(
         check_fit(model.state_dict(), kept, file.path)
     fold_bias_masks(kept)
     model.load_state_dict(kept, strict=True, assign=True)
-    model.load_report = LoadReport(file.source, str(file.path), file.path.stat().st_size, file_hash(file.path), len(kept), dropped,
-                                   absent=tuple(head for head in HEADS if not getattr(stored, head) and (stored.family == "vggt" or head in ("camera_head", "depth_head"))), converted=converted)
+    model.load_report = LoadReport(file.source, str(file.path), file.path.stat().st_size, file_hash(file.path),
+                                   len(kept), dropped,
+                                   absent=tuple(head for head in HEADS if not getattr(stored, head)
+                                                and (stored.family == "vggt" or head in ("camera_head", "depth_head"))),
+                                                converted=converted)
     model.name_or_path = file.source  # PEFT writes this into an adapter's config
     return model.to(device or "cpu").eval()
 
-
+# %% ../../nbs/model/vggt.ipynb #f97e1c15
 def _read(file: WeightsFile) -> tuple[dict[str, torch.Tensor], int]:
     """Read the tensors of a file; what comes with a model card is compared with it first and may be float16 (counted)."""
     if file.card is None:
@@ -289,7 +298,8 @@ def save_vggt(
         expected = VGGT(model.config).state_dict()
     if tensors.keys() != expected.keys():
         extra = sorted(tensors.keys() ^ expected.keys())
-        raise WeightsError(f"not saved: the model's tensors are not those of a plain VGGT ({len(extra)} differ, e.g. {extra[0]}); "
+        raise WeightsError(f"not saved: the model's tensors are not those of a plain VGGT ({len(extra)} differ, e.g. "
+                           f"{extra[0]}); "
                            "merge or remove adapters first")
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

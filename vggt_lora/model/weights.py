@@ -25,8 +25,10 @@ from .embedded import SHIPPED, ModelCard, card_beside, find_shipped, remedy
 # %% ../../nbs/model/weights.ipynb #5b658c8f
 FILE_NAMES = ("model.safetensors", "model.pt")  # looked for in folders and on the hub, in this order
 GATED = {"facebook/VGGT-Omega": (
-    "the weights of VGGT-Ω are published on request and for noncommercial research only: ask for access at https://huggingface.co/facebook/VGGT-Omega, "
-    "download vggt_omega_1b_512.pt there, and give its path as the model, for instance model='weights/vggt_omega_1b_512.pt'")}
+    "the weights of VGGT-Ω are published on request and for noncommercial research only: ask for access at "
+    "https://huggingface.co/facebook/VGGT-Omega, "
+    "download vggt_omega_1b_512.pt there, and give its path as the model, for instance "
+    "model='weights/vggt_omega_1b_512.pt'")}
 READABLE = (".safetensors", ".pt", ".pth", ".bin")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -40,7 +42,7 @@ class WeightsFile:
     config_path: Path | None = None  # config.json beside it, if any
     card: ModelCard | None = None  # model card beside it, if any; it then says what the configuration is
 
-
+# %% ../../nbs/model/weights.ipynb #0f0e321e
 def find_weights(
     name_or_path: str | Path,  # "tiny", a folder, a file, or a hub name such as "facebook/VGGT-1B"
     revision: str | None = None,  # branch, tag or commit on the hub
@@ -73,7 +75,7 @@ def _in_folder(name: str, folder: Path) -> WeightsFile:
     there = sorted(entry.name for entry in folder.iterdir())[:10]
     raise WeightsError(f"{folder}: holds neither {' nor '.join(FILE_NAMES)}; it holds {there}")
 
-
+# %% ../../nbs/model/weights.ipynb #812cee73
 def _on_hub(name: str, revision: str | None) -> WeightsFile:
     """Fetch weights from the hub, or from its cache on this machine."""
     if name in GATED:
@@ -89,7 +91,8 @@ def _on_hub(name: str, revision: str | None) -> WeightsFile:
                 path = found[file_name] = Path(hf_hub_download(name, file_name, revision=revision))
                 home = next((p for p in path.parents if p.name.startswith("models--")), path.parent)
                 if escapes_folder(path, home, home / "blobs"):
-                    raise WeightsError(f"{path}: is a link out of the hub's cache; remove {home} and fetch {name!r} again")
+                    raise WeightsError(f"{path}: is a link out of the hub's cache; remove {home} and fetch "
+                                       f"{name!r} again")
             except EntryNotFoundError as absent:  # on the hub, or in the cache while offline
                 reason = str(absent).splitlines()[0]
     except WeightsError:
@@ -121,7 +124,8 @@ def read_tensors(
                 return {name: _aligned(file.get_tensor(name)) for name in file.keys()}
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as fault:
-        raise WeightsError(f"{path}: cannot be read whole ({str(fault).splitlines()[0] if str(fault) else type(fault).__name__}); "
+        raise WeightsError(f"{path}: cannot be read whole "
+                           f"({str(fault).splitlines()[0] if str(fault) else type(fault).__name__}); "
                            "the file is damaged or was cut short: fetch it again") from fault
     except pickle.UnpicklingError as fault:
         raise WeightsError(f"{path}: holds more than tensors (a pickle that would run code), or is no torch file; "
@@ -133,7 +137,8 @@ def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
     """Take the state dict out of what a torch file held."""
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content = content["model"]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not content or not all(isinstance(value, torch.Tensor)
+                                                               for value in content.values()):
         raise WeightsError(f"{path}: expected a dict of tensors (or a checkpoint with such a dict under 'model'), "
                            f"got {type(content).__name__}")
     return content
@@ -141,7 +146,8 @@ def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
 # %% ../../nbs/model/weights.ipynb #9e517976
 MODEL_TYPE = "vggt_lora"  # marks a config.json as ours
 HEADS = ("camera_head", "depth_head", "point_head", "track_head")
-KNOWN = {"VGGT-1B": VGGTConfig.vggt_1b, "tiny": VGGTConfig.tiny, "golden": VGGTConfig.golden, "VGGT-Ω 1B": VGGTConfig.omega_1b,
+KNOWN = {"VGGT-1B": VGGTConfig.vggt_1b, "tiny": VGGTConfig.tiny, "golden": VGGTConfig.golden,
+         "VGGT-Ω 1B": VGGTConfig.omega_1b,
          "small Ω": VGGTConfig.omega_small, "golden Ω": VGGTConfig.omega_golden}
 NOT_BUILT = "text_alignment_head"  # in one file of VGGT-Ω; relates images to words and is not needed for cameras and depth
 
@@ -155,22 +161,27 @@ def fields_from_shapes(
         if key not in shapes:
             raise WeightsError(f"{file}: no VGGT weights, or not all of them: {key} is missing")
         if len(shapes[key]) != axes or 0 in shapes[key]:
-            raise WeightsError(f"{file}: no VGGT weights: {key} has shape {tuple(shapes[key])}, expected {axes} axes, none of them empty")
+            raise WeightsError(f"{file}: no VGGT weights: {key} has shape {tuple(shapes[key])}, expected {axes} axes, "
+                               "none of them empty")
         return shapes[key]
 
     def count(prefix: str) -> int:
         numbers = {key[len(prefix):].split(".")[0] for key in shapes if key.startswith(prefix)}
         if wrong := sorted(number for number in numbers if not re.fullmatch(r"[0-9]{1,6}", number)):
-            raise WeightsError(f"{file}: no VGGT weights: {prefix}{wrong[0]} stands where {prefix} and a number was expected")
+            raise WeightsError(f"{file}: no VGGT weights: {prefix}{wrong[0]} stands where {prefix} and a number was "
+                               "expected")
         return 1 + max(map(int, numbers), default=-1)
 
-    width, patch = shape("aggregator.camera_token", 4)[-1], shape("aggregator.patch_embed.patch_embed.proj.weight", 4)[-1]
+    width, patch = (shape("aggregator.camera_token", 4)[-1],
+                    shape("aggregator.patch_embed.patch_embed.proj.weight", 4)[-1])
     if any(key.startswith("aggregator.inter_frame_blocks.") for key in shapes):
         heads = width // (4 * shape("aggregator.patch_embed.rope_embed.periods")[0])
-        own = {"family": "omega", "vit_num_heads": heads, "storage_tokens": shape("aggregator.patch_embed.storage_tokens", 3)[1]}
+        own = {"family": "omega", "vit_num_heads": heads,
+               "storage_tokens": shape("aggregator.patch_embed.storage_tokens", 3)[1]}
     else:
         own = {"img_size": patch * round((shape("aggregator.patch_embed.pos_embed", 3)[1] - 1) ** 0.5)}
-    modules = VGGTConfig(**({"family": "omega", "point_head": False, "track_head": False} if "family" in own else {})).head_modules
+    modules = VGGTConfig(**({"family": "omega", "point_head": False, "track_head": False} if "family" in own
+                            else {})).head_modules
     fields = {"embed_dim": width, "patch_size": patch, **own,
               "num_register_tokens": shape("aggregator.register_token", 4)[2],
               "depth": count("aggregator.frame_blocks."), "vit_depth": count("aggregator.patch_embed.blocks."),
@@ -182,7 +193,8 @@ def fields_from_shapes(
     for head in ("depth_head", "point_head"):
         if fields[head]:
             fields["dpt_features"] = shape(f"{modules[head]}.scratch.layer1_rn.weight", 4)[0]
-            fields["dpt_out_channels"] = tuple(shape(f"{modules[head]}.projects.{level}.weight", 4)[0] for level in range(4))
+            fields["dpt_out_channels"] = tuple(shape(f"{modules[head]}.projects.{level}.weight", 4)[0]
+                                               for level in range(4))
     if fields["track_head"]:
         fields["track_features"] = shape("track_head.tracker.fmap_norm.weight")[0]
     return fields
@@ -198,10 +210,11 @@ def config_from_shapes(
         known = build()
         if all(getattr(known, name) == value for name, value in fields.items() if name not in HEADS):
             return dataclasses.replace(known, **fields)
-    raise WeightsError(f"{file}: a VGGT of unknown size ({fields}); shapes do not tell how widths are split into heads, nor "
+    raise WeightsError(f"{file}: a VGGT of unknown size ({fields}); shapes do not tell how widths are split into "
+                       "heads, nor "
                        "which layers the dense heads read: put a config.json written by save_pretrained beside it")
 
-
+# %% ../../nbs/model/weights.ipynb #6767ab3b
 def config_for(
     file: WeightsFile,  # the weights
     tensors: dict[str, torch.Tensor],  # their content
@@ -224,7 +237,7 @@ def config_for(
             return stated
     return config_from_shapes(shapes, file.path)
 
-
+# %% ../../nbs/model/weights.ipynb #82209b86
 def check_stated(
     stated: VGGTConfig,  # from the config.json beside the weights
     shapes: dict[str, tuple[int, ...]],  # key -> shape
@@ -233,7 +246,8 @@ def check_stated(
     """Refuse a configuration that contradicts the tensors, before a network of its size is built; raises WeightsError naming the first field."""
     for name, value in fields_from_shapes(shapes, file.path).items():
         if name not in HEADS and getattr(stated, name) != value:
-            raise WeightsError(f"{file.config_path}: says {name} {getattr(stated, name)}, the tensors in {file.path.name} have {value}; "
+            raise WeightsError(f"{file.config_path}: says {name} {getattr(stated, name)}, the tensors in "
+                               f"{file.path.name} have {value}; "
                                "the two do not belong together: fetch both again")
 
 # %% ../../nbs/model/weights.ipynb #45dd36eb
@@ -244,7 +258,8 @@ def fold_bias_masks(
     for name in [name for name in tensors if name.endswith(".bias_mask")]:
         mask, bias = tensors[name], f"{name.removesuffix('bias_mask')}bias"
         if not torch.all((mask == 0) | (mask == 1)):
-            raise WeightsError(f"{name} holds other values than 0 and 1; the file is not a checkpoint of VGGT-Ω, or damaged: fetch it again")
+            raise WeightsError(f"{name} holds other values than 0 and 1; the file is not a checkpoint of VGGT-Ω, or "
+                               "damaged: fetch it again")
         tensors[bias] = tensors[bias] * mask
 
 # %% ../../nbs/model/weights.ipynb #4a4e6ade
@@ -267,9 +282,10 @@ class LoadReport:
         left = ", ".join(f"{count} of {head}" for head, count in self.dropped.items())
         return (f"{self.n_loaded} tensors from {self.source}, none missing, none unexpected"
                 + (f"; {self.converted} converted from float16 to float32" if self.converted else "")
-                + (f"; left out: {left}" if left else "") + (f"; not in the file: {', '.join(self.absent)}" if self.absent else ""))
+                + (f"; left out: {left}" if left else "") + (f"; not in the file: {', '.join(self.absent)}"
+                                                             if self.absent else ""))
 
-
+# %% ../../nbs/model/weights.ipynb #dd26937f
 def drop_heads(
     tensors: dict[str, torch.Tensor],  # a state dict
     config: VGGTConfig,  # whose heads are kept
@@ -281,7 +297,7 @@ def drop_heads(
     kept = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in off}
     return kept, {head: count for head, count in dropped.items() if count}
 
-
+# %% ../../nbs/model/weights.ipynb #93daf059
 def check_fit(
     expected: dict[str, torch.Tensor],  # the model's own state dict, on the meta device for instance
     tensors: dict[str, torch.Tensor],  # what is to be loaded
@@ -290,7 +306,8 @@ def check_fit(
     """Refuse tensors that do not fit exactly or are not finite; raises WeightsError listing what is wrong."""
     def complain(sentence: str, names: list[str]) -> None:
         if names:
-            raise WeightsError(f"{file}: {len(names)} {sentence}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+            raise WeightsError(f"{file}: {len(names)} {sentence}: "
+                               f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
 
     complain("tensors are missing", [name for name in expected if name not in tensors])
     complain("tensors are not part of this network", [name for name in tensors if name not in expected])
@@ -303,7 +320,7 @@ def check_fit(
     complain("tensors hold values that are not finite", [
         name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()])
 
-
+# %% ../../nbs/model/weights.ipynb #33a18bcd
 def file_hash(
     path: Path,  # a file
     largest: int = 2**30,  # bytes; larger files are not hashed
