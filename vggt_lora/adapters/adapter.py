@@ -103,8 +103,7 @@ def apply_lora(
         raise ConfigError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); got {rank}, {alpha}, {dropout}")
     resolved = resolve_targets(model, patterns, rank, full_finetune, use_dora)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, bias="none", use_rslora=use_rslora,
-                        use_dora=use_dora,
-                        target_modules=_exactly(resolved.named("adapted")),
+                        use_dora=use_dora, target_modules=_exactly(resolved.named("adapted")),
                         modules_to_save=resolved.named("full") or None)
     mark = fingerprint(model)
     with torch.random.fork_rng(enabled=seed is not None):

@@ -376,8 +376,7 @@ def export_adapter(
     whole = dataclasses.replace(shape, **dict.fromkeys(built, True))
     official = dataclasses.replace(whole, frame_chunk=8) == VGGTConfig.vggt_1b()
     config |= {"target_modules": list(changes.adapted), "modules_to_save": list(changes.full) or None,
-               "inference_mode": True,
-               "base_model_name_or_path": public_name(source.base),
+               "inference_mode": True, "base_model_name_or_path": public_name(source.base),
                "auto_mapping": OFFICIAL_CLASS if official else config.get("auto_mapping")}
     with _only_one(folder), whole_folder(folder) as temporary:
         _write_adapter(temporary, tensors, config, about, source)

@@ -175,8 +175,7 @@ def comparison_page(
                         tag("p", "Paired bootstrap over the held-out photos; a photo's number is its mean over "
                             "the seeds. " + seeds_words(comparison), class_="note")),
                 section("Against each other", pairs_table(comparison), tag("p", luck, class_="note"))
-                if comparison.pairs else None,
-                section("Price", cost_table(comparison),
+                if comparison.pairs else None, section("Price", cost_table(comparison),
                         tag("p", "Means over the seeds. The clock's seconds depend on what else the machine did.",
                             class_="note")),
                 section("Learning curves", picture(curves(comparison), "One line a run, one colour a setting.")),

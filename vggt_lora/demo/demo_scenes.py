@@ -34,8 +34,7 @@ STYLES = {
                            colours=(("plaster", (0.55, 0.56, 0.55)), ("tiles", (0.23, 0.22, 0.23)),
                                     ("door", (0.10, 0.20, 0.13)))),
     "stone": BuildingStyle(wall="stone", wing="stone", storeys=3, storey_height=2.6, bays=4, window=(0.85, 1.4),
-                           recess=0.32,
-                           wing_angle=112.0, door_bay=0,
+                           recess=0.32, wing_angle=112.0, door_bay=0,
                            colours=(("door", (0.12, 0.13, 0.22)), ("window", (0.30, 0.22, 0.15)))),
 }  # name -> BuildingStyle
 

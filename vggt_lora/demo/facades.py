@@ -49,14 +49,12 @@ def facade_style(family: str, rng: np.random.Generator) -> FacadeStyle:
         common |= {"storeys": int(rng.integers(3, 6)), "storey_height": 2.8, "bay": 2.8,
                    "window": (rng.uniform(1.5, 2.0), 1.4), "bars": pick((2, 1), (3, 1))}
         return FacadeStyle(wall, wall, roof=Material("metal", (0.35, 0.36, 0.37), (0.2, 0.2, 0.2)), roof_shape="flat",
-                           recess=0.1, lintel=False,
-                           balcony="row", cornice=0.12, courses=False, blind=0.0, **common)
+                           recess=0.1, lintel=False, balcony="row", cornice=0.12, courses=False, blind=0.0, **common)
     wall = Material(pick("stone", "blocks"), tint, (0.24, 0.22, 0.19))  # stone
     return FacadeStyle(wall, Material("stone", tuple(0.85 * c for c in tint), (0.15, 0.14, 0.12)),
                        trim=Material("trim", tuple(1.12 * c for c in tint), (0.3, 0.28, 0.25)),
                        roof=Material("slate", (0.20, 0.21, 0.22), (0.06, 0.06, 0.07)), recess=rng.uniform(0.25, 0.4),
-                       surround=0.2, pilasters=True,
-                       columns=True, cornice=0.6, balcony=pick("none", "some"), **common)
+                       surround=0.2, pilasters=True, columns=True, cornice=0.6, balcony=pick("none", "some"), **common)
 
 # %% ../../nbs/demo/facades.ipynb #4e1d1a70
 def _bay(site: Site, style: FacadeStyle, rng, storey, s, width, is_door) -> None:

@@ -238,8 +238,7 @@ def demo_walk(place: Place, cameras: dict, frames: int, seed: int) -> list[ToyPh
         pose[:3, 3] = six(-pose[:3, :3] @ centre)
         gap, camera_id = int(k >= frames // 2), int(k % 3 == 2)
         photos.append(ToyPhoto(k + 1 + gap, camera_id, f"DSC_{first + k + gap:04d}", cameras[camera_id].size,
-                               cameras[camera_id].K,
-                               pose, quaternion, float(rng.uniform(0.8, 1.2))))
+                               cameras[camera_id].K, pose, quaternion, float(rng.uniform(0.8, 1.2))))
     return photos
 
 # %% ../../nbs/demo/sites.ipynb #7028345b

@@ -97,8 +97,7 @@ def write_calibration(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto],
     ids = 1 + np.sort(rng.choice(3 * len(tracks["xyz"]) + 1, len(tracks["xyz"]), replace=False))  # with gaps
     lists, places = keypoint_lists(photos, tracks, ids, rng, keep)
     _write_model(folder / "dslr_calibration_undistorted", {i: (c.size, c.K) for i, c in shoot.cameras.items()}, photos,
-                 tracks, ids,
-                 lists, places, "dslr_images_undistorted")
+                 tracks, ids, lists, places, "dslr_images_undistorted")
     bent, error = [], np.zeros(len(ids))
     for k, (photo, keypoints) in enumerate(zip(photos, lists)):
         uv = six(camera(k).to_original(np.array([(x, y) for x, y, _ in keypoints])))

@@ -120,8 +120,7 @@ def scan_truth(
         raise ConfigError(f"scene {scene.name}: no point of its laser scans is seen by the {len(views)} judged photos")
     how = "mesh" if occluder is not None else "discs"
     return CloudTruth(cloud, tuple(beams), f"laser scans ({len(cloud):,} points seen by the photos, hidden ones left "
-                      f"out by {how})",
-                      float(np.median(np.concatenate([d for _, d in parts]))))
+                      f"out by {how})", float(np.median(np.concatenate([d for _, d in parts]))))
 
 # %% ../../nbs/evaluation/clouds.ipynb #9bccd221
 def _seen(scene, view: View, world: np.ndarray, spacing: np.ndarray, rows: np.ndarray, occluder):
@@ -333,8 +332,7 @@ def _score_scene(result: CloudEvaluation, scene, views: list[View], pieces: dict
         cloud = join_clouds([part[0] for part in parts])
         if name != "truth depth" or "truth" not in scored:
             score = score_cloud(cloud.points, truth.cloud.points, truth.beams, tuple(t * factor for t in thresholds),
-                                VOXEL * factor,
-                                (_numbers(cloud, views), _numbers(truth.cloud, views)))
+                                VOXEL * factor, (_numbers(cloud, views), _numbers(truth.cloud, views)))
             scored["truth" if name == "truth depth" else (name, protocol)] = score
         score = scored["truth"] if name == "truth depth" else score
         cloud.error = np.where(score.observed, score.error, np.nan).astype(np.float32)

@@ -89,8 +89,7 @@ def confidence_rows(
             truth, sure = frame["truth"][used], confidence[used]
             error = np.abs(align_depth(frame[model], frame["truth"], used, protocol)[0][used] - truth)
             rows.append({"protocol": protocol, "model": model, "scene": frame["scene"], "photo": frame["name"],
-                         "alignment": alignment_name(protocol),
-                         **_ranked(error / truth, sure),
+                         "alignment": alignment_name(protocol), **_ranked(error / truth, sure),
                          **{f"{k.removesuffix('_chance')}_absolute{'_chance' * k.endswith('_chance')}": v
                             for k, v in _ranked(error, sure).items()},
                          "expected_error": float((ALPHA / sure).mean()),

@@ -92,8 +92,7 @@ class VGGTConfig:
     def omega_1b(cls) -> "VGGTConfig":
         """Return the published configuration of VGGT-Ω, `facebook/VGGT-Omega`, made for images of about 512x512 pixels."""
         return cls(family="omega", img_size=512, patch_size=16, num_register_tokens=16,
-                   register_layers=(2, 6, 9, 14, 20),
-                   camera_iterations=1, point_head=False, track_head=False)
+                   register_layers=(2, 6, 9, 14, 20), camera_iterations=1, point_head=False, track_head=False)
 
     @classmethod
     def omega_small(cls) -> "VGGTConfig":

@@ -261,8 +261,7 @@ def load_vggt(
     fold_bias_masks(kept)
     model.load_state_dict(kept, strict=True, assign=True)
     model.load_report = LoadReport(file.source, str(file.path), file.path.stat().st_size, file_hash(file.path),
-                                   len(kept), dropped,
-                                   absent=tuple(head for head in HEADS if not getattr(stored, head)
+                                   len(kept), dropped, absent=tuple(head for head in HEADS if not getattr(stored, head)
                                                 and (stored.family == "vggt" or head in ("camera_head", "depth_head"))),
                                                 converted=converted)
     model.name_or_path = file.source  # PEFT writes this into an adapter's config

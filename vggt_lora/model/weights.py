@@ -147,8 +147,7 @@ def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
 MODEL_TYPE = "vggt_lora"  # marks a config.json as ours
 HEADS = ("camera_head", "depth_head", "point_head", "track_head")
 KNOWN = {"VGGT-1B": VGGTConfig.vggt_1b, "tiny": VGGTConfig.tiny, "golden": VGGTConfig.golden,
-         "VGGT-Ω 1B": VGGTConfig.omega_1b,
-         "small Ω": VGGTConfig.omega_small, "golden Ω": VGGTConfig.omega_golden}
+         "VGGT-Ω 1B": VGGTConfig.omega_1b, "small Ω": VGGTConfig.omega_small, "golden Ω": VGGTConfig.omega_golden}
 NOT_BUILT = "text_alignment_head"  # in one file of VGGT-Ω; relates images to words and is not needed for cameras and depth
 
 

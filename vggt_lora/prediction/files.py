@@ -55,8 +55,7 @@ def camera_records(
                      "world_to_cam": pose.tolist(),
                      "photo_size": list(plan.source_size[::-1]), "photo_K": of_photo.tolist()})
     return {"axes": "OpenCV: x right, y down, z forward; pixel i covers [i, i+1)",
-            "unit": "metre" if geometry.metric else "arbitrary",
-            "size": [width, height], "cameras": rows}
+            "unit": "metre" if geometry.metric else "arbitrary", "size": [width, height], "cameras": rows}
 
 # %% ../../nbs/prediction/files.ipynb #5dba165a
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,8 +186,7 @@ def cloud_of(
     rng, parts = np.random.default_rng(seed), []
     for i, name in enumerate(names):
         one = fuse_depth(geometry.depth[i:i + 1], geometry.K[i:i + 1], geometry.world_to_cam[i:i + 1], images[i:i + 1],
-                         (name,), geometry.confidence[i:i + 1],
-                         masked=masked[i:i + 1])
+                         (name,), geometry.confidence[i:i + 1], masked=masked[i:i + 1])
         sure = one.confidence >= least
         left_out = {**one.left_out, "unsure": int((~sure).sum())}
         rows = np.flatnonzero(sure)

@@ -19,8 +19,7 @@ from ..evaluation.fusion import Similarity
 from ..files.atomic import atomic_path
 from .files import Geometry
 from .join import (Link, WindowPrediction, chain, close_loop, closing_window, link_windows,
-                                       owner_of, robust_similarity, sees_again,
-                                       windows_of)
+                                       owner_of, robust_similarity, sees_again, windows_of)
 from ..geometry.cameras import decode_pose, unproject_depth
 from .known import ScaleFit, camera_differences, fit_scale
 from .photos import Photos

@@ -207,8 +207,7 @@ def _begin_guide(model: VGGT, optimizers: list, config: PretrainConfig) -> Guide
 def _save(path: Path, model, guide, optimizers, step: int, seconds: float) -> None:
     with atomic_path(path) as temporary:
         torch.save({"model": model.state_dict(), "guide": guide and guide.state_dict(),
-                    "optimizers": [o.state_dict() for o in optimizers], "step": step,
-                    "seconds": seconds}, temporary)
+                    "optimizers": [o.state_dict() for o in optimizers], "step": step, "seconds": seconds}, temporary)
 
 
 def _note(path: Path, **values) -> None:

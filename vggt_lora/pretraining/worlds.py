@@ -93,8 +93,7 @@ def make_boxes(rng: np.random.Generator) -> tuple[Build, dict]:
         turned_box(build, (2.2 * reach * np.cos(angle), 2.2 * reach * np.sin(angle), 0),
                    (rng.uniform(10, 40), 5, rng.uniform(5, 15)), angle + np.pi / 2, rng)
     return build, {"low": (-3 * reach, -3 * reach, 0.7), "high": (3 * reach, 3 * reach, 3.5),
-                   "focus": (0, 0, rng.uniform(0.5, 2)),
-                   "radius": (1.4 * reach, 2.8 * reach), "step": 0.08 * reach}
+                   "focus": (0, 0, rng.uniform(0.5, 2)), "radius": (1.4 * reach, 2.8 * reach), "step": 0.08 * reach}
 
 # %% ../../nbs/pretraining/worlds.ipynb #ca75b393
 def make_site(style: str, rng: np.random.Generator) -> tuple[Build, dict]:

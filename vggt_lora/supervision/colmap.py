@@ -174,6 +174,5 @@ def colmap_dense_depth(
     masked = np.isin(photo_mask(scene, frame, size, plan), SPARSE_DROPS) & known & content
     valid = known & content & ~masked
     counts = {"pixels": valid.size, "valid": int(valid.sum()), "unknown": int((content & ~known).sum()),
-              "padding": int((~content).sum()),
-              "masked": int(masked.sum())}
+              "padding": int((~content).sum()), "masked": int(masked.sum())}
     return DepthMap(np.where(valid, depth, 0).astype(np.float32), valid, valid.astype(np.float32), counts)

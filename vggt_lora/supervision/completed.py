@@ -35,8 +35,7 @@ class CompletionSettings:
 
     def __post_init__(self):
         for name, low, high in (("edges", 0, 1e5), ("reach", 1e-3, 10), ("doubt", 0, 1), ("members", 0, 64),
-                                ("on_plane", 1e-6, 1),
-                                ("trust", 0, 1e3), ("confidence", 1e-3, 1)):
+                                ("on_plane", 1e-6, 1), ("trust", 0, 1e3), ("confidence", 1e-3, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"completion: {name} is {getattr(self, name)}; expected a value from {low} to {high}")
 

@@ -210,8 +210,7 @@ def dense_estimate(
         top, left, bottom, right = main.plan.content_box
         confidence[:top], confidence[bottom:], confidence[:, :left], confidence[:, right:] = 0, 0, 0, 0
     return DenseEstimate((1 / mean).cpu().numpy(), confidence.cpu().numpy(), count.cpu().numpy().astype(np.uint8),
-                         own["error"],
-                         len(around), int(own["planes"]))
+                         own["error"], len(around), int(own["planes"]))
 
 # %% ../../nbs/supervision/dense.ipynb #ea24a27b
 def in_the_pane(

@@ -81,8 +81,7 @@ def carried_depth(
     depth, front = zbuffer_mean(flat, z[inside], size[0] * size[1])
     valid = depth > 0
     counts = {"observed": total, "landed": int(valid.sum()), "pooled": int(front.sum() - valid.sum()),
-              "hidden": int((~front).sum()),
-              "outside": int((~inside).sum()), "masked": masked}
+              "hidden": int((~front).sum()), "outside": int((~inside).sum()), "masked": masked}
     return DepthMap(depth.reshape(size), valid.reshape(size), valid.reshape(size).astype(np.float32), counts)
 
 # %% ../../nbs/supervision/laser.ipynb #649d75c5

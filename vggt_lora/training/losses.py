@@ -228,8 +228,7 @@ def loss_config(
                       point_grad=config.point_grad_weight,
                       point_gradient=config.point_gradient, depth_range=(config.depth_min, config.depth_max),
                       depth_normal=depth * config.depth_normal_weight, confidence_error=config.confidence_error,
-                      window=config.glass_weight,
-                      base_consistency=depth * config.base_consistency_weight,
+                      window=config.glass_weight, base_consistency=depth * config.base_consistency_weight,
                       scale=config.scale_normalization if depth else "points")
 
 # %% ../../nbs/training/losses.ipynb #c4843291

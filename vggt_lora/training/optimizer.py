@@ -43,8 +43,7 @@ def set_rate(
 PARTS = {"patch_embed": "aggregator.patch_embed.", "frame_blocks": "aggregator.frame_blocks.",
          "global_blocks": "aggregator.global_blocks.",
          "inter_frame_blocks": "aggregator.inter_frame_blocks.", "tokens": "aggregator.", "camera_head": "camera_head.",
-         "depth_head": "depth_head.",
-         "dense_head": "dense_head.", "point_head": "point_head."}
+         "depth_head": "depth_head.", "dense_head": "dense_head.", "point_head": "point_head."}
 
 
 def part_of(

@@ -56,8 +56,7 @@ class HeldOutPreview:
                 module.training = True
         sample, row = self._sample, self._row
         return {"photo": sample.images[row].permute(1, 2, 0).numpy(), "truth": sample.depth[row].numpy(),
-                "valid": sample.valid[row].numpy(),
-                "depth": found["depth"][0, row, ..., 0].float().cpu().numpy(),
+                "valid": sample.valid[row].numpy(), "depth": found["depth"][0, row, ..., 0].float().cpu().numpy(),
                 "name": f"{sample.scene}/{sample.names[row]}"}
 
 # %% ../../nbs/training/preview.ipynb #a4e2d1a5
