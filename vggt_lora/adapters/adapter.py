@@ -324,8 +324,7 @@ def load_adapter(
     recorded = about.get("base_fingerprint")
     if recorded and recorded != mark and not any_base:
         raise WeightsError(f"{folder} was trained on another base (fingerprint {recorded[:12]}, this model has "
-                           f"{mark[:12]}); "
-                           "load the same weights, or pass any_base=True if you mean it")
+                           f"{mark[:12]}); load the same weights, or pass any_base=True if you mean it")
     config = _read_lora_config(folder / "adapter_config.json")
     config.inference_mode = not trainable
     _rehearse(model, config, tensors, folder)

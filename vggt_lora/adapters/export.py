@@ -163,8 +163,7 @@ class MergedReport:
     def __str__(self) -> str:
         heads = ", ".join(f"{count} of {head}" for head, count in self.carried.items())
         return (f"{self.folder}: {self.tensors} tensors in {' and '.join(FILE_NAMES)} ({self.size / 1e6:,.0f} MB "
-                f"each), {self.merged} changed, "
-                f"{self.untouched} equal to {self.base} bit for bit"
+                f"each), {self.merged} changed, {self.untouched} equal to {self.base} bit for bit"
                 + (f"; never loaded, copied: {heads}" if heads else "")
                 + f"; merged and unmerged outputs differ by {self.difference:.1e} at most (allowed: {TOLERANCE:g})"
                 + (f". {self.licence}" if self.licence else ""))

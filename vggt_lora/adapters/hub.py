@@ -213,8 +213,7 @@ def push_to_hub(
             files = [CommitOperationAdd(path_in_repo=p.name, path_or_fileobj=str(p)) for p in sorted(folder.iterdir())]
             commit = api.create_commit(repo, files, revision=revision,
                                        commit_message=message or f"{'Merged model' if merged else 'Adapter'} of "
-                                       "vggt_lora, "
-                                       f"strategy {source.config.get('strategy', 'not recorded')}")
+                                       f"vggt_lora, strategy {source.config.get('strategy', 'not recorded')}")
     return commit.commit_url
 
 # %% ../../nbs/adapters/hub.ipynb #31540b6b

@@ -102,8 +102,7 @@ def stack_adapters(
         recorded = about.get("base_fingerprint")
         if recorded and recorded != mark and not any_base:
             raise WeightsError(f"{folder} was trained on another base (fingerprint {recorded[:12]}, this model has "
-                               f"{mark[:12]}); "
-                               "adapters on one model need one base, or any_base=True if you mean it")
+                               f"{mark[:12]}); adapters on one model need one base, or any_base=True if you mean it")
         config = _read_lora_config(folder / "adapter_config.json")
         config.inference_mode = True
         _rehearse(model, config, tensors, folder)

@@ -165,8 +165,7 @@ def _nothing_left(patterns, full, rows) -> str:
              and any(matches(p, r.name) for p in patterns)]
     if taken:
         return (f"nothing is left for adapters: full {list(full)} takes every layer that patterns {list(patterns)} "
-                "would adapt, "
-                f"{len(taken)} of them; choose fewer layers in full, or more patterns")
+                f"would adapt, {len(taken)} of them; choose fewer layers in full, or more patterns")
     return (f"patterns {list(patterns)} match only layers that cannot be adapted: "
             f"{sorted({r.kind for r in rows if r.status == 'skipped'})}; PEFT adapts {ADAPTABLE}")
 

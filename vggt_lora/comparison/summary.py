@@ -165,8 +165,7 @@ def recommend(settings: list[Setting], against: dict[str, list[Effect]], pairs: 
         few = [e for e in first.values() if e.verdict.startswith("too few")]
         if len(few) == len(first):
             return (f"No recommendation: {few[0].units} {few[0].unit} are too few for a verdict, which needs "
-                    f"{smallest_sample(few[0].level)}; "
-                    "hold out more.")
+                    f"{smallest_sample(few[0].level)}; hold out more.")
         best = min(first, key=lambda label: _loss(first[label]))
         return ("Keep the base: no setting is measured to be better without being worse in something. The nearest, "
                 f"{best}: {in_words(first[best], NAMES.get(first[best].metric, ''))}")

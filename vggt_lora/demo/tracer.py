@@ -95,9 +95,8 @@ def usable_tracer() -> str:
                   file=sys.stderr)
         return name
     raise SceneError("the demo buildings are rendered with embreex or Open3D, and neither can be imported: "
-                     f"{'; '.join(faults)}. Install one: "
-                     "`pip install embreex` needs no system packages; `pip install open3d` needs libusb-1.0-0 libgl1 "
-                     "libegl1 libx11-6 libgomp1 on Debian")
+                     f"{'; '.join(faults)}. Install one: `pip install embreex` needs no system packages; `pip install "
+                     "open3d` needs libusb-1.0-0 libgl1 libegl1 libx11-6 libgomp1 on Debian")
 
 
 def make_tracer(

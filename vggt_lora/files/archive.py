@@ -89,8 +89,7 @@ def contents(
     total = sum(file.size for file in files.values())
     if len(entries) > MOST_FILES or total > limit or any(file.size < 0 for file in files.values()):
         raise SceneError(f"{path}: is refused, nothing was unpacked: it would unpack to {amount(total)} in "
-                         f"{len(entries):,} entries, "
-                         f"at most {amount(limit)} in {MOST_FILES:,} are expected of it")
+                         f"{len(entries):,} entries, at most {amount(limit)} in {MOST_FILES:,} are expected of it")
     if not files:
         raise SceneError(f"{path}: holds no file")
     return files
@@ -199,8 +198,8 @@ def unpack(
             files = contents(archive, path, root, largest)
             if not replace and (other := conflicts(folder, files)):
                 raise SceneError(f"{folder}: {len(other)} files are there already and differ from those in "
-                                 f"{path.name}: {', '.join(other[:3])}"
-                                 f"{' ...' if len(other) > 3 else ''}; move them away, or replace them (--replace)")
+                                 f"{path.name}: {', '.join(other[:3])}{' ...' if len(other) > 3 else ''}; move them "
+                                 "away, or replace them (--replace)")
             check_room(folder, total := sum(packed.size for packed in files.values()), f"unpacking {path.name}")
             with progress_bar(total=total, unit="B", unit_scale=True, desc=f"unpacking {path.name}",
                               disable=not progress) as bar:

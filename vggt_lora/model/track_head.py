@@ -91,5 +91,4 @@ class TrackHead(nn.Module):
     def forward(self, *args, **kwargs):
         """Refuse: raises NotImplementedError."""
         raise NotImplementedError("the track head's weights are loaded and saved, but tracking is not implemented in "
-                                  "vggt_lora; "
-                                  "use the official code with the same weights")
+                                  "vggt_lora; use the official code with the same weights")

@@ -298,8 +298,7 @@ def save_vggt(
     if tensors.keys() != expected.keys():
         extra = sorted(tensors.keys() ^ expected.keys())
         raise WeightsError(f"not saved: the model's tensors are not those of a plain VGGT ({len(extra)} differ, e.g. "
-                           f"{extra[0]}); "
-                           "merge or remove adapters first")
+                           f"{extra[0]}); merge or remove adapters first")
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / "config.json", {"model_type": MODEL_TYPE, **model.config.to_dict()})

@@ -246,8 +246,7 @@ def check_stated(
     for name, value in fields_from_shapes(shapes, file.path).items():
         if name not in HEADS and getattr(stated, name) != value:
             raise WeightsError(f"{file.config_path}: says {name} {getattr(stated, name)}, the tensors in "
-                               f"{file.path.name} have {value}; "
-                               "the two do not belong together: fetch both again")
+                               f"{file.path.name} have {value}; the two do not belong together: fetch both again")
 
 # %% ../../nbs/model/weights.ipynb #45dd36eb
 def fold_bias_masks(

@@ -153,5 +153,4 @@ def check_memory(
     fits = next((n for n in range(frames - 1, 0, -1) if weights + results * n / frames <= free), 0)
     remedy = f"give frames={fits}" if fits else "take smaller photos (image_size) or a machine with more"
     raise ConfigError(f"a window of {frames} photos of {size[0]} x {size[1]} needs about "
-                      f"{(weights + results) / 1e9:.2f} GB of memory, "
-                      f"{free / 1e9:.2f} GB are free; {remedy}")
+                      f"{(weights + results) / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free; {remedy}")

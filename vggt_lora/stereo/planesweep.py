@@ -167,8 +167,7 @@ def depth_range(
     z = z[np.isfinite(z) & (z > 0)]
     if not len(z):
         raise SceneError(f"scene {scene.name}, frame {frame.name}: no sparse point in front of the camera, so nothing "
-                         "bounds its depth; "
-                         "expected a reconstruction with points3D")
+                         "bounds its depth; expected a reconstruction with points3D")
     low, high = np.quantile(z, [0.01, 0.99])
     return float(near * low), float(far * high)
 

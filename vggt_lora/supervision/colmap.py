@@ -90,8 +90,7 @@ def find_workspace(
                          f"{', '.join(str(f.relative_to(root)) for f in found)}; open the scene from one of them "
                          "after moving the others away, or pass workspace= to colmap_dense_depth")
     raise DepthAbsent(f"{root}: holds no dense COLMAP workspace; looked for stereo/depth_maps in it, in dense and in "
-                      "dense/*. "
-                      "COLMAP makes one with image_undistorter and patch_match_stereo")
+                      "dense/*. COLMAP makes one with image_undistorter and patch_match_stereo")
 
 
 @lru_cache(maxsize=8)
@@ -143,8 +142,7 @@ def colmap_dense_depth(
     size = tuple(int(n) for n in size)
     if plan is not None and (tuple(plan.source_size) != tuple(frame.size) or tuple(plan.size) != size):
         raise ConfigError(f"the plan turns {tuple(plan.source_size)} into {tuple(plan.size)} (height, width), "
-                          "but frame "
-                          f"{frame.name} is {tuple(frame.size)} and the grid {size}; make the plan with "
+                          f"but frame {frame.name} is {tuple(frame.size)} and the grid {size}; make the plan with "
                           "plan_image(frame.size, ...)")
     workspace = find_workspace(scene.root) if workspace is None else Path(workspace)
     try:
@@ -161,8 +159,8 @@ def colmap_dense_depth(
         raise SceneError(f"{path}: has {held.shape[2]} channels; expected a depth map with one")
     if abs(held.shape[1] / frame.size[1] / (held.shape[0] / frame.size[0]) - 1) > 0.01:
         raise SceneError(f"{path}: is {held.shape[1]}x{held.shape[0]}, the photo {frame.name} "
-                         f"{frame.size[1]}x{frame.size[0]}; expected the same shape: "
-                         "open the scene from the dense workspace itself (its sparse model and images)")
+                         f"{frame.size[1]}x{frame.size[0]}; expected the same shape: open the scene from the dense "
+                         "workspace itself (its sparse model and images)")
     resized, offset, box = ((size, (0, 0), (0, 0, *size)) if plan is None
                             else (plan.resized_size, plan.offset, plan.content_box))
     rows, columns = (np.floor((np.arange(n) + 0.5 + shift) * old / full).astype(int)

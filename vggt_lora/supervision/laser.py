@@ -110,9 +110,8 @@ def laser_depth(
         empty = np.zeros(tuple(int(n) for n in size), np.float32)
         return DepthMap(empty, empty > 0, empty, {"observed": 0} | dict.fromkeys(SCAN_FATES, 0))
     raise DepthAbsent(f"scene {scene.name} has no laser data: no ground_truth_depth and no dslr_scan_eval or "
-                      f"scan_clean with scan_alignment.mlp in {scene.root}. "
-                      "Unpack ETH3D's archive dslr_depth or dslr_scan_eval there, or use another supervision, such as "
-                      "'sparse'")
+                      f"scan_clean with scan_alignment.mlp in {scene.root}. Unpack ETH3D's archive dslr_depth or "
+                      "dslr_scan_eval there, or use another supervision, such as 'sparse'")
 
 # %% ../../nbs/supervision/laser.ipynb #fb41484d
 def laser_agreement(

@@ -128,8 +128,8 @@ def _load_occluder(stamps: tuple) -> Occluder:
             import open3d
     except (ImportError, OSError) as error:
         raise SceneError(f"the occlusion mesh {stamps[0][0]} needs Open3D, which cannot be imported ({error}). Install "
-                         "it with `pip install open3d`, "
-                         "or move the folder `occlusion` away: then the scan's own points hide each other") from error
+                         "it with `pip install open3d`, or move the folder `occlusion` away: then the scan's own "
+                         "points hide each other") from error
     rays, middle = open3d.t.geometry.RaycastingScene(nthreads=1), None
     for path, *_ in stamps:
         vertices, triangles = read_mesh(path)

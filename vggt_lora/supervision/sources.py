@@ -147,8 +147,7 @@ def code_of(source) -> str:
         return f"{name} {hashlib.sha256(inspect.getsource(source).encode()).hexdigest()}"
     except (OSError, TypeError) as error:
         raise ConfigError(f"the text of depth source {name} cannot be read ({error}), so the frame store cannot tell "
-                          "whether it changed; "
-                          "use frame_cache=False") from error
+                          "whether it changed; use frame_cache=False") from error
 
 
 def scene_inputs(scene, frame) -> list:

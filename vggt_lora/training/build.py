@@ -84,13 +84,11 @@ def check_photos(
     leaks = [name for name, digest in current["val"].items() if digest in trained]
     if leaks:
         raise LeakError(f"{len(leaks)} photos would be measured on that this run was trained on, for instance "
-                        f"{', '.join(leaks[:3])}; "
-                        "the scene or the split settings changed since")
+                        f"{', '.join(leaks[:3])}; the scene or the split settings changed since")
     if same and recorded != current:
         changed = [n for side in SIDES for n in recorded.get(side, {}).keys() ^ current.get(side, {}).keys()]
         raise LeakError(f"the scene changed since this run began: {len(changed)} photos are on one side only, for "
-                        "instance "
-                        f"{', '.join(sorted(changed)[:3]) or 'none, but the content of some differs'}")
+                        f"instance {', '.join(sorted(changed)[:3]) or 'none, but the content of some differs'}")
 
 # %% ../../nbs/training/build.ipynb #d993ecdf
 def build_model(
@@ -112,8 +110,8 @@ def build_model(
                                      point_head=None if point else False)
         if point and "point" not in model.dense_heads:
             raise ConfigError("point_conf_weight, point_reg_weight or point_grad_weight is above 0, but "
-                              f"{config.model} has no point head; "
-                              "set them to 0, or give weights that have one, such as facebook/VGGT-1B")
+                              f"{config.model} has no point head; set them to 0, or give weights that have one, such "
+                              "as facebook/VGGT-1B")
     model.requires_grad_(False)
     return model.eval()
 

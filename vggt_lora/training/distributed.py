@@ -69,8 +69,8 @@ class Distributed:
         if shards := [name for word, name in SHARDS.items() if os.environ.get(f"ACCELERATE_USE_{word}", "").lower()
                       == "true"]:
             raise ConfigError(f"accelerate is set up for {' and '.join(shards)}, and here every process holds the "
-                              "whole network, whose trained part is small: "
-                              "answer no to it in `accelerate config`, or start with torchrun")
+                              "whole network, whose trained part is small: answer no to it in `accelerate config`, or "
+                              "start with torchrun")
         AcceleratorState._reset_state(reset_partial_state=True)  # or a second run in one kernel could not change device or precision
         kind = resolve_device(config.device)
         precision = resolve_precision(config.precision, kind)

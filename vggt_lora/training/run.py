@@ -83,8 +83,8 @@ def reproducible(
         return ("same seed, same bytes: metrics without `wall`, adapter, results and report, on this processor with "
                 "these versions and this number of threads")
     return ("same seed, same windows, order, dropout and starting weights, but not the same bytes: on a GPU the "
-            "gradients of attention and of bilinear "
-            "interpolation are sums whose order changes from run to run, and other cards choose other kernels")
+            "gradients of attention and of bilinear interpolation are sums whose order changes from run to run, and "
+            "other cards choose other kernels")
 
 # %% ../../nbs/training/run.ipynb #ca9bbb7d
 def hold(
