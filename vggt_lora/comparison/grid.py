@@ -37,7 +37,7 @@ def typed(
     except ValueError:
         raise ConfigError(f"{field} must be {kind.__name__}, got {text!r}") from None
 
-
+# %% ../../nbs/comparison/grid.ipynb #fb710f2c
 def parse_grid(
     text: str,  # "strategy=a,b,c; seed=0,1"
 ) -> dict[str, list]:
@@ -46,7 +46,8 @@ def parse_grid(
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         name, equals, values = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
-            raise ConfigError(f"{part!r} is no part of a grid; expected FIELD=VALUE,VALUE and semicolons between fields")
+            raise ConfigError(f"{part!r} is no part of a grid; expected FIELD=VALUE,VALUE and semicolons "
+                              "between fields")
         if name in found:
             raise ConfigError(f"{name} stands twice in the grid {text!r}")
         read = [typed(name, value.strip()) for value in next(csv.reader([values], skipinitialspace=True), []) or [""]]
@@ -64,15 +65,16 @@ class Point:
     values: dict
     config: TrainConfig
 
-
+# %% ../../nbs/comparison/grid.ipynb #9a3dbcf9
 def point_name(
     values: dict,  # field -> value
 ) -> str:
     """Name a point after its values, at most 100 characters; long ones end in a hash."""
-    name = "_".join(f"{field}-{re.sub(r'[^A-Za-z0-9.+-]+', '.', str(value))}" for field, value in values.items()) or "run"
+    name = ("_".join(f"{field}-{re.sub(r'[^A-Za-z0-9.+-]+', '.', str(value))}" for field, value in values.items())
+            or "run")
     return name if len(name) <= 100 else name[:87] + "-" + hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
-
+# %% ../../nbs/comparison/grid.ipynb #7b1e67ff
 def grid_points(
     grid: str,  # what varies, see parse_grid
     settings: str = "",  # what all share, in the same form with one value each
@@ -81,7 +83,8 @@ def grid_points(
     axes, shared = parse_grid(grid), parse_grid(settings)
     for name, values in shared.items():
         if len(values) != 1 or name in axes:
-            raise ConfigError(f"settings gives {name} {len(values)} values; expected one" if len(values) != 1 else f"{name} stands in the grid and in the settings")
+            raise ConfigError(f"settings gives {name} {len(values)} values; expected one" if len(values) != 1
+                              else f"{name} stands in the grid and in the settings")
     points = []
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination))
