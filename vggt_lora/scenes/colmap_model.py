@@ -92,12 +92,13 @@ PINHOLE_FAMILY = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENC
 def pinhole_matrix(
     camera: ColmapCamera,
     where: str = "this model",  # for the message
+    remedy: str = "pycolmap.undistort_images(output_path, input_path, image_path)",  # for the message
 ) -> np.ndarray:
     """Return K (3, 3), pixel i covering [i, i+1); raises SceneError for a camera with lens distortion, saying how to remove it."""
     known = camera_models()[camera.model]
     if camera.model not in PINHOLE_FAMILY or camera.params[list(known.extra)].any():
-        raise SceneError(f"{where}: camera {camera.id} is {camera.model} and distorts; expected an undistorted PINHOLE camera. Undistort the photos "
-                         "first, with pycolmap.undistort_images(output_path, input_path, image_path), and open what it wrote")
+        raise SceneError(f"{where}: camera {camera.id} is {camera.model} and distorts; expected an undistorted PINHOLE camera. "
+                         f"Undistort the photos first, and open what this writes: {remedy}")
     focal = camera.params[list(known.focal)]
     K = np.eye(3)
     K[0, 0], K[1, 1] = focal[0], focal[-1]
