@@ -28,6 +28,7 @@ from ..efficiency.feature_store import FeatureReport
 from ..efficiency.frozen_prefix import EMBEDDING, dense_heads, network, part
 from .memory_estimate import count
 from .memory_profile import PHASES, Point, Watch, extrapolate, measure_window, settle, untouched
+from ..threads import machine_is_busy
 from ..training.build import build_model, make_frame_cache, items_of, open_scenes, add_adapter, split_scenes
 from ..training.config import TrainConfig, drawn_sizes
 from ..training.distributed import resolve_device, resolve_precision
@@ -56,11 +57,19 @@ class PreflightReport:
     steps: int = 0  # optimiser steps of an epoch
     processes: int = 1  # that share the windows
     counted: int = 0  # estimated lower bound in bytes, without gradient checkpointing
+    busy: str = ""  # why the seconds are not predictable: other work used the cores during the measurement
 
     @property
     def peak(self) -> int:
         """Return the most memory of training and validation, in bytes."""
         return max(self.peaks.values())
+
+    @property
+    def duration(self) -> str:
+        """Return the seconds of a step and an epoch, or why they cannot be predicted."""
+        if self.busy:
+            return f"{self.busy}, so the seconds of a step cannot be predicted"
+        return f"about {self.step:.2f} s a step, {self.epoch:.1f} s an epoch, {self.first:.1f} s the first"
 
     @property
     def fits(self) -> bool:
@@ -73,8 +82,7 @@ class PreflightReport:
         lines = [f"budget: at most {amount(self.peak)} {kind} ({phases}) of {amount(self.room)}, {amount(self.now)} of "
                  f"them now; {self.frames} photos of {self.size[1]} x {self.size[0]}, {self.basis}; at least "
                  f"{amount(self.counted)} by arithmetic",
-                 f"budget: about {self.step:.2f} s a step, {self.epoch:.1f} s an epoch, {self.first:.1f} s the first; "
-                 f"cache {amount(self.cache_bytes)} in {self.cache_entries} entries"]
+                 f"budget: {self.duration}; cache {amount(self.cache_bytes)} in {self.cache_entries} entries"]
         if self.evaluation > self.room:
             lines.append(f"budget: measuring the finished adapter may need {amount(self.evaluation)}, more than "
                          "there is")
@@ -314,7 +322,8 @@ def preflight(
     evaluation = max(peaks.get("fill", 0), peaks.get("validate", 0) + bench.freed, now)
     times = _times(points, plan, train, held_out, frames, config, math.prod(size), loading)
     return PreflightReport(device, now, bench.room, bench.full, size, basis, peaks, evaluation, plan.bytes,
-                           plan.entries, proposal=proposal, proposed=proposed, counted=floor, **times)
+                           plan.entries, proposal=proposal, proposed=proposed, counted=floor,
+                           busy=machine_is_busy() if device == "cpu" else "", **times)
 
 # %% ../../nbs/preflight/preflight.ipynb #cce06bfe
 def _times(points: list[Point], plan: CachePlan, train, held_out, frames: FrameCache, config: TrainConfig, pixels: int,
@@ -415,7 +424,8 @@ def budget_table(
     rows = [("strategy", "memory", "above start", "counted", "cache", "s/step", "s/epoch", "fits")]
     for name, b in found.items():
         sizes = (amount(b.peak), amount(b.peak - b.now), amount(b.counted), amount(b.cache_bytes))
-        rows.append((name, *sizes, f"{b.step:.2f}", f"{b.epoch:.1f}", "yes" if b.fits else "no: " + b.refusal()))
+        seconds = ("busy", "busy") if b.busy else (f"{b.step:.2f}", f"{b.epoch:.1f}")
+        rows.append((name, *sizes, *seconds, "yes" if b.fits else "no: " + b.refusal()))
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows))]
     lines = []
     for row in rows:
@@ -480,7 +490,8 @@ def in_words(
     said = [f"{amount(measured['peak'])} were held at most, {amount(predicted['peak'])} were predicted "
             f"({100 * error['peak']:+.1f} %)"]
     for name, part in (("step", "a step"), ("epoch", "an epoch")):
-        if name in error:
-            said.append(f"{part} took {measured[name]:.2f} s, {predicted[name]:.2f} s were predicted "
-                        f"({100 * error[name]:+.0f} %)")
+        if name not in error:
+            continue
+        expected = f", {predicted[name]:.2f} s were predicted ({100 * error[name]:+.0f} %)"
+        said.append(f"{part} took {measured[name]:.2f} s{'' if predicted['busy'] else expected}")
     return "; ".join(said)
