@@ -28,6 +28,7 @@ from ..efficiency.feature_store import FeatureReport
 from ..efficiency.frozen_prefix import EMBEDDING, dense_heads, network, part
 from .memory_estimate import count
 from .memory_profile import PHASES, Point, Watch, extrapolate, measure_window, settle, untouched
+from ..progress import working
 from ..threads import machine_is_busy
 from ..training.build import build_model, make_frame_cache, items_of, open_scenes, add_adapter, split_scenes
 from ..training.config import TrainConfig, drawn_sizes
@@ -307,7 +308,8 @@ def preflight(
     later = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if device == "cpu":
         later += _unread(train, held_out, frames)
-    with tempfile.TemporaryDirectory(prefix="vggt-lora-") as place:
+    phase = working(f"preflight of strategy {config.strategy}")
+    with phase, tempfile.TemporaryDirectory(prefix="vggt-lora-") as place:
         aside, now = _aside(store, place), settle(device)
         bench = _Bench(model, config, sample, aside, now, _room(device, now, free), later,
                        _leaving(model, plan, config), SLACK if device == "cpu" else 0.0)
