@@ -1,6 +1,7 @@
 """The house itself: who may import whom, what is light, what the README and the parameters promise."""
 import ast
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -133,14 +134,25 @@ def test_there_are_five_steps():
     assert [n[:2] for n in names[:5]] == ["00", "01", "02", "03", "04"]
 
 
-def test_papermill_parameters_are_the_fields_of_the_config():
-    from vggt_lora.train import TrainConfig
+NOTEBOOKS_WITH_A_CONFIG = {"03_train.ipynb": ("vggt_lora.train", "TrainConfig"), "05_compare.ipynb": ("vggt_lora.compare", "CompareConfig"),
+                           "06_predict.ipynb": ("vggt_lora.predict", "PredictConfig")}
 
-    given = {}
-    for node in ast.parse(parameters_cell("03_train.ipynb")).body:
-        given[node.target.id] = (ast.unparse(node.annotation), ast.literal_eval(node.value))
-    fields = {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(TrainConfig)}
-    assert given == fields
+
+@pytest.mark.parametrize("name", NOTEBOOKS_WITH_A_CONFIG)
+def test_papermill_parameters_are_fields_of_the_config(name):
+    """Name, type, default and meaning are those of the field; 03 shows the settings that a first run needs, the others all."""
+    from vggt_lora.settings import settings_of
+
+    module, cls = NOTEBOOKS_WITH_A_CONFIG[name]
+    expected = {}
+    for s in settings_of(getattr(importlib.import_module(module), cls)):
+        expected[s.name] = (s.type.__name__ + (" | None" if s.optional else ""), s.default, s.about)
+    cell, given = parameters_cell(name), {}
+    about = dict(line.split(":")[0:1] + [line.split("  # ", 1)[1]] for line in cell.splitlines())
+    for node in ast.parse(cell).body:
+        given[node.target.id] = (ast.unparse(node.annotation), ast.literal_eval(node.value), about[node.target.id])
+    assert given == {field: facts for field, facts in expected.items() if field in given or name != "03_train.ipynb"}
+    assert name != "03_train.ipynb" or len(given) <= 15
 
 
 def papermill(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -150,6 +162,7 @@ def papermill(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("parameter, messages", [
     (("strategi", "b"), ["unknown parameter 'strategi'", "Did you mean 'strategy'?"]),
+    (("use_rsolra", "True"), ["unknown parameter 'use_rsolra'", "Did you mean 'use_rslora'?"]),
     (("strategy", "z"), ["unknown strategy 'z'", "choose one of: a, b, c, custom"]),
 ])
 def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
@@ -161,7 +174,7 @@ def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
     assert not output.exists()
 
 
-SMALL = ["-p", "epochs", "1", "-p", "image_size", "56", "-p", "frames", "4"]
+SMALL = ["-p", "epochs", "1", "-p", "image_size", "56", "-p", "frames", "4", "-p", "overlap", "0.25"]  # overlap is not in the parameters cell
 
 
 def test_papermill_without_an_output_path_prints_the_notebook(tmp_path):
