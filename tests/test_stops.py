@@ -21,6 +21,7 @@ import torch
 from test_engine import LAUNCHERS, ROOT, run_fit, settings, spoil_validations, windows_of
 
 from vggt_lora import train as train_module
+from vggt_lora.training import start as start_module
 from vggt_lora.core import STOP, ConfigError, VggtLoraError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import toy_scene
@@ -126,7 +127,7 @@ def other_base(patch, rank, folder) -> None:
 def no_scenes(patch, rank, folder) -> None:
     """The second process's machine has not the photos."""
     if rank == 1:
-        patch.setattr(train_module, "open_scenes", raises(ConfigError("data: photos is no folder")))
+        patch.setattr(start_module, "open_scenes", raises(ConfigError("data: photos is no folder")))
 
 
 def no_memory(patch, rank, folder) -> None:
