@@ -99,6 +99,21 @@ def test_no_import_circle():
     assert not circles(graph)
 
 
+def test_the_page_about_the_house_names_what_exists():
+    """docs/house.md: every room has its row, every file is there, and every other name stands in the file that its line begins with."""
+    text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:/|\.py|\.ipynb))`", text))
+    assert {room for room in ROOMS if not {f"{room}/", f"{room}.py"} & named} == set()
+    assert [name for name in named if not any((folder / name).exists() for folder in (PACKAGE, ROOT))] == []
+    walks = re.findall(r"^\d+\. `(\S+)`: (.+?)(?=^\d+\. |^#|\Z)", text, re.M | re.S)
+    assert len(walks) == 25
+    for file, sentence in walks:
+        files = [file, *(name for name in re.findall(r"`(\S+?)`", sentence) if name.endswith(".py"))]
+        source = "".join((PACKAGE / name if name.endswith(".py") else ROOT / name).read_text(encoding="utf-8") for name in files)
+        for name in re.findall(r"`([A-Za-z_]+)`", sentence):
+            assert re.search(rf"\b{name}\b", source), f"docs/house.md: {name} is not in {', '.join(files)}"
+
+
 def test_the_package_is_light():
     heavy = ["torch", "open3d", "peft", "pycolmap", "matplotlib", "ipywidgets"]
     code = f"import vggt_lora, vggt_lora.core, sys; print([m for m in {heavy} if m in sys.modules])"
