@@ -108,6 +108,7 @@ def same(run, whole) -> None:
 
 # --- interruption ---------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_killed_at_random_instants_the_metrics_go_on_as_if_nothing_had_happened(scene, tmp_path):
     """Real SIGKILLs, many of them while a checkpoint is written."""
     done = subprocess.run([sys.executable, ROOT / "tools" / "kill_resume.py", "--kills", "3", "--scene", scene, "--output", tmp_path, "--seed", "1"],
@@ -169,6 +170,7 @@ def test_curves_of_a_run_that_goes_on_within_a_second_stay_in_order(tmp_path, mo
     assert curves(tmp_path)["train/loss"] == [(step, float(step)) for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step_and_says_how_to_go_on(scene, tmp_path, whole, number):
     config, handlers = settings(scene, tmp_path / "run", save_every=None), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -202,6 +204,7 @@ def test_the_file_stop_ends_a_run_without_hooks_as_a_hook_does(scene, tmp_path, 
     same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
 
 
+@pytest.mark.slow
 def test_a_watching_notebook_stops_a_run_started_from_a_shell(scene, tmp_path):
     """The button of watch_run, and a process of its own in which nobody draws."""
     folder = tmp_path / "run"
@@ -237,6 +240,7 @@ def in_validation(monkeypatch, epoch: int, act) -> None:
     monkeypatch.setattr(loop_module, "held_out_loss", interrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_a_validation_stops_the_run_too(scene, tmp_path, whole, monkeypatch, number, epoch):
@@ -414,6 +418,7 @@ def test_frames_at_once_that_were_set_become_fewer_too_and_an_error_without_word
     assert [line.split(";")[0] for line in said] == [f"out of memory: dense heads now take {n} at once" for n in ("2 frames", "1 frame")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", [True, False], ids=["tmpfs", "simulated"])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(scene, tmp_path, whole, monkeypatch, real):
     place = tmp_path / "disk"
@@ -453,7 +458,8 @@ LAUNCHERS = {"torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--m
                                    "--dynamo_backend", "inductor", "--main_process_port", "{port}", "--module"]}
 
 
-@pytest.mark.parametrize("launcher, family", [("torchrun", "vggt"), ("torchrun", "omega"), pytest.param("accelerate launch", "vggt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher, family", [("torchrun", "vggt"), ("torchrun", "omega"), ("accelerate launch", "vggt")])
 def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(scene, tmp_path, launcher, family):
     """The guide's command with two gloo processes on the CPU: first loss, first gradients, all metrics, and one set of files."""
     with socket.socket() as free:

@@ -20,6 +20,7 @@ from pathlib import Path
 from .grid import PLACE, Point
 from ..core import ConfigError, unknown_name_message
 from ..files.atomic import write_json, file_lock
+from ..threads import cpu_share
 from ..training.config import TrainConfig, read_config
 
 # %% ../../nbs/comparison/launch.ipynb #308f83d7
@@ -117,7 +118,7 @@ def lanes_for(
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [g for g in named.split(",") if g] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cpu_share()
     if jobs is None:
         jobs = len(gpus) or max(1, min(cores, int(free_memory() / MEMORY_OF_A_JOB)))
     jobs = max(1, min(jobs, points))

@@ -7,13 +7,12 @@ __all__ = ['can_fuse', 'fuse_lora_forward']
 
 # %% ../../nbs/efficiency/lora_forward.ipynb #69dd788b
 import torch
-from peft.tuners.lora.layer import Conv2d, Linear
 
 from .frozen_prefix import network
 
 # %% ../../nbs/efficiency/lora_forward.ipynb #e10f1be9
 def can_fuse(
-    module: Conv2d,  # PEFT's, with one adapter
+    module: torch.nn.Module,  # PEFT's Conv2d with one adapter
 ) -> bool:
     """Whether a training step takes fewer products with base and adapter as one weight."""
     weight, rank = module.get_base_layer().weight, max(module.r.values())
@@ -29,7 +28,7 @@ def _adapted(self, x: torch.Tensor, *args, **more) -> torch.Tensor:
     base, A, B, scale = self.get_base_layer(), self.lora_A[names[0]], self.lora_B[names[0]], self.scaling[names[0]]
     dropout, device = self.lora_dropout[names[0]], x.device.type
     rounded = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if isinstance(self, Conv2d) and isinstance(dropout, torch.nn.Identity) and can_fuse(self) and not rounded:
+    if isinstance(base, torch.nn.Conv2d) and isinstance(dropout, torch.nn.Identity) and can_fuse(self) and not rounded:
         change = (B.weight.flatten(1) @ A.weight.flatten(1)).view_as(base.weight)
         return base._conv_forward(x, base.weight + scale * change, base.bias)
     result = base(x)
@@ -41,6 +40,8 @@ def fuse_lora_forward(
     model,  # VGGT with adapters, bare or wrapped
 ) -> int:
     """Let every plain adapter run as is cheapest in training, in place; returns the number of convolutions that can take it into their weight."""
+    from peft.tuners.lora.layer import Conv2d, Linear  # takes seconds: not when this module is imported
+
     count = 0
     for module in network(model).modules():
         if type(module) in (Conv2d, Linear) and not (isinstance(module, Conv2d) and module.get_base_layer().groups > 1):

@@ -28,6 +28,7 @@ from ..efficiency.feature_store import FeatureReport
 from ..efficiency.frozen_prefix import EMBEDDING, dense_heads, network, part
 from .memory_estimate import count
 from .memory_profile import PHASES, Point, Watch, extrapolate, measure_window, settle, untouched
+from ..threads import machine_is_busy
 from ..training.build import build_model, make_frame_cache, items_of, open_scenes, add_adapter, split_scenes
 from ..training.config import TrainConfig, drawn_sizes
 from ..training.distributed import resolve_device, resolve_precision
@@ -56,11 +57,19 @@ class PreflightReport:
     steps: int = 0  # optimiser steps of an epoch
     processes: int = 1  # that share the windows
     counted: int = 0  # bytes that arithmetic asks for at least, nothing recomputed
+    busy: str = ""  # why the seconds predict nothing: other work took the cores while they were measured
 
     @property
     def peak(self) -> int:
         """The most that training and validation will hold, in bytes."""
         return max(self.peaks.values())
+
+    @property
+    def duration(self) -> str:
+        """The seconds that a step and an epoch will take, or why they cannot be told."""
+        if self.busy:
+            return f"{self.busy}, so the seconds of a step cannot be predicted"
+        return f"about {self.step:.2f} s a step, {self.epoch:.1f} s an epoch, {self.first:.1f} s the first"
 
     @property
     def fits(self) -> bool:
@@ -71,7 +80,7 @@ class PreflightReport:
         kind = "GPU" if self.device == "cuda" else "resident"
         phases = ", ".join(f"{name} {amount(value)}" for name, value in self.peaks.items())
         lines = [f"budget: at most {amount(self.peak)} {kind} ({phases}) of {amount(self.room)}, {amount(self.now)} of them now; {self.frames} photos of {self.size[1]} x {self.size[0]}, {self.basis}; at least {amount(self.counted)} by arithmetic",
-                 f"budget: about {self.step:.2f} s a step, {self.epoch:.1f} s an epoch, {self.first:.1f} s the first; cache {amount(self.cache_bytes)} in {self.cache_entries} entries"]
+                 f"budget: {self.duration}; cache {amount(self.cache_bytes)} in {self.cache_entries} entries"]
         if self.evaluation > self.room:
             lines.append(f"budget: measuring the finished adapter may need {amount(self.evaluation)}, more than there is")
         return "\n".join(lines)
@@ -269,7 +278,7 @@ def preflight(
     epoch = training / processes + validation
     evaluation = max(peaks.get("fill", 0), peaks.get("validate", 0) + bench.freed, now)
     return PreflightReport(device, now, bench.room, bench.full, tuple(sample.images.shape[-2:]), basis, peaks, evaluation, plan.bytes, plan.entries,
-                  training / processes / max(1, steps), epoch, epoch + loading + validation + filling, proposal, proposed, steps, processes, floor)
+                  training / processes / max(1, steps), epoch, epoch + loading + validation + filling, proposal, proposed, steps, processes, floor, machine_is_busy() if device == "cpu" else "")
 
 
 def _aside(store, place: str):
@@ -346,8 +355,9 @@ def budget_table(
 ) -> str:
     """Write one line per strategy."""
     rows = [("strategy", "memory", "above start", "counted", "cache", "s/step", "s/epoch", "fits")]
-    rows += [(name, amount(b.peak), amount(b.peak - b.now), amount(b.counted), amount(b.cache_bytes), f"{b.step:.2f}", f"{b.epoch:.1f}", "yes" if b.fits else "no: " + b.refusal())
-             for name, b in found.items()]
+    for name, b in found.items():
+        seconds = ("busy", "busy") if b.busy else (f"{b.step:.2f}", f"{b.epoch:.1f}")
+        rows.append((name, amount(b.peak), amount(b.peak - b.now), amount(b.counted), amount(b.cache_bytes), *seconds, "yes" if b.fits else "no: " + b.refusal()))
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows))]
     return "\n".join("  ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows)
 
@@ -402,6 +412,9 @@ def in_words(
     """Say prediction and truth in one line."""
     measured, error, predicted = outcome["measured"], outcome["error"], outcome["predicted"]
     said = [f"{amount(measured['peak'])} were held at most, {amount(predicted['peak'])} were predicted ({100 * error['peak']:+.1f} %)"]
-    said += [f"{'a step' if name == 'step' else 'an epoch'} took {measured[name]:.2f} s, {predicted[name]:.2f} s were predicted ({100 * error[name]:+.0f} %)"
-             for name in ("step", "epoch") if name in error]
+    for name, words in (("step", "a step"), ("epoch", "an epoch")):
+        if name in error and not predicted["busy"]:
+            said.append(f"{words} took {measured[name]:.2f} s, {predicted[name]:.2f} s were predicted ({100 * error[name]:+.0f} %)")
+        elif name in error:
+            said.append(f"{words} took {measured[name]:.2f} s")
     return "; ".join(said)

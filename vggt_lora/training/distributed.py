@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from ..core import ConfigError, VggtLoraError
+from ..threads import warn_of_spinning
 from .config import TrainConfig
 
 # %% ../../nbs/training/distributed.ipynb #20f3d311
@@ -24,7 +25,10 @@ def resolve_device(
     """The device a setting means; raises ConfigError if a GPU is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch sees no CUDA device; use device='cpu' or 'auto'")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        warn_of_spinning()
+        return "cpu"
+    return "cuda"
 
 
 def resolve_precision(
