@@ -17,13 +17,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help env system train test test-slow browser-test guide notebooks wheel torture newcomer test-matrix coverage clean
+.PHONY: help env system train test test-slow gpu-check browser-test guide notebooks wheel torture newcomer test-matrix coverage clean
 
 help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
 	@echo "make train   env, vggt_lora_doctor, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
 	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest without what proves hardening"
 	@echo "make test-slow   env, then the rest of pytest: attacks, kills, two processes, a stand-in for a GPU, a real browser"
+	@echo "make gpu-check   env, then in ten minutes what only a GPU can show, on its stand-in where there is none; the page is outputs/gpu-check/"
 	@echo "make browser-test   env, then the numbered notebooks in a real JupyterLab and Chromium; screenshots in outputs/browser/"
 	@echo "make guide   env, then nbs/guide and the numbered notebooks as static pages in _docs/"
 	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
@@ -59,6 +60,11 @@ test: env
 
 test-slow: env
 	$(BIN)/python tests/run_all.py --slow
+
+# make gpu-check GPU_CHECK="--only kernels,steps"
+GPU_CHECK ?=
+gpu-check: env
+	$(BIN)/python tools/gpu_check.py $(GPU_CHECK)
 
 # Part of `make test-slow` where Chromium is installed; here its absence is a fault, and says how to get it.
 browser-test: env

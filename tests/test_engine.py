@@ -545,5 +545,5 @@ def test_what_every_step_says(whole):
 
 
 def test_settings_that_contradict_each_other(scene, tmp_path):
-    with pytest.raises(ConfigError, match="does not train that"):
+    with pytest.raises(ConfigError, match="does not train; choose"):
         run_fit(settings(scene, tmp_path / "run", strategy="a", heads="camera"))

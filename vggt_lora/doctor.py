@@ -401,6 +401,7 @@ def look_at_scene(
     """Open a scene, decode its first and last photo, and count what supervises it."""
     from PIL import Image
 
+    from vggt_lora.scenes.fit import MOST_PHOTOS, check_fit
     from vggt_lora.scenes.opening import open_scene
     from vggt_lora.supervision.laser import has_laser
 
@@ -417,13 +418,23 @@ def look_at_scene(
     laser = has_laser(scene)
     masks = sum(f.mask_path is not None or f.photo_mask_path is not None for f in scene.frames)
     blind = sum(len(f.point_rows) == 0 for f in scene.frames)
+    checks = scene.fit if len(scene) <= MOST_PHOTOS else check_fit(scene.frames, scene.points, most=None)
+    notes = dict.fromkeys([*scene.notes, *(check.said for check in checks if check.said)])
     found = (f"{scene.name}: {len(scene)} photos, {len(scene.points):,} points, {masks} masks, {'laser depth' if laser else 'no laser depth'}, "
-             f"{'metres' if scene.metric else 'unit unknown'}")
+             f"{'metres' if scene.metric else 'unit unknown'}; fit: {', '.join(_fit_in_words(check) for check in checks)}" + "".join(f"; note: {note}" for note in notes))
     if len(scene) < 2:
         return Finding("fail", what, found, "two photos are the least that a window can hold")
     if blind and not laser:
         return Finding("warn", what, f"{found}; {blind} photos see no point", "these photos supervise nothing: give supervision=dense, or leave them out")
+    odd = [f"{name.rsplit('/', 1)[-1]} ({why})" for check in checks for name, why in check.photos]
+    if odd or any(check.verdict in ("note", "refuse") for check in checks):
+        return Finding("warn", what, found, "look at " + (f"these photos: {'; '.join(odd[:10])}" if odd else "what the note names") + "; notebooks 00 and 01 show them")
     return Finding("ok", what, found)
+
+
+def _fit_in_words(check) -> str:
+    """One check of scenes.fit in a few words."""
+    return f"{check.name} not checked ({check.looked_at})" if check.verdict == "not checked" else f"{check.name} {check.figure:.2f}" if check.figure == check.figure else f"{check.name} {check.verdict}"
 
 # %% ../nbs/doctor.ipynb #9de0289f
 def check_views(plan: Plan) -> list[Finding]:

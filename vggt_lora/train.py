@@ -14,7 +14,6 @@ from pathlib import Path
 
 from .adapters.adapter import save_adapter, summed_once
 from .core import VggtLoraError, clear_tracebacks, notebook_parameters
-from .datasets.coverage import supervision_coverage
 from .datasets.samples import FrameCache
 from .efficiency.frozen_prefix import dense_heads
 from .evaluation.outcome import losses_of, loss_words, measure, without_loss
@@ -35,7 +34,7 @@ from .training.loop import fit
 from .training.oom_recovery import memory_errors
 from .training.preview import HeldOutPreview, begin
 from .training.run import RunFolder, code_fingerprint, run_path
-from .training.start import Beginning, describe, load_scenes, open_run, resumed_config, truth_cache
+from .training.start import Beginning, describe, load_scenes, look_for_depth, open_run, resumed_config, truth_cache
 from .training.trackers import tracker_names
 
 # %% ../nbs/03_train.ipynb #86d5a220
@@ -91,9 +90,9 @@ def _train(config: TrainConfig, hooks, folder: Path, distributed: Distributed, m
     try:
         describe(run, config, ready.beginning)
         split, width = ready.beginning.split, ready.width
-        for note in (*split_notes(split, config), *risky_settings(ready.beginning.scenes, config)):
+        for note in ready.beginning.notes:
             run.log(f"NOTE: {note}")
-        run.write("coverage.json", supervision_coverage(ready.train_on, ready.cache))
+        run.write("coverage.json", ready.beginning.coverage)
         run.log(ready.cache.about())
         if ready.truth.supervision != ready.cache.supervision:
             run.log(ready.truth.about())
@@ -139,10 +138,12 @@ def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Rea
     width = model.config.embed_dim
     cache = distributed.main_process_first(lambda: make_frame_cache(config, model, items=[*train_on, *choosing]))
     truth = distributed.main_process_first(lambda: truth_cache(config, model, scenes, split))
+    coverage, blind = distributed.on_all(lambda: look_for_depth(train_on, cache, config))
     checked = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
     adapted, targets, base_check, options = checked
     distributed.assert_same({"the checksum of the base": adapted.base_fingerprint[:12]})
-    beginning = Beginning(scenes, split, audit, photos, targets, base_check)
+    notes = [*blind, *split_notes(split, config), *risky_settings(scenes, config)]
+    beginning = Beginning(scenes, split, audit, photos, targets, base_check, coverage, notes)
     return Ready(beginning, adapted, width, options, cache, truth, train_on, choosing, held_out)
 
 # %% ../nbs/03_train.ipynb #ee67ae1a

@@ -30,7 +30,7 @@ def typed(
         raise ConfigError(unknown_name_message("field", field, known))
     return from_text(known[field], text)
 
-
+# %% ../../nbs/comparison/grid.ipynb #fb710f2c
 def parse_grid(
     text: str,  # "strategy=a,b,c; seed=0,1"
 ) -> dict[str, list]:
@@ -39,7 +39,8 @@ def parse_grid(
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         name, equals, values = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
-            raise ConfigError(f"{part!r} is no part of a grid; expected FIELD=VALUE,VALUE and semicolons between fields")
+            raise ConfigError(f"{part!r} is no part of a grid; expected FIELD=VALUE,VALUE and semicolons "
+                              "between fields")
         if name in found:
             raise ConfigError(f"{name} stands twice in the grid {text!r}")
         read = [typed(name, value.strip()) for value in next(csv.reader([values], skipinitialspace=True), []) or [""]]
@@ -57,15 +58,16 @@ class Point:
     values: dict
     config: TrainConfig
 
-
+# %% ../../nbs/comparison/grid.ipynb #9a3dbcf9
 def point_name(
     values: dict,  # field -> value
 ) -> str:
     """Name a point after its values, at most 100 characters; long ones end in a hash."""
-    name = "_".join(f"{field}-{re.sub(r'[^A-Za-z0-9.+-]+', '.', str(value))}" for field, value in values.items()) or "run"
+    name = ("_".join(f"{field}-{re.sub(r'[^A-Za-z0-9.+-]+', '.', str(value))}" for field, value in values.items())
+            or "run")
     return name if len(name) <= 100 else name[:87] + "-" + hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
-
+# %% ../../nbs/comparison/grid.ipynb #7b1e67ff
 def grid_points(
     grid: str,  # what varies, see parse_grid
     settings: str = "",  # what all share, in the same form with one value each
@@ -74,7 +76,8 @@ def grid_points(
     axes, shared = parse_grid(grid), parse_grid(settings)
     for name, values in shared.items():
         if len(values) != 1 or name in axes:
-            raise ConfigError(f"settings gives {name} {len(values)} values; expected one" if len(values) != 1 else f"{name} stands in the grid and in the settings")
+            raise ConfigError(f"settings gives {name} {len(values)} values; expected one" if len(values) != 1
+                              else f"{name} stands in the grid and in the settings")
     points = []
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination))

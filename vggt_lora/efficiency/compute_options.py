@@ -80,13 +80,16 @@ def apply_compute_options(
     """Apply the choices of a configuration and say them in one line."""
     bare, heads, dense, said = network(model), config.trained_heads, dense_heads(model), []
     layers = set_gradient_checkpointing(model, config.gradient_checkpointing, heads)
-    said.append(f"{layers} of {bare.config.depth} layers and the {' and '.join(dense)} head recompute" if config.gradient_checkpointing else "nothing is recomputed")
+    said.append(f"{layers} of {bare.config.depth} layers and the {' and '.join(dense)} head recompute"
+                if config.gradient_checkpointing else "nothing is recomputed")
     for name, head in dense.items():
         head.frames_chunk = config.frames_chunk
         head.body_dtype = torch.bfloat16 if config.head_precision == "bf16" else None
-        said.append(f"{name} head: {config.frames_chunk or bare.config.frame_chunk} frames at once in {config.head_precision}")
+        said.append(f"{name} head: {config.frames_chunk or bare.config.frame_chunk} frames at once in "
+                    f"{config.head_precision}")
     folded = fuse_lora_forward(model)
-    said.append(f"{folded} adapters of convolutions join their weight" if folded and not config.dropout else "adapters beside their weights")
+    said.append(f"{folded} adapters of convolutions join their weight" if folded and not config.dropout
+                else "adapters beside their weights")
     if precision == "bf16":
         said.append(f"{cast_frozen_to_bf16(model) / 1e6:.0f} MB saved by frozen weights in bfloat16")
     if config.compile:

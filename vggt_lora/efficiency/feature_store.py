@@ -68,7 +68,7 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 class CacheEntryError(VggtLoraError):
     """A file is no whole entry of this name."""
 
-
+# %% ../../nbs/efficiency/feature_store.ipynb #80b9ccea
 def tensors_digest(
     key: str,
     tensors: dict[str, torch.Tensor],  # contiguous, on the CPU
@@ -80,7 +80,7 @@ def tensors_digest(
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-
+# %% ../../nbs/efficiency/feature_store.ipynb #8029b90b
 def write_tensors(
     path: Path,
     key: str,
@@ -94,7 +94,7 @@ def write_tensors(
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, {"prefix": json.dumps(about)})
 
-
+# %% ../../nbs/efficiency/feature_store.ipynb #54d3d0bd
 def read_tensors(
     path: Path,
     key: str,  # that it must have
@@ -170,7 +170,8 @@ class FeatureStore:
         self.dtype, self.limit, self.spare = DTYPES[dtype], limit, spare
         self.device = self.model.aggregator.camera_token.device
         self.pieces = pieces(model, layer, heads)
-        self.facts = [VERSION, code_digest(), feature_fingerprint(model, layer), self.model.config.to_dict(), layer, list(self.pieces), precision, dtype, self.device.type]
+        self.facts = [VERSION, code_digest(), feature_fingerprint(model, layer), self.model.config.to_dict(), layer,
+                      list(self.pieces), precision, dtype, self.device.type]
         self.root = Path(folder) if folder is not None else feature_folder()
         self.folder = self.root / hashlib.sha256(json.dumps(self.facts).encode()).hexdigest()[:16]
         self.report, self.full, self.freed = FeatureReport(), "", None
@@ -185,7 +186,8 @@ class FeatureStore:
     def shapes(self, frames: int, size: tuple[int, int]) -> dict[str, tuple]:
         """Return name -> shape of an entry."""
         config = self.model.config
-        tokens = (size[0] // config.patch_size) * (size[1] // config.patch_size) + (config.patch_start if self.layer > EMBEDDING else 0)
+        tokens = ((size[0] // config.patch_size) * (size[1] // config.patch_size)
+                  + (config.patch_start if self.layer > EMBEDDING else 0))
         return {name: (frames, tokens, channels) for name, channels in self.pieces.items()}
 
     @torch.no_grad()

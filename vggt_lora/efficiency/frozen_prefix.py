@@ -43,7 +43,8 @@ def part(
     """Return the modules of one part and their names."""
     if layer == EMBEDDING:
         return [("aggregator.patch_embed", model.aggregator.patch_embed)]
-    return [(f"aggregator.{kind}.{layer}", getattr(model.aggregator, kind)[layer]) for kind in model.config.names.blocks]
+    return [(f"aggregator.{kind}.{layer}", getattr(model.aggregator, kind)[layer])
+            for kind in model.config.names.blocks]
 
 
 def why_not_frozen(
@@ -51,9 +52,11 @@ def why_not_frozen(
     layer: int,  # -1: the patch embedding
 ) -> str:
     """Say why a part does not give the same numbers in every epoch; empty where it does."""
-    tokens = [(name, getattr(model.aggregator, name)) for name in ("camera_token", "register_token")] if layer == 0 else []
+    tokens = ([(name, getattr(model.aggregator, name)) for name in ("camera_token", "register_token")] if layer == 0
+              else [])
     named = [(f"aggregator.{name}", parameter) for name, parameter in tokens]
-    named += [(f"{name}.{inner}", parameter) for name, module in part(model, layer) for inner, parameter in module.named_parameters()]
+    named += [(f"{name}.{inner}", parameter) for name, module in part(model, layer)
+              for inner, parameter in module.named_parameters()]
     learning = [name for name, parameter in named if parameter.requires_grad]
     if learning:
         return f"{len(learning)} tensors learn, for instance {learning[0]}"
@@ -75,8 +78,10 @@ class FrozenPrefix:
     def __str__(self) -> str:
         if self.layer is None:
             return f"nothing can be kept from epoch to epoch, because the patch embedding changes: {self.why}"
-        done = "the patch embedding is" if self.layer == EMBEDDING else f"the patch embedding and layers 0 to {self.layer} are"
-        return f"{done} the same in every epoch; " + (f"layer {self.layer + 1} is not: {self.why}" if self.why else "only heads come after it")
+        done = ("the patch embedding is" if self.layer == EMBEDDING else "the patch embedding and layers 0 to "
+                f"{self.layer} are")
+        return (f"{done} the same in every epoch; " + (f"layer {self.layer + 1} is not: {self.why}" if self.why
+                                                       else "only heads come after it"))
 
 
 def find_frozen_prefix(
@@ -117,7 +122,8 @@ def state_bytes(
 ) -> int:
     """Return the bytes of one window's numbers after a layer."""
     config = network(model).config
-    tokens = (size[0] // config.patch_size) * (size[1] // config.patch_size) + (config.patch_start if layer > EMBEDDING else 0)
+    tokens = ((size[0] // config.patch_size) * (size[1] // config.patch_size)
+              + (config.patch_start if layer > EMBEDDING else 0))
     return frames * tokens * sum(pieces(model, layer, heads).values()) * item
 
 # %% ../../nbs/efficiency/frozen_prefix.ipynb #90679740
@@ -164,7 +170,8 @@ class FreedPrefix:
         weights |= self.held
         for name, module, attribute in list(self._places()):
             hollow = module._parameters[attribute]
-            module._parameters[attribute] = nn.Parameter(weights[name].to(hollow.device, hollow.dtype), requires_grad=False)
+            module._parameters[attribute] = nn.Parameter(weights[name].to(hollow.device, hollow.dtype),
+                                                         requires_grad=False)
         self.model.aggregator.absent_to, self.away = None, False
         self.held = {}
 
@@ -177,7 +184,7 @@ class FreedPrefix:
         finally:
             self.leave()
 
-
+# %% ../../nbs/efficiency/frozen_prefix.ipynb #eef2a614
 def free_prefix(
     model,  # VGGT, bare or wrapped
     boundary: int,  # last layer that leaves; -1: the patch embedding

@@ -23,7 +23,8 @@ def can_fuse(
 def _adapted(self, x: torch.Tensor, *args, **more) -> torch.Tensor:
     """Forward of a PEFT layer in training, with fewer and smaller intermediate results; PEFT's own in all other cases."""
     names = [name for name in self.active_adapters if name in self.lora_A]
-    if not (self.training and torch.is_grad_enabled()) or args or more or len(names) != 1 or self.disable_adapters or self.merged or self.lora_variant:
+    if not (self.training and torch.is_grad_enabled()) or args or more or len(
+        names) != 1 or self.disable_adapters or self.merged or self.lora_variant:
         return type(self).forward(self, x, *args, **more)
     base, A, B, scale = self.get_base_layer(), self.lora_A[names[0]], self.lora_B[names[0]], self.scaling[names[0]]
     dropout, device = self.lora_dropout[names[0]], x.device.type

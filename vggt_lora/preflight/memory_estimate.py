@@ -87,7 +87,7 @@ class Counted:
         """What a process needs at least, besides the libraries that it loads."""
         return max(self.standing, self.standing - self.leaving + self.saved)
 
-
+# %% ../../nbs/preflight/memory_estimate.ipynb #8f44547e
 @functools.lru_cache(32)
 def count(
     shape,  # VGGTConfig of the network
@@ -106,6 +106,9 @@ def count(
         saved = in_heads + (saved - in_heads) // 2
     used = config.feature_cache != "off" and boundary is not None and (bool(config.distinct_epochs) or not config.varies)
     layers = range(EMBEDDING, boundary + 1) if used else ()
-    away = sum(p.numel() for layer in layers for _, module in part(network(model), layer) for p in module.parameters()) if config.distinct_epochs else 0
-    kept = state_bytes(model, boundary, frames, size, {"float32": 4, "bf16": 2}.get(config.feature_cache, item), heads) if used else 0
-    return Counted(targets.total, targets.trainable, standing_bytes(targets.total, targets.trainable, item), item * away, saved, kept)
+    away = (sum(p.numel() for layer in layers for _, module in part(network(model), layer) for p in module.parameters())
+            if config.distinct_epochs else 0)
+    kept = (state_bytes(model, boundary, frames, size, {"float32": 4, "bf16": 2}.get(config.feature_cache, item), heads)
+            if used else 0)
+    return Counted(targets.total, targets.trainable, standing_bytes(targets.total, targets.trainable, item),
+                   item * away, saved, kept)

@@ -38,7 +38,7 @@ def held_now(
 
     return psutil.Process().memory_info().rss
 
-
+# %% ../../nbs/preflight/memory_profile.ipynb #5f7c3282
 def settle(
     device: str,
 ) -> int:
@@ -52,7 +52,7 @@ def settle(
             ctypes.CDLL(None).malloc_trim(0)
     return held_now(device)
 
-
+# %% ../../nbs/preflight/memory_profile.ipynb #59f42561
 class Watch:
     """The most memory, in bytes, and the seconds of what runs inside."""
 
@@ -111,7 +111,7 @@ class Point:
     peak: dict  # phase -> bytes that the process held at most
     seconds: dict  # phase -> s
 
-
+# %% ../../nbs/preflight/memory_profile.ipynb #fc4fbeef
 @contextlib.contextmanager
 def untouched(
     model,
@@ -130,7 +130,7 @@ def untouched(
         model.train(training)
         set_random_state(randoms)
 
-
+# %% ../../nbs/preflight/memory_profile.ipynb #abe26e4c
 def measure_window(
     model,  # the adapted model, on its device
     sample: Sample,

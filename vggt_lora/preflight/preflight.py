@@ -82,7 +82,8 @@ class PreflightReport:
         lines = [f"budget: at most {amount(self.peak)} {kind} ({phases}) of {amount(self.room)}, {amount(self.now)} of them now; {self.frames} photos of {self.size[1]} x {self.size[0]}, {self.basis}; at least {amount(self.counted)} by arithmetic",
                  f"budget: {self.duration}; cache {amount(self.cache_bytes)} in {self.cache_entries} entries"]
         if self.evaluation > self.room:
-            lines.append(f"budget: measuring the finished adapter may need {amount(self.evaluation)}, more than there is")
+            lines.append(f"budget: measuring the finished adapter may need {amount(self.evaluation)}, more than "
+                         "there is")
         return "\n".join(lines)
 
     def refusal(self) -> str:
@@ -91,7 +92,8 @@ class PreflightReport:
             return ""
         said = ", ".join(f"{name}={value}" for name, value in self.proposal.items())
         return (f"this run needs about {amount(self.peak)} and may hold {amount(self.room)}: "
-                + (f"{said} would fit (about {amount(self.proposed)})" if said else "not even one photo at once with everything recomputed fits; take a smaller image_size or a smaller model")
+                + (f"{said} would fit (about {amount(self.proposed)})" if said else "not even one photo at once with "
+                   "everything recomputed fits; take a smaller image_size or a smaller model")
                 + "; preflight='warn' starts it all the same")
 
     def row(self) -> dict:
@@ -142,7 +144,8 @@ class _Bench:
                 if not self._add(found, few, config, whole):
                     return found
             last = found[-1].frames
-            safe = self._surely(found[0]) or len(found) > 1 and max(self.predicted(found, self.full).values()) <= 0.8 * self.room
+            safe = (self._surely(found[0]) or len(found) > 1 and max(self.predicted(found, self.full).values()) <= 0.8
+                    * self.room)
             if whole and safe and last < self.full and sum(found[-1].seconds.values()) * self.full / last < SLOW:
                 self._add(found, self.full, config, whole)
         return found
@@ -152,7 +155,8 @@ class _Bench:
 
     def _add(self, found: list, count: int, config: TrainConfig, timed: bool) -> bool:
         try:
-            found.append(measure_window(self.model, first_of(self.sample, count), config, self.store, 6 if timed else 1))
+            found.append(measure_window(self.model, first_of(self.sample, count), config, self.store,
+                                        6 if timed else 1))
             return True
         except Exception as error:
             if not is_oom_error(error):
@@ -166,16 +170,18 @@ class _Bench:
         for name in PHASES:
             if points and name in points[0].peak:
                 above = extrapolate(counts, [max(0, p.peak[name] - self.now) for p in points], frames)
-                found[name] = round(self.now + (above if name == "fill" else (1 + self.slack) * above + self.later - self.freed))
+                found[name] = round(self.now + (above if name == "fill" else (1 + self.slack) * above + self.later
+                                                - self.freed))
         return found
 
-
+# %% ../../nbs/preflight/preflight.ipynb #35015df5
 def first_of(
     sample: Sample,
     count: int,
 ) -> Sample:
     """The first frames of a window."""
-    cut = {f.name: getattr(sample, f.name)[:count] for f in dataclasses.fields(sample) if f.name not in ("scene", "metric", "scale")}
+    cut = {f.name: getattr(sample, f.name)[:count] for f in dataclasses.fields(sample)
+           if f.name not in ("scene", "metric", "scale")}
     return dataclasses.replace(sample, **cut)
 
 
@@ -188,9 +194,11 @@ def _choose(model, config: TrainConfig) -> None:
 # %% ../../nbs/preflight/preflight.ipynb #85b43fb0
 def _largest(train, held_out, frames: FrameCache, config: TrainConfig) -> Sample:
     """The window with most pixels of all, at the largest size that it is drawn at."""
-    scene, window = max([*train, *held_out], key=lambda one: len(one[1].frames) * math.prod(frames.size(one[0], one[1].frames[0])))
+    scene, window = max([*train, *held_out],
+                        key=lambda one: len(one[1].frames) * math.prod(frames.size(one[0], one[1].frames[0])))
     sample, patch = load_sample(scene, window, frames), frames.patch
-    ratio = max(drawn_sizes(config.image_sizes, frames.long_side, frames.patch), default=frames.long_side) / frames.long_side
+    ratio = (max(drawn_sizes(config.image_sizes, frames.long_side, frames.patch), default=frames.long_side)
+             / frames.long_side)
     if ratio <= 1:
         return sample
     size = tuple(max(patch, round(side * ratio / patch) * patch) for side in sample.images.shape[-2:])
@@ -201,14 +209,16 @@ def _largest(train, held_out, frames: FrameCache, config: TrainConfig) -> Sample
     return dataclasses.replace(sample, **change)
 
 
-def _seconds(points: list[Point], phase: str, windows, frames: FrameCache, config: TrainConfig, pixels: int, drawn: bool = False) -> float:
+def _seconds(points: list[Point], phase: str, windows, frames: FrameCache, config: TrainConfig, pixels: int,
+             drawn: bool = False) -> float:
     """Seconds of a phase summed over windows; `pixels` are those of a photo that was measured, `drawn` takes the mean over the sizes of image_sizes."""
     counts, seconds = [p.frames for p in points], [p.seconds.get(phase, 0.0) for p in points]
-    ratios = [(size / frames.long_side) ** 2 for size in drawn and drawn_sizes(config.image_sizes, frames.long_side, frames.patch) or (frames.long_side,)]
+    ratios = [(size / frames.long_side) ** 2 for size in drawn
+              and drawn_sizes(config.image_sizes, frames.long_side, frames.patch) or (frames.long_side,)]
     return sum(extrapolate(counts, seconds, len(w.frames) * math.prod(frames.size(scene, w.frames[0])) * ratio / pixels)
                for scene, w in windows for ratio in ratios) / len(ratios) if points else math.nan
 
-
+# %% ../../nbs/preflight/preflight.ipynb #b212d32d
 def _team() -> tuple[int, int]:
     """(processes of the run, of them on this machine)."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -218,11 +228,13 @@ def _team() -> tuple[int, int]:
 
 def _unread(train, held_out, frames: FrameCache) -> int:
     """Bytes of the frames that are not in memory yet and will stay there."""
-    sizes = {(str(scene.root), scene.name, i, frames.size(scene, w.frames[0])) for scene, w in [*train, *held_out] for i in w.frames}
+    sizes = {(str(scene.root), scene.name, i, frames.size(scene, w.frames[0])) for scene, w in [*train, *held_out]
+             for i in w.frames}
     new = sorted(math.prod(key[-1]) for key in sizes if key not in frames._frames)
-    return 13 * sum(new[-max(0, frames.capacity - len(frames._frames)):]) if len(frames._frames) < frames.capacity else 0  # colour 3, depth 4, valid 1, weight 4, label 1
+    return (13 * sum(new[-max(0, frames.capacity - len(frames._frames)):]) if len(frames._frames) < frames.capacity
+            else 0)  # colour 3, depth 4, valid 1, weight 4, label 1
 
-
+# %% ../../nbs/preflight/preflight.ipynb #f6619443
 def free_memory(
     device: str,  # cpu or cuda
 ) -> tuple[int, str]:
@@ -242,7 +254,8 @@ def free_memory(
 
 def _room(device: str, now: int, free: int | None) -> int:
     if free is None:
-        free = free_memory(device)[0] + (torch.cuda.memory_reserved() - torch.cuda.memory_allocated() if device == "cuda" else 0)
+        free = (free_memory(device)[0] + (torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+                                          if device == "cuda" else 0))
     return now + free // (1 if device == "cuda" else _team()[1])
 
 # %% ../../nbs/preflight/preflight.ipynb #a0c28df1
@@ -264,17 +277,21 @@ def preflight(
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with tempfile.TemporaryDirectory(prefix="vggt-lora-") as place:
         bench = _Bench(model, config, sample, _aside(store, place), now := settle(device), _room(device, now, free),
-                       8 * learning + (_unread(train, held_out, frames) if device == "cpu" else 0), _leaving(model, plan, config), SLACK if device == "cpu" else 0.0)
+                       8 * learning + (_unread(train, held_out, frames) if device == "cpu" else 0),
+                       _leaving(model, plan, config), SLACK if device == "cpu" else 0.0)
         points = bench.points(config)
-        floor = count(network(model).config, dataclasses.replace(config, frames=bench.full), tuple(sample.images.shape[-2:]), resolve_precision(config.precision, device)).least
+        floor = count(network(model).config, dataclasses.replace(config, frames=bench.full),
+                      tuple(sample.images.shape[-2:]), resolve_precision(config.precision, device)).least
         peaks = bench.predicted(points, bench.full) or {"train": max(floor, math.ceil(bench.room * 1.01))}  # not even one photo could be tried
         proposal, proposed = ({}, 0) if max(peaks.values()) <= bench.room else _propose(bench)
     counts = [p.frames for p in points]
     basis = "measured" if bench.full in counts else f"extrapolated from {', '.join(map(str, counts)) or 'nothing'}"
     pixels, (processes, _) = math.prod(sample.images.shape[-2:]), _team()
     training = _seconds(points, "train", train, frames, config, pixels, True)
-    validation, steps = _seconds(points, "validate", held_out, frames, config, pixels) / processes, math.ceil(len(train) / (config.gradient_accumulation_steps * processes))
-    filling = plan.entries / max(1, len(train)) * _seconds(points, "fill", train, frames, config, pixels, True) if plan.entries else 0.0
+    validation, steps = (_seconds(points, "validate", held_out, frames, config, pixels) / processes,
+                         math.ceil(len(train) / (config.gradient_accumulation_steps * processes)))
+    filling = (plan.entries / max(1, len(train)) * _seconds(points, "fill", train, frames, config, pixels, True)
+               if plan.entries else 0.0)
     epoch = training / processes + validation
     evaluation = max(peaks.get("fill", 0), peaks.get("validate", 0) + bench.freed, now)
     return PreflightReport(device, now, bench.room, bench.full, tuple(sample.images.shape[-2:]), basis, peaks, evaluation, plan.bytes, plan.entries,
@@ -302,7 +319,8 @@ def _leaving(model, plan: CachePlan, config: TrainConfig) -> int:
 def _propose(bench: _Bench) -> tuple[dict, int]:
     """Settings that fit, the mildest first, and what they hold at most; ({}, 0) where none does."""
     most, config, points, change = MARGIN * bench.room, bench.config, [], {}
-    for change in ({"frames_chunk": 1}, {"gradient_checkpointing": True}, {"gradient_checkpointing": True, "frames_chunk": 1}):
+    for change in ({"frames_chunk": 1}, {"gradient_checkpointing": True},
+                   {"gradient_checkpointing": True, "frames_chunk": 1}):
         points = bench.points(dataclasses.replace(config, **change), whole=False)
         needed = max(bench.predicted(points, bench.full).values(), default=math.inf)
         if needed <= most:
@@ -310,7 +328,11 @@ def _propose(bench: _Bench) -> tuple[dict, int]:
     for fewer in range(bench.full - 1, 0, -1):
         needed = max(bench.predicted(points, fewer).values(), default=math.inf)
         if needed <= most:
-            settings = change | {"frames": fewer, "gradient_accumulation_steps": min(10_000, config.gradient_accumulation_steps * math.ceil(bench.full / fewer))}
+            settings = (change
+                        | {"frames": fewer,
+                           "gradient_accumulation_steps": min(10_000,
+                                                              config.gradient_accumulation_steps
+                                                              * math.ceil(bench.full / fewer))})
             return {n: v for n, v in settings.items() if getattr(config, n) != v}, needed
     return {}, 0
 
@@ -337,7 +359,8 @@ def budgets(
     """Predict one run for several strategies; nothing is trained or kept. Raises what opening the data and the model raises."""
     scenes, found = open_scenes(config), {}
     split, _ = split_scenes(scenes, config)
-    train, held_out, frames, device = items_of(split.train, scenes), items_of(split.val, scenes), None, resolve_device(config.device)
+    train, held_out, frames, device = (items_of(split.train, scenes), items_of(split.val, scenes), None,
+                                       resolve_device(config.device))
     for name in strategies:
         one = dataclasses.replace(config, strategy=name, target_modules="")
         base = build_model(one)
@@ -385,7 +408,7 @@ class EpochClock:
                 self.seconds.append(time.perf_counter() - self.began)
             self.counted = 0
 
-
+# %% ../../nbs/preflight/preflight.ipynb #2baf45c6
 @contextlib.contextmanager
 def budgeted(
     budget: PreflightReport | None,  # None: nothing is compared
@@ -401,11 +424,12 @@ def budgeted(
     with Watch(budget.device, 0.01) as watch:
         yield clock
     steps = [r["wall"]["seconds"] for r in run.records[first:] if r["split"] == "train" and "wall" in r]
-    found = budget.outcome(watch.peak, *(float(np.median(seconds)) if seconds else None for seconds in (steps, clock.seconds)))
+    found = budget.outcome(watch.peak, *(float(np.median(seconds)) if seconds else None
+                                         for seconds in (steps, clock.seconds)))
     run.write("preflight.json", found | {"said": in_words(found)})
     run.log("budget: " + in_words(found))
 
-
+# %% ../../nbs/preflight/preflight.ipynb #fee631e5
 def in_words(
     outcome: dict,  # what preflight.json holds
 ) -> str:

@@ -23,7 +23,7 @@ def resident_peak() -> float | None:
         return None
     return int(line.split()[1]) * 1024
 
-
+# %% ../../nbs/preflight/resource_usage.ipynb #4c3fcff0
 def count_anew() -> bool:
     """Let resident_peak() begin at what is held now; peak_memory() forgets nothing. Returns whether the system can."""
     before = resident_peak()
@@ -34,7 +34,7 @@ def count_anew() -> bool:
     _before[0] = max(_before[0], before or 0)
     return before is not None
 
-
+# %% ../../nbs/preflight/resource_usage.ipynb #eb31c175
 def forget_peaks() -> str:
     """Start counting the largest memory anew; returns since when it counts: "run" or "process"."""
     torch = sys.modules.get("torch")  # not loaded: nothing lies on a GPU
@@ -44,7 +44,7 @@ def forget_peaks() -> str:
     _before[0] = 0
     return since
 
-
+# %% ../../nbs/preflight/resource_usage.ipynb #ec1a199f
 def peak_memory() -> dict[str, float]:
     """The largest resident memory, and the largest allocated on the GPU if there is one, in MB (10^6 bytes)."""
     peak = resident_peak()
@@ -76,8 +76,10 @@ class ResourceMeter:
 
     def cost(self, model=None, **more) -> dict:
         """All that was measured, ready for resource_usage.json; `model` adds how many of its parameters are trained."""
-        found = {"seconds": round(time.monotonic() - self.started, 2), "seconds_of": {k: round(v, 2) for k, v in self.seconds.items()},
-                 "processor_seconds": round(time.process_time() - self.processor, 2), **peak_memory(), "peak_memory_since": self.since}
+        found = {"seconds": round(time.monotonic() - self.started, 2),
+                 "seconds_of": {k: round(v, 2) for k, v in self.seconds.items()},
+                 "processor_seconds": round(time.process_time() - self.processor, 2), **peak_memory(),
+                 "peak_memory_since": self.since}
         if model is not None:
             sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
             found |= {"trainable": sum(n for n, learns in sizes if learns), "parameters": sum(n for n, _ in sizes)}

@@ -34,7 +34,8 @@ def run_path(
     """Choose the run folder and check it; raises ConfigError if it holds another run or none to resume."""
     if not config.output:
         stem = project_root() / "outputs" / time.strftime(f"{config.strategy}-%Y%m%d-%H%M%S")
-        return next(p for n in range(1000) for p in [stem.with_name(stem.name + (f"-{n}" if n else ""))] if not p.exists())
+        return next(p for n in range(1000) for p in [stem.with_name(stem.name + (f"-{n}" if n else ""))]
+                    if not p.exists())
     folder = user_path(config.output)
     used = bool(checkpoint_files(folder / "checkpoints"))
     if used and not config.resume:
@@ -43,7 +44,8 @@ def run_path(
         raise ConfigError(f"{folder} holds no run to resume (no checkpoint)")
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(f"output {folder} cannot be made: {existing} is {'not writable' if existing.is_dir() else 'a file'}")
+        raise ConfigError(f"output {folder} cannot be made: {existing} is "
+                          f"{'not writable' if existing.is_dir() else 'a file'}")
     return folder
 
 # %% ../../nbs/training/run.ipynb #29cb4fb4
@@ -78,11 +80,13 @@ def reproducible(
 ) -> str:
     """Say what of a run is the same when it is made again, for config.json."""
     if device == "cpu":
-        return "same seed, same bytes: metrics without `wall`, adapter, results and report, on this processor with these versions and this number of threads"
-    return ("same seed, same windows, order, dropout and starting weights, but not the same bytes: on a GPU the gradients of attention and of bilinear "
-            "interpolation are sums whose order changes from run to run, and other cards choose other kernels")
+        return ("same seed, same bytes: metrics without `wall`, adapter, results and report, on this processor with "
+                "these versions and this number of threads")
+    return ("same seed, same windows, order, dropout and starting weights, but not the same bytes: on a GPU the "
+            "gradients of attention and of bilinear interpolation are sums whose order changes from run to run, and "
+            "other cards choose other kernels")
 
-
+# %% ../../nbs/training/run.ipynb #ca9bbb7d
 def hold(
     folder: Path,  # of a run
     patience: float = 10.0,  # s; the kernel of a killed notebook needs a moment to end
@@ -93,13 +97,13 @@ def hold(
         raise ConfigError(f"{folder}: another process is writing this run; wait for it, or give another output")
     return lock
 
-
+# %% ../../nbs/training/run.ipynb #52b04be8
 def remove_remainders(folder: Path) -> None:
     """Remove temporary files and folders that a kill left in a run's folder; only who holds it may."""
     for leftover in [*folder.glob(".*.tmp*"), *folder.glob("*/.*.tmp*"), *folder.glob(".adapter.*")]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
-
+# %% ../../nbs/training/run.ipynb #c4d6593f
 class RunFolder:
     """Logs, metrics, TensorBoard and files of one run."""
 
@@ -149,8 +153,10 @@ class RunFolder:
     def _open_board(self, keep_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard reads files in the order of their names, which begin with the second; within one second they end with a number that sorts 10 before 9
-        stamps = [int(part) for path in (self.folder / "tensorboard").glob("events.out.tfevents.*") if (part := path.name.split(".")[3]).isdigit()]
+        # TensorBoard reads files in the order of their names, which begin with the second; within one second they end
+        # with a number that sorts 10 before 9
+        stamps = [int(part) for path in (self.folder / "tensorboard").glob("events.out.tfevents.*")
+                  if (part := path.name.split(".")[3]).isdigit()]
         until = time.monotonic() + 1.1
         while stamps and int(time.time()) <= max(stamps) and time.monotonic() < until:  # not for ever: a clock may have been set back
             time.sleep(0.02)
@@ -180,7 +186,8 @@ class RunFolder:
         self._metrics.write(line + "\n")
         self._metrics.flush()
         named = values | {f"wall/{n}": v for n, v in values.get("wall", {}).items()}
-        numbers = {f"{values['split']}/{n}": v for n, v in named.items() if isinstance(v, (int, float)) and n not in ("step", "epoch")}
+        numbers = {f"{values['split']}/{n}": v for n, v in named.items() if isinstance(v, (int, float))
+                   and n not in ("step", "epoch")}
         for name, value in numbers.items() if self._board else ():
             self._board.add_scalar(name, value, values["step"])
         for tracker in self._trackers:
@@ -221,10 +228,11 @@ class RunFolder:
                 tracker.finish()
             self._lock.release()
 
-
+# %% ../../nbs/training/run.ipynb #daec3e7f
 def without_wall(
     metrics: Path | str | list[dict],  # metrics.jsonl, or its records
 ) -> list[dict]:
     """The records without what clock and machine say: what must be equal when a run is made again."""
-    records = metrics if isinstance(metrics, list) else [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+    records = (metrics if isinstance(metrics, list)
+               else [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()])
     return [{n: v for n, v in r.items() if n != "wall"} for r in records]

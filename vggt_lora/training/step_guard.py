@@ -96,5 +96,7 @@ def save_bad(
     write_tensors(path, {
         "about": about, "random": randoms,
         "weights": {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad},
-        "samples": [{f.name: list(v) if isinstance(v, tuple) else v for f in dataclasses.fields(s) for v in [getattr(s, f.name)]} for s, _ in batches],
-        "states": [None if state is None else {n: t.cpu() for n, t in state.to_tensors().items()} for _, state in batches]})
+        "samples": [{f.name: list(v) if isinstance(v, tuple) else v for f in dataclasses.fields(s)
+                     for v in [getattr(s, f.name)]} for s, _ in batches],
+        "states": [None if state is None else {n: t.cpu() for n, t in state.to_tensors().items()}
+                   for _, state in batches]})
