@@ -169,7 +169,7 @@ def evaluate_windows(
     for count in dict.fromkeys(p.frames_per_scene for p in protocols):
         group = [p for p in protocols if p.frames_per_scene == count]
         windows = protocol_windows([window for _, window in items], count)
-        shown = progress_bar(windows, desc="evaluating", unit="window", disable=len(windows) < 10)
+        shown = progress_bar(windows, desc="evaluating", unit="window", delay=1)
         part = evaluate_samples(models, ((load_sample(by_name[w.scene], w, cache), (by_name[w.scene], w, cache))
                                          for w in shown),
                                 group, device, autocast, depth_range)
