@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'STATES', 'MEMORY_OF_A_JOB', 'CLUSTERS', 'same_run', 'state_of', 'can_resume', 'told', 'run_point',
            'first_words', 'lanes_for', 'free_memory', 'executor_for', 'outcome', 'start_here', 'start_on_cluster',
-           'writable', 'run_grid', 'parameters_of']
+           'writable', 'steps_words', 'run_grid', 'parameters_of']
 
 # %% ../../nbs/comparison/launch.ipynb #b62e96d2
 import dataclasses
@@ -225,6 +225,21 @@ def writable(folder: Path) -> None:
         raise ConfigError(f"the comparison's folder {folder} cannot be written ({error.strerror or error}); free some "
                           "space, or give another output") from error
 
+# %% ../../nbs/comparison/launch.ipynb #604fb26a
+def steps_words(
+    folders: list[Path],  # of runs that have not ended
+) -> str:
+    """Say how far runs are, by the last whole line of their metrics."""
+    words = []
+    for folder in folders:
+        try:
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        except FileNotFoundError:
+            continue
+        if lines:
+            words.append(f"{folder.name} step {json.loads(lines[-1])['step']}")
+    return "; ".join(words)
+
 # %% ../../nbs/comparison/launch.ipynb #8b03d476
 def run_grid(
     points: list[Point],
@@ -241,7 +256,7 @@ def run_grid(
     **options,  # of submitit
 ) -> dict[str, dict]:
     """Run what is not finished; returns for each point its state (finished, failed or elsewhere), error and seconds. Raises ConfigError before any work."""
-    from vggt_lora.progress import progress_bar
+    from vggt_lora.progress import progress_bar, working
 
     writable(folder)
     states = {p.name: state_of(folder / p.name, p.config) for p in points}
@@ -263,7 +278,8 @@ def run_grid(
                                 executor_for(folder, cluster, hours,
                                              **{"slurm_array_parallelism": len(lanes), **options}))
     started = time.monotonic()
-    with progress_bar(total=len(todo), unit="point", desc="comparison") as bar:
+    running = working("running", lambda: steps_words([folder / p.name for p in todo if p.name not in found]))
+    with progress_bar(total=len(todo), unit="point", desc="comparison") as bar, running:
         for done, (name, state) in enumerate(ends, 1):
             found[name] = state
             bar.update()

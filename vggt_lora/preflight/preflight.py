@@ -28,6 +28,7 @@ from ..efficiency.feature_store import FeatureReport
 from ..efficiency.frozen_prefix import EMBEDDING, dense_heads, network, part
 from .memory_estimate import count
 from .memory_profile import PHASES, Point, Watch, extrapolate, measure_window, settle, untouched
+from ..progress import working
 from ..threads import machine_is_busy
 from ..training.build import build_model, make_frame_cache, items_of, open_scenes, add_adapter, split_scenes
 from ..training.config import TrainConfig, drawn_sizes
@@ -275,7 +276,8 @@ def preflight(
     sample = _largest(train, held_out, frames, config)
     loading = (time.perf_counter() - began) * (len(train) + len(held_out))
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with tempfile.TemporaryDirectory(prefix="vggt-lora-") as place:
+    phase = working(f"preflight of strategy {config.strategy}")
+    with phase, tempfile.TemporaryDirectory(prefix="vggt-lora-") as place:
         bench = _Bench(model, config, sample, _aside(store, place), now := settle(device), _room(device, now, free),
                        8 * learning + (_unread(train, held_out, frames) if device == "cpu" else 0),
                        _leaving(model, plan, config), SLACK if device == "cpu" else 0.0)
