@@ -50,14 +50,14 @@ def prepare_for_eval(
     model,  # VGGT with adapters, for inference
     device: str,  # cpu or cuda
     precision: str,  # of the run: float32 or bf16, under autocast
-    frames_chunk: int | None = None,  # frames that a dense head takes at once; None or 0: the model's own
+    frames_chunk: int | None = None,  # frames that a dense head takes at once; None: the model's own
 ):
     """Move a model to its device in the run's precision, and return it.
 
     Outputs equal those during the run, and the device never holds more than that.
     """
     for head in dense_heads(model).values():
-        head.frames_chunk = frames_chunk or None
+        head.frames_chunk = frames_chunk
     if precision == "bf16":
         cast_frozen_to_bf16(model)
     return model.to(device)
@@ -92,7 +92,7 @@ def apply_compute_options(
     recomputed = f"{layers} of {bare.config.depth} layers and the {' and '.join(dense)} head recompute"
     said.append(recomputed if config.gradient_checkpointing else "nothing is recomputed")
     for name, head in dense.items():
-        head.frames_chunk = config.frames_chunk or None
+        head.frames_chunk = config.frames_chunk
         head.body_dtype = torch.bfloat16 if config.head_precision == "bf16" else None
         said.append(f"{name} head: {config.frames_chunk or bare.config.frame_chunk} frames at once in "
                     f"{config.head_precision}")

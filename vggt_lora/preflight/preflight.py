@@ -201,7 +201,7 @@ def _choose(model, config: TrainConfig) -> None:
     """Apply the compute options that trade time for memory."""
     set_gradient_checkpointing(model, config.gradient_checkpointing, config.trained_heads)
     for head in dense_heads(model).values():
-        head.frames_chunk = config.frames_chunk or None
+        head.frames_chunk = config.frames_chunk
 
 # %% ../../nbs/preflight/preflight.ipynb #85b43fb0
 def _largest(train, held_out, frames: FrameCache, config: TrainConfig) -> Sample:
