@@ -13,6 +13,7 @@ import itertools
 import re
 
 from ..core import ConfigError, unknown_name_message
+from ..settings import from_text, settings_of
 from ..training.config import TrainConfig
 
 # %% ../../nbs/comparison/grid.ipynb #541b18c9
@@ -23,19 +24,11 @@ def typed(
     field: str,  # of TrainConfig
     text: str,
 ):
-    """Turn text into a value of the field's type; raises ConfigError where it is none, or the field does not exist."""
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name not in PLACE}
-    if field not in defaults:
-        raise ConfigError(unknown_name_message("field", field, defaults))
-    kind = type(defaults[field])
-    if kind is bool:
-        if text not in ("True", "False"):
-            raise ConfigError(f"{field} must be True or False, got {text!r}")
-        return text == "True"
-    try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"{field} must be {kind.__name__}, got {text!r}") from None
+    """Turn text into a value of the field's type; raises ConfigError for another type or an unknown field."""
+    known = {s.name: s for s in settings_of(TrainConfig) if s.name not in PLACE}
+    if field not in known:
+        raise ConfigError(unknown_name_message("field", field, known))
+    return from_text(known[field], text)
 
 # %% ../../nbs/comparison/grid.ipynb #fb710f2c
 def parse_grid(

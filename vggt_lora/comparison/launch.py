@@ -115,7 +115,7 @@ MEMORY_OF_A_JOB = 3e9  # bytes that a run of the small network may take, with ro
 
 
 def lanes_for(
-    jobs: int,  # at a time; 0: as many as the machine allows
+    jobs: int | None,  # at a time; None: as many as the machine allows
     points: int,
 ) -> list[dict]:
     """Plan what runs side by side on this machine: the environment of each, at most one for each point."""
@@ -124,7 +124,7 @@ def lanes_for(
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [g for g in named.split(",") if g] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
     cores = cpu_share()
-    if not jobs:
+    if jobs is None:
         jobs = len(gpus) or max(1, min(cores, int(free_memory() / MEMORY_OF_A_JOB)))
     jobs = max(1, min(jobs, points))
     threads = str(max(1, cores // jobs))
@@ -247,7 +247,7 @@ def run_grid(
     notebook: Path,  # the training notebook
     cwd: Path,  # where it runs
     *,
-    jobs: int = 0,  # at a time; 0: as many as the machine allows (on a cluster: 32)
+    jobs: int | None = None,  # at a time; None: as many as the machine allows (on a cluster: 32)
     cluster: str = "local",
     hours: float = 24.0,  # that a point may take
     retry: bool = True,  # points that failed before are tried again

@@ -44,7 +44,7 @@ def risky_settings(scenes: list[Scene], config: TrainConfig) -> list[str]:
 
 def without_choice(config: TrainConfig) -> TrainConfig:
     """Return the settings of a run in which no photo chooses: the last weights, and no early end."""
-    return dataclasses.replace(config, adapter_weights="last", patience=0)
+    return dataclasses.replace(config, adapter_weights="last", patience=None)
 
 # %% ../../nbs/training/advice.ipynb #830650c1
 def next_tries(

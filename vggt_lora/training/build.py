@@ -137,7 +137,7 @@ def with_rate(
     width: int,  # channels of the network
 ) -> TrainConfig:
     """Return the configuration with its peak learning rate filled in for a network of this width."""
-    return config if config.lr else dataclasses.replace(config, lr=config.peak_lr * RATED_WIDTH / width)
+    return config if config.lr is not None else dataclasses.replace(config, lr=config.peak_lr * RATED_WIDTH / width)
 
 # %% ../../nbs/training/build.ipynb #6b1c4f02
 def make_frame_cache(

@@ -209,7 +209,7 @@ def fill(
     from vggt_lora.progress import progress_bar
 
     began, wanted = time.monotonic(), [(scene, window, None, 0) for scene, window in held_out]
-    rounds = min(config.distinct_epochs, config.epochs)
+    rounds = min(config.distinct_epochs or 0, config.epochs)
     seen = set()
     for epoch in range(rounds):
         for i, order in epoch_order(len(train), [len(window.frames) for _, window in train], config, epoch):

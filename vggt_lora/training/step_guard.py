@@ -39,7 +39,7 @@ def nonfinite_terms(
 class StepGuard:
     """Judges steps; its fields are part of every checkpoint."""
 
-    skip_grad_factor: float = 100.0  # times the median; 0: no limit
+    skip_grad_factor: float | None = 100.0  # times the median; None: no limit
     most: int = 5  # skipped steps in a row that end the run
     norms: list = dataclasses.field(default_factory=list)  # of the last steps that were taken
     in_row: int = 0  # skipped steps since the last that was taken
