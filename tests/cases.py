@@ -289,7 +289,7 @@ def nearly_pinhole(source, out):
     path.write_text("".join(f"{line.replace(' PINHOLE ', ' OPENCV ')}{'' if line.startswith('#') else ' 1e-10 -3e-11 0 0'}\n" for line in path.read_text().splitlines()))
 
 
-@case("refuse", "distorts; expected", "Its lens moves pixels by up to")
+@case("refuse", "distorts; expected", "its lens moves pixels by up to")
 def real_distortion(source, out):
     """Cameras OPENCV whose distortion moves pixels."""
     path = write(source, out) / "cameras.txt"

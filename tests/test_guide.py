@@ -1,4 +1,5 @@
 """What a newcomer reads: the READMEs in two languages, the guide and its commands, and every link between them."""
+import dataclasses
 import html
 import json
 import os
@@ -15,6 +16,8 @@ BIN = Path(sys.executable).parent
 sys.path.insert(0, str(ROOT / "tools"))
 import execute_notebooks  # noqa: E402
 import render_guide  # noqa: E402
+
+from vggt_lora.training.config import TrainConfig  # noqa: E402
 
 ELSEWHERE = {  # what stands in a command -> why no test runs it as it is written
     "facebook/": "needs the published weights; test_protocols and test_doctor run the same with the small network",
@@ -152,6 +155,8 @@ def test_names_of_parameters_in_the_guide_exist():
         words = shlex.split(command)
         cells = json.loads((ROOT / words[1]).read_text(encoding="utf-8"))["cells"]
         known = re.findall(r"^(\w+): ", "".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), re.M)
+        if words[1] == "nbs/03_train.ipynb":  # its cell shows some of the settings, and -p takes them all
+            known = [field.name for field in dataclasses.fields(TrainConfig)]
         given = [words[i + 1] for i, word in enumerate(words) if word == "-p"]
         seen += len(given)
         assert set(given) <= set(known), command
@@ -183,6 +188,23 @@ def test_the_guides_commands_run(command, request, tmp_path):
         pytest.skip("vggt_lora_doctor is not installed in this environment")
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "MPLBACKEND": "agg"})
     assert done.returncode == 0, (command, done.stdout[-1500:], done.stderr[-2500:])
+
+
+def python_blocks() -> list:
+    """Every fenced Python block of the README and the guide."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "nbs" / "guide").glob("*.ipynb"))]
+    return [pytest.param(block, id=f"{page.stem}-{number}") for page in pages
+            for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", markdown_of(page), re.M | re.S))]
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_fenced_python_runs(block, request, tmp_path):
+    """As written, in a folder where outputs/my_run is a finished run."""
+    if "my_run" in block:
+        (tmp_path / "outputs").mkdir()
+        (tmp_path / "outputs" / "my_run").symlink_to(request.getfixturevalue("run_folder"))
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-1500:]
 
 
 def test_the_guide_renders_with_working_links(tmp_path):

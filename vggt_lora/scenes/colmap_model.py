@@ -93,12 +93,13 @@ PINHOLE_FAMILY = ("SIMPLE_PINHOLE", "PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENC
 def pinhole_matrix(
     camera: ColmapCamera,
     where: str = "this model",  # for the message
+    remedy: str = "pycolmap.undistort_images(output_path, input_path, image_path)",  # for the message
 ) -> np.ndarray:
     """Return K (3, 3), pixel i covering [i, i+1); raises SceneError for a camera with lens distortion, saying how to remove it."""
     if not (moved := distortion_px(camera)) <= STRAIGHT:
-        raise SceneError(f"{where}: camera {camera.id} is {camera.model} and distorts; expected an undistorted PINHOLE camera. Undistort the photos "
-                         "first, with pycolmap.undistort_images(output_path, input_path, image_path), and open what it wrote"
-                         + (f". Its lens moves pixels by up to {moved:.2g} px; {STRAIGHT:g} px would pass" if np.isfinite(moved) else ""))
+        raise SceneError(f"{where}: camera {camera.id} is {camera.model} and distorts; expected an undistorted PINHOLE camera"
+                         + (f" (its lens moves pixels by up to {moved:.2g} px; {STRAIGHT:g} px would pass)" if np.isfinite(moved) else "")
+                         + f". Undistort the photos first, and open what this writes: {remedy}")
     return rough_matrix(camera)
 
 
