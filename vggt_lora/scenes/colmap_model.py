@@ -6,13 +6,15 @@
 __all__ = ['MODEL_FOLDERS', 'MODEL_FILES', 'PINHOLE_FAMILY', 'STRAIGHT', 'WORKSPACES', 'find_model', 'ColmapCamera',
            'ColmapImage', 'ColmapModel', 'pinhole_matrix', 'rough_matrix', 'distortion_px', 'nearly_pinholes',
            'photo_count', 'distorts', 'choose_model', 'stand_in_keypoints', 'is_marked', 'load_reconstruction',
-           'rig_poses', 'keypoint_distance', 'choose_poses', 'scan_model', 'points_of', 'pose_of', 'read_model']
+           'rig_poses', 'keypoint_distance', 'choose_poses', 'scan_model', 'points_of', 'rows_by_id', 'pose_from',
+           'pose_of', 'read_model']
 
 # %% ../../nbs/scenes/colmap_model.ipynb #4254fa49
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +85,12 @@ class ColmapModel:
     images: tuple[ColmapImage, ...]  # in the order of the file
     points: Points
     notes: tuple[str, ...]  # damage that was let through
-    reconstruction: object  # pycolmap.Reconstruction
+    tables: tuple[CameraTable, ImageTable, PointTable]  # as scanned
+
+    @cached_property
+    def reconstruction(self):
+        """pycolmap's own object, read when it is asked for."""
+        return load_reconstruction(self.folder, self.form, *self.tables)
 
 
 # the models that become a pinhole when all their distortion is zero; a fisheye without coefficients is still a fisheye
@@ -283,14 +290,27 @@ def scan_model(folder: Path, form: str) -> tuple[CameraTable, ImageTable, PointT
     return cameras, images, points, check
 
 
-def points_of(reconstruction, ids: np.ndarray) -> Points:
-    """Collect pycolmap's points as columns, in the order of `ids`."""
-    if not len(ids):
-        return Points(np.zeros((0, 3)), np.zeros((0, 3), np.uint8), np.zeros(0), np.zeros(0, np.int32), np.zeros(0, np.int64))
-    items = [reconstruction.points3D[int(i)] for i in ids]
-    error = np.array([p.error for p in items], np.float64)
-    return Points(np.array([p.xyz for p in items]), np.array([p.color for p in items], np.uint8), np.where(error < 0, np.nan, error),
-                  np.array([p.track.length() for p in items], np.int32), ids.astype(np.int64))
+def points_of(table: PointTable) -> Points:
+    """Turn the table of points into the columns of a scene."""
+    return Points(table.xyz.copy(), table.rgb.astype(np.uint8), np.where(table.error < 0, np.nan, table.error), table.track_lengths.astype(np.int32), table.ids.astype(np.int64))
+
+
+def rows_by_id(ids: np.ndarray):
+    """Return a function from point ids to their rows."""
+    if len(ids) and ids.max() < 8 * len(ids):  # nearly always: a table is faster than a search
+        table = np.zeros(int(ids.max()) + 1, np.int64)
+        table[ids] = np.arange(len(ids))
+        return table.__getitem__
+    order = np.argsort(ids)
+    return lambda wanted: order[np.searchsorted(ids, wanted, sorter=order)] if len(wanted) else np.zeros(0, np.int64)
+
+
+def pose_from(quaternion: np.ndarray, translation: np.ndarray) -> np.ndarray:
+    """Return world to camera (4, 4) of a record w x y z, x y z; the quaternion, written with six digits, is brought to length one."""
+    pose = np.eye(4)
+    pose[:3, :3] = quaternion_to_matrix(quaternion[[1, 2, 3, 0]])
+    pose[:3, 3] = translation
+    return pose
 
 
 def pose_of(image) -> np.ndarray:
@@ -305,25 +325,21 @@ def pose_of(image) -> np.ndarray:
 def read_model(
     folder: Path | str,  # see `find_model`
 ) -> ColmapModel:
-    """Read a COLMAP model, text or binary, with pycolmap after validating it; raises SceneError naming file, line and fault."""
+    """Read a COLMAP model, text or binary, and validate it; raises SceneError naming file, line and fault."""
     folder, form = find_model(folder)
     cameras, images, points, check = scan_model(folder, form)
     if check.tracks_only:
         images, points = stand_in_keypoints(images, points)
         check.named = [np.ones(len(k), bool) for k in images.keypoints]
-    reconstruction = load_reconstruction(folder, form, cameras, images, points)
-    rigs = rig_poses(folder, form)
-    by_id = np.argsort(points.ids)
-    posed = []
-    for image_id, named in zip(images.ids, check.named):
-        image = reconstruction.images[int(image_id)]
-        seen = [p for p, index in zip(image.get_observation_points2D(), image.get_observation_point2D_idxs()) if named[index]]
-        wanted = np.array([p.point3D_id for p in seen], np.int64)
-        rows = by_id[np.searchsorted(points.ids, wanted, sorter=by_id)] if len(wanted) else np.zeros(0, np.int64)
-        xy = np.array([p.xy for p in seen], np.float64).reshape(-1, 2)
-        posed.append(ColmapImage(int(image_id), image.name, image.camera_id, pose_of(image), rows, np.full_like(xy, np.nan) if check.tracks_only else xy))
-    readable = {int(i): ColmapCamera(int(i), c.model_name, (c.height, c.width), np.array(c.params, np.float64))
-                for i, c in reconstruction.cameras.items()}
-    points = points_of(reconstruction, points.ids)
-    posed, notes = choose_poses(posed, rigs, readable, points)
-    return ColmapModel(folder, form, readable, tuple(posed), points, (*check.notes, *notes), reconstruction)
+    row_of, posed = rows_by_id(points.ids), []
+    for row, named in enumerate(check.named):
+        table = images.keypoints[row] if images.keypoints[row] is not None else np.zeros((0, 3))
+        seen = table[named]
+        xy = np.full((len(seen), 2), np.nan) if check.tracks_only else seen[:, :2].copy()
+        posed.append(ColmapImage(int(images.ids[row]), images.names[row], int(images.camera_ids[row]), pose_from(images.quaternions[row], images.translations[row]),
+                                 row_of(seen[:, 2].astype(np.int64)), xy))
+    readable = {int(i): ColmapCamera(int(i), model, (int(size[1]), int(size[0])), params)
+                for i, model, size, params in zip(cameras.ids, cameras.models, cameras.sizes, cameras.params)}
+    found = points_of(points)
+    posed, notes = choose_poses(posed, rig_poses(folder, form), readable, found)
+    return ColmapModel(folder, form, readable, tuple(posed), found, (*check.notes, *notes), (cameras, images, points))
