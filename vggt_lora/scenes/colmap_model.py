@@ -332,7 +332,7 @@ def read_model(
         images, points = stand_in_keypoints(images, points)
         check.named = [np.ones(len(k), bool) for k in images.keypoints]
     row_of, posed = rows_by_id(points.ids), []
-    for row, named in enumerate(check.named):
+    for row, named in zip(range(len(images.ids)), check.named):
         table = images.keypoints[row] if images.keypoints[row] is not None else np.zeros((0, 3))
         seen = table[named]
         xy = np.full((len(seen), 2), np.nan) if check.tracks_only else seen[:, :2].copy()

@@ -183,9 +183,12 @@ def number_columns(
         text = np.frombuffer(block, np.uint8)
         blank = text <= 32
         starts = np.flatnonzero(~blank & np.concatenate([[True], blank[:-1]]))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # numpy's word for a number that cannot be read: there are then too few
-            found = np.fromstring(block, sep=" ")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", DeprecationWarning)  # how older numpy says that a number cannot be read
+                found = np.fromstring(block, sep=" ")
+        except (ValueError, DeprecationWarning):
+            return None
         if len(found) != len(starts) or not np.isfinite(found).all():
             return None
         ends = np.flatnonzero(text == 10)
