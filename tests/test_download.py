@@ -200,7 +200,7 @@ def test_a_change_that_the_tag_hides_is_found_by_the_hash(server, get, content):
     get(sha256=hashlib.sha256(content[::-1]).hexdigest())
     assert whole(get, content[::-1]) and any("the resumed file has SHA-256" in line for line in get.told)
     get.target.unlink()
-    with pytest.raises(DownloadError, match="the file that arrived has SHA-256"):
+    with pytest.raises(DownloadError, match="the fetched file has SHA-256"):
         get(sha256="0" * 64)
     assert list(get.target.parent.iterdir()) == []
 
@@ -216,7 +216,7 @@ def test_a_body_that_ends_early_without_a_word_is_noticed(tmp_path):
 
 
 def test_wrong_lengths(server, get, content):
-    with pytest.raises(DownloadError, match="the server offers 307,200 bytes, expected 307,201; it is another file, or another edition"):
+    with pytest.raises(DownloadError, match="the server offers 307,200 bytes, expected 307,201; it is another file, or another version"):
         get(size=len(content) + 1)
     assert len(server.log) == 1 and not get.part.exists()
     server.mode.lie = 100  # tells more than it sends, each time anew
@@ -276,7 +276,7 @@ def test_a_small_disk_is_refused_before_and_a_full_one_while_writing(server, get
             return self.file.write(block)
 
     monkeypatch.setattr(fetch, "open", Full, raising=False)
-    with pytest.raises(DownloadError, match="x.7z.part: cannot be written .No space left on device.; what has arrived is kept"):
+    with pytest.raises(DownloadError, match="x.7z.part: cannot be written .No space left on device.; the received bytes are kept"):
         get()
     monkeypatch.undo()
     get()
@@ -340,7 +340,7 @@ def test_bombs_twins_locks_and_damage(tmp_path, monkeypatch):
     good = pack(tmp_path / "good.7z", {"pipes/a": os.urandom(5000), "pipes/b": os.urandom(5000)}).read_bytes()
     for content in (good[:-20], good[:3000], b"<html>not found</html>", b"", good[:2000] + bytes([good[2000] ^ 1]) + good[2001:]):
         (tmp_path / "damaged.7z").write_bytes(content)
-        with pytest.raises(SceneError, match="damaged.7z: is no whole 7-Zip archive .*; remove it and fetch it again"):
+        with pytest.raises(SceneError, match="damaged.7z: not a complete 7-Zip archive .*; remove it and fetch it again"):
             unpack(tmp_path / "damaged.7z", data, progress=False)
     assert list(data.iterdir()) == []
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9_999))
@@ -496,7 +496,7 @@ def test_sizes_of_published_manifests_are_compared(server, scenes, tmp_path, mad
     call = {"kinds": "depth", "to": tmp_path / "data", "base_url": server.url, "progress": False, "say": scenes.told.append}
     with pytest.raises(DownloadError, match="facade_dslr_depth.7z: has 5 bytes, published manifests say 804,421,080.*--any-size"):
         fetch_scenes("facade", **call)
-    with pytest.raises(SceneError, match="facade_dslr_depth.7z: is no whole 7-Zip archive"):
+    with pytest.raises(SceneError, match="facade_dslr_depth.7z: not a complete 7-Zip archive"):
         fetch_scenes("facade", any_size=True, **call)
     server.files["pipes_dslr_depth.7z"] = made[1]["office_dslr_depth.7z"]
     with pytest.raises(SceneError, match="lies outside the folder pipes/"):
@@ -558,7 +558,7 @@ def test_stopped_in_the_middle_it_goes_on(server, made, tmp_path, how, status):
     server.mode.hang.set()
     kept = part.stat().st_size
     assert process.returncode == status and 0 < kept < size and not (tmp_path / "data/office").exists()
-    assert how == signal.SIGKILL or "interrupted; what has arrived is kept, the same command goes on from there" in err
+    assert how == signal.SIGKILL or "interrupted; the received bytes are kept, the same command goes on from there" in err
     server.mode.cut, server.mode.hang = None, None
     process = command(*words)
     out, err = process.communicate(timeout=600)
@@ -624,7 +624,7 @@ def test_weights_are_continued_and_found_by_the_hub_client(server, content, tmp_
     server.mode.cut = 120_000
     code, out, err = hub(server, tmp_path, "someone/net", "--tries", "1")
     assert code == 1 and "someone/net: the licence is told on the page of this repository" in out and "model.safetensors, 307 kB" in out
-    assert "gave up after 1 attempt; what has arrived is kept" in err and not list(tmp_path.rglob("model.safetensors"))
+    assert "gave up after 1 attempt; the received bytes are kept" in err and not list(tmp_path.rglob("model.safetensors"))
     (part,) = tmp_path.rglob("*.part")
     kept = part.stat().st_size
     assert kept > 100_000
@@ -639,7 +639,7 @@ def test_weights_are_continued_and_found_by_the_hub_client(server, content, tmp_
     server.files[name] = content[::-1]  # of another hash than its name on the hub would say
     server.mode.tag = f'"{hashlib.sha256(content[:-1]).hexdigest()}"'
     code, out, err = hub(server, tmp_path / "other", "someone/net")
-    assert code == 1 and "the file that arrived has SHA-256" in err and not list((tmp_path / "other").rglob("model.safetensors"))
+    assert code == 1 and "the fetched file has SHA-256" in err and not list((tmp_path / "other").rglob("model.safetensors"))
 
 
 def test_weights_that_the_hub_has_not(server, tmp_path):

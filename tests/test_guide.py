@@ -192,6 +192,23 @@ def test_the_guides_commands_run(command, request, tmp_path):
     assert done.returncode == 0, (command, done.stdout[-1500:], done.stderr[-2500:])
 
 
+def python_blocks() -> list:
+    """Every fenced Python block of the README and the guide."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "nbs" / "guide").glob("*.ipynb"))]
+    return [pytest.param(block, id=f"{page.stem}-{number}") for page in pages
+            for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", markdown_of(page), re.M | re.S))]
+
+
+@pytest.mark.parametrize("block", python_blocks())
+def test_fenced_python_runs(block, request, tmp_path):
+    """As written, in a folder where outputs/my_run is a finished run."""
+    if "my_run" in block:
+        (tmp_path / "outputs").mkdir()
+        (tmp_path / "outputs" / "my_run").symlink_to(request.getfixturevalue("run_folder"))
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-1500:]
+
+
 def test_the_guide_renders_with_working_links(tmp_path):
     pages = render_guide.render(tmp_path)
     assert len(pages) == 1 + len(render_guide.GUIDE) + len(list((ROOT / "nbs").glob("0*.ipynb")))

@@ -252,7 +252,7 @@ def test_a_zip_is_no_archive_of_a_scene(tmp_path):
 
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as packed:
         packed.writestr("../../evil", "x")
-    with pytest.raises(SceneError, match="bad.zip: is no whole 7-Zip archive"):
+    with pytest.raises(SceneError, match="bad.zip: not a complete 7-Zip archive"):
         unpack(tmp_path / "bad.zip", tmp_path / "data", progress=False)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["bad.zip", "data"]
 
