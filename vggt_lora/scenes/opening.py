@@ -21,8 +21,8 @@ from ..core import ConfigError, SceneError, unknown_name_message, user_path
 from ..demo.demo_scenes import demo_scenes
 from ..files.atomic import read_json
 from .colmap_checks import check_convention
-from .fit import check_fit, refuse_misfit
-from .colmap_model import MODEL_FOLDERS, ColmapImage, ColmapModel, pinhole_matrix, read_model
+from .fit import check_fit, drop_points, far_points, refuse_misfit
+from .colmap_model import MODEL_FOLDERS, ColmapImage, ColmapModel, choose_model, nearly_pinholes, pinhole_matrix, read_model
 from .scene import Frame, Scene
 
 # %% ../../nbs/scenes/opening.ipynb #8ce1455c
@@ -272,7 +272,8 @@ def open_scene(
     inside = [f.name for f in sorted(path.glob("*")) if (f / "dslr_calibration_undistorted").is_dir()] if path.is_dir() else []
     if calibration is None and inside:
         raise SceneError(f"{path}: holds {len(inside)} scenes; expected one of them: {', '.join(inside)}")
-    model = read_model(calibration if calibration is not None and root in (path.resolve(), calibration.parent) else path)
+    chosen, notes = choose_model(calibration if calibration is not None and root in (path.resolve(), calibration.parent) else path)
+    model = read_model(chosen)
     if not model.images:
         raise SceneError(f"{model.folder}: the model holds no posed image; expected at least one in images{model.form}")
     folder = photo_folder(model, folders, user_path(images) if images else None)
@@ -280,7 +281,7 @@ def open_scene(
     masks = mask_folder(folder, folders)
     undistort = undistort_command(model.folder, folder, root)
     pairs = [frame_of(i, model, photo_path(folder, i.name, root), folders, masks, undistort) for i in ordered]
-    notes = list(model.notes)
+    notes += [*model.notes, *nearly_pinholes(model)]
     if unused := unused_models(model.folder):
         notes.append(f"{unused} further model{'s' if unused > 1 else ''} in sparse/ not used; this is sparse/{model.folder.name}")
     if any(scaled for _, scaled in pairs):
@@ -300,11 +301,15 @@ def open_scene(
     if metric is None and not known:
         notes.append("unit unknown: no laser data and no scene.json beside the photos; pass metric=True if it is the metre")
     check_convention(list(frames), model.points, str(model.folder))
-    fit = check_fit(frames, model.points)
+    points, far = model.points, far_points(frames, model.points)
+    if len(far):
+        frames, points = drop_points(frames, points, far)
+        notes.append(f"{len(far)} of {len(model.points):,} points lie so far away that they alone would decide the mean depth of their photos; they are left out")
+    fit = check_fit(frames, points, metric=known)
     refuse_misfit(fit, str(model.folder))
     notes += [check.said for check in fit if check.verdict == "note"]
     jpg = find_part(folders, "dslr_calibration_jpg")
-    return Scene(root.name, root, frames, model.points, known, tuple(notes), jpg, fit)
+    return Scene(root.name, root, frames, points, known, tuple(notes), jpg, fit)
 
 # %% ../../nbs/scenes/opening.ipynb #7ffb80aa
 def is_scene(
