@@ -68,13 +68,16 @@ def tracked_changes() -> str:
 
 def small_copy(name: str) -> str:
     """Write the working copy of a notebook with this test's parameters into the served folder; returns its file name."""
+    from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
-    notebook = parameterize_notebook(lab.working_copy(ROOT / "nbs" / f"{name}.ipynb"), PARAMETERS[name])
+    path = FOLDER / "served" / f"{name}.ipynb"
+    nbformat.write(lab.working_copy(ROOT / "nbs" / f"{name}.ipynb"), path)
+    notebook = parameterize_notebook(load_notebook_node(str(path)), PARAMETERS[name])
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, FOLDER / "served" / f"{name}.ipynb")
-    return f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path.name
 
 
 def something_changes(driver, area: int, kind: str, label: str, words: str | None, pictured: bool = True) -> None:
