@@ -27,6 +27,7 @@ from .efficiency.frozen_prefix import dense_heads, network
 from .evaluation.confidence import confidence_rows, confidence_table
 from .evaluation.evaluation_store import later_lines
 from .evaluation.forgetting import drift
+from .evaluation.metrics import EvaluatedFrame
 from .evaluation.pictures import save_pictures
 from .evaluation.protocols import DEFAULT
 from .evaluation.regions import check_claims, region_effects, region_rows
@@ -65,7 +66,7 @@ class Run:
     config: TrainConfig
     results: dict  # what results.json holds
     records: list[dict]  # metrics.jsonl
-    maps: list[dict]  # held-out frames: photo, truth, base and adapted depth
+    maps: list[EvaluatedFrame]  # held-out frames
 
     @property
     def adapter(self) -> Path:
@@ -262,7 +263,7 @@ def finish(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter:
     return Run(run.folder, config, results, run.records, maps)
 
 
-def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter: ResourceMeter) -> tuple[dict, list[dict]]:
+def conclude(run: RunFolder, adapted, held_out, cache, config: TrainConfig, meter: ResourceMeter) -> tuple[dict, list[EvaluatedFrame]]:
     """What one process does of it: (what results.json holds, maps of the held-out frames)."""
     folder = save_adapter(adapted, run.folder / "adapter", {"config": dataclasses.asdict(dataclasses.replace(config, resume=False))})
     chunk = min((head.frames_chunk for head in dense_heads(adapted).values() if head.frames_chunk), default=None)  # a run that was short of memory has lowered it
@@ -305,7 +306,7 @@ def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def measure(adapter: Path, held_out, cache, config: TrainConfig, chunk: int | None = None) -> tuple[dict, list[dict]]:
+def measure(adapter: Path, held_out, cache, config: TrainConfig, chunk: int | None = None) -> tuple[dict, list[EvaluatedFrame]]:
     """Evaluate a saved adapter and its base on held-out windows, with so many frames at once in a dense head (None: as the configuration says): (results, maps)."""
     device = resolve_device(config.device)
     precision, limits = resolve_precision(config.precision, device), (config.depth_min, config.depth_max)
@@ -320,7 +321,7 @@ def measure(adapter: Path, held_out, cache, config: TrainConfig, chunk: int | No
             "frames_left_out": evaluation.left_out, "pixels_left_out": evaluation.pixels_left_out, "frames": rows}, evaluation.maps
 
 
-def in_detail(maps: list[dict]) -> dict:
+def in_detail(maps: list[EvaluatedFrame]) -> dict:
     """Regions, claims and confidence of base and adapted under the default protocol, as JSON takes them."""
     found = region_effects(region_rows(maps))
     return {"regions": [{"protocol": DEFAULT, "region": region, **effect.row()} for region, of_region in found.items() for effect in of_region],
@@ -371,14 +372,14 @@ def save_page(run: RunFolder) -> None:
         run.log(f"report.html could not be written: {type(error).__name__}: {error}")
 
 
-def save_figures(run: RunFolder, maps: list[dict], most: int = 4) -> None:
+def save_figures(run: RunFolder, maps: list[EvaluatedFrame], most: int = 4) -> None:
     """Loss curves and a few held-out frames as PNG; a drawing that fails is logged and never ends a run."""
     from vggt_lora.views.charts import loss_curves
     from vggt_lora.views.plots import depth_comparison
 
     for name, draw in {"losses": lambda: loss_curves(run.records),
                        "held_out": lambda: depth_comparison(comparison_rows(maps[:: max(1, len(maps) // most)][:most]), "median per image",
-                                                            "m" if maps[0]["metric"] else "scene units")}.items():
+                                                            "m" if maps[0].metric else "scene units")}.items():
         try:
             figure = draw()
             with atomic_path(run.folder / "figures" / f"{name}.png") as temporary:
