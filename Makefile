@@ -9,7 +9,7 @@ TORCH_ARGS ?=
 # Parameters of `make train`, in papermill's form: make train ARGS="-p strategy c -p epochs 4"
 ARGS ?=
 
-# Torch's threads spin while they wait; on a busy machine that costs a factor of ten.
+# Torch's threads spin while they wait, which a busy machine pays dearly; the package sets this too, but torch may be imported first.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 VENV := .venv
@@ -17,12 +17,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help env system train test browser-test guide notebooks wheel torture newcomer test-matrix coverage clean
+.PHONY: help env system lab train test test-slow gpu-check browser-test guide notebooks wheel torture newcomer test-matrix coverage clean
 
 help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
 	@echo "make train   env, vggt_lora_doctor, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
-	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest"
+	@echo "make lab     env, then JupyterLab on a working copy of the numbered notebooks in outputs/lab"
+	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest without what proves hardening"
+	@echo "make test-slow   env, then the rest of pytest: attacks, kills, two processes, a stand-in for a GPU, a real browser"
+	@echo "make gpu-check   env, then in ten minutes what only a GPU can show, on its stand-in where there is none; the page is outputs/gpu-check/"
 	@echo "make browser-test   env, then the numbered notebooks in a real JupyterLab and Chromium; screenshots in outputs/browser/"
 	@echo "make guide   env, then nbs/guide and the numbered notebooks as static pages in _docs/"
 	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
@@ -46,7 +49,13 @@ $(STAMP): settings.ini setup.py constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) check
 	$(BIN)/nbdev_export --help >/dev/null
+	$(BIN)/python tools/lab.py --settings
 	@touch $(STAMP)
+
+# Options of jupyter lab: make lab LAB="--no-browser --port 9999"
+LAB ?=
+lab: env
+	$(BIN)/python tools/lab.py $(LAB)
 
 train: env
 	@mkdir -p outputs
@@ -56,7 +65,15 @@ train: env
 test: env
 	$(BIN)/python tests/run_all.py
 
-# Part of `make test` where Chromium is installed; here its absence is a fault, and says how to get it.
+test-slow: env
+	$(BIN)/python tests/run_all.py --slow
+
+# make gpu-check GPU_CHECK="--only kernels,steps"
+GPU_CHECK ?=
+gpu-check: env
+	$(BIN)/python tools/gpu_check.py $(GPU_CHECK)
+
+# Part of `make test-slow` where Chromium is installed; here its absence is a fault, and says how to get it.
 browser-test: env
 	@$(BIN)/python -c "import sys; sys.path.insert(0, 'tests'); import browser; sys.exit(browser.what_is_missing())"
 	$(BIN)/python -m pytest -q -rs tests/test_browser_notebooks.py tests/test_browser_cloud.py

@@ -13,10 +13,14 @@ A case says what trains and what judges:
     one-laser  the same, trained on laser depth too
     real     two real courtyards train on COLMAP points, a third scene of the place judges, by its laser (needs shared/data)
     place    the same two train, a castle elsewhere judges, by its points (needs shared/data)
+    kept     a real building alone; two thirds of its points train, the others judge; mean over two scenes (needs shared/data)
+
+`elsewhere` in a block is what the run lost outside its buildings: procedural worlds, which the tiny base was trained on the like of.
 
 Runs that are finished are read, not repeated: every run is a folder under --output. Nothing is asserted.
 """
 import argparse
+import dataclasses
 import itertools
 import json
 import shutil
@@ -25,15 +29,20 @@ from pathlib import Path
 
 import numpy as np
 
-from vggt_lora.core import project_root
-from vggt_lora.demo.demo_scenes import DEMO_HELD_OUT, demo_scenes
+from vggt_lora.adapters.adapter import load_adapter
+from vggt_lora.core import METRIC_NAMES, project_root
+from vggt_lora.demo.demo_scenes import DEMO_HELD_OUT, demo_folder, demo_scenes
+from vggt_lora.evaluation.forgetting import evaluate_elsewhere
 from vggt_lora.evaluation.statistics import effects, in_words
 from vggt_lora.reference_data import real_scene
 from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap
 from vggt_lora.supervision.sources import DEPTH_SOURCES
-from vggt_lora.train import NAMES, TrainConfig, train
+from vggt_lora.supervision.sparse import sparse_depth
+from vggt_lora.train import TrainConfig, train
+from vggt_lora.training.build import build_model
+from vggt_lora.training.config import read_config
 
-CASES = ("laser", "points", "ceiling", "one", "one-laser", "real", "place")
+CASES = ("laser", "points", "ceiling", "one", "one-laser", "real", "place", "kept")
 MODELS = ("base", "adapted")
 LASER_FILES = ("ground_truth_depth", "dslr_scan_eval", "occlusion")
 ONE_BUILDING = {"frames": 4, "epochs": 40, "train_fraction": 0.5}  # presets/one_building.yaml, judged by six of twelve photos
@@ -49,6 +58,23 @@ def exact_depth(scene, frame, size, plan=None) -> DepthMap:
     depth = exact[rows][:, columns].astype(np.float32)
     valid = np.isfinite(depth) & (depth > 0)
     return DepthMap(np.where(valid, depth, 0), valid, valid.astype(np.float32), {})
+
+
+def some_points(scene, frame, size, plan, judge: bool) -> DepthMap:
+    """Return the sparse depth of every third point of a scene, or of the others."""
+    chosen = (scene.points.ids[frame.point_rows] % 3 == 0) == judge
+    fewer = dataclasses.replace(frame, point_rows=frame.point_rows[chosen], observations=frame.observations[chosen])
+    return sparse_depth(scene, fewer, size, plan)
+
+
+def points_that_train(scene, frame, size, plan=None) -> DepthMap:
+    """Return the depth of two thirds of the points."""
+    return some_points(scene, frame, size, plan, judge=False)
+
+
+def points_that_judge(scene, frame, size, plan=None) -> DepthMap:
+    """Return the depth of the points that no training sees."""
+    return some_points(scene, frame, size, plan, judge=True)
 
 
 def without_laser(folder: Path) -> Path:
@@ -85,6 +111,11 @@ def case_settings(case: str, work: Path) -> list[dict] | None:
     if case in ("one", "one-laser"):
         supervision = "laser+sparse+anchored" if case == "one-laser" else "sparse+anchored"
         return [{"data": str(scene), "supervision": supervision, "eval_supervision": "laser", **ONE_BUILDING} for scene in demo_scenes()]
+    if case == "kept":
+        DEPTH_SOURCES.update(points_that_train=points_that_train, points_that_judge=points_that_judge)
+        scenes = [real_scene(name) for name in ("sceaux_castle", "eth3d_pipes")]
+        own = {"supervision": "points_that_train+anchored", "eval_supervision": "points_that_judge", **ONE_BUILDING}
+        return [{"data": str(scene), **own} for scene in scenes] if all(scenes) else None
     judge = {"real": "strecha_fountain_p11", "place": "sceaux_castle"}[case]
     folder = linked(work / case, ("strecha_castle_p30", "strecha_entry_p10", judge))
     return folder and [{"data": str(folder), "hold_out": judge}]
@@ -98,7 +129,18 @@ def results_of(config: TrainConfig) -> dict:
         started = time.monotonic()
         train(config)
         stated.write_text(json.dumps(round(time.monotonic() - started, 1)))
-    return json.loads((folder / "results.json").read_text()) | {"seconds": json.loads(stated.read_text())}
+    results = json.loads((folder / "results.json").read_text())
+    return results | {"seconds": json.loads(stated.read_text()), "elsewhere": elsewhere_of(folder)}
+
+
+def elsewhere_of(folder: Path) -> list[dict]:
+    """Return the rows of base and adapted on procedural worlds, measured where they are not at hand."""
+    kept = folder / "elsewhere.json"
+    if not kept.is_file():
+        adapted = load_adapter(build_model(read_config(folder)), folder / "adapter")
+        rows = evaluate_elsewhere(adapted, demo_folder().parent / "worlds")[0].rows
+        kept.write_text(json.dumps(rows, default=float))
+    return json.loads(kept.read_text())
 
 
 def fields(pairs: list[str]) -> dict:
@@ -126,13 +168,15 @@ def print_results(title: str, found: list[list[dict]]) -> None:
     every = [results for of_seed in found for results in of_seed]
     seconds = [results["seconds"] for results in every]
     print(f"\n{title}; truth {every[0]['protocol']['truth']}; {min(seconds):.0f} to {max(seconds):.0f} s a run")
-    for effect in effects(runs, tuple(NAMES)):
-        print("  " + in_words(effect, NAMES[effect.metric]))
+    for effect in effects(runs):
+        print("  " + in_words(effect, METRIC_NAMES[effect.metric]))
     print("  " + in_words(effects(runs, ("absrel",), "scale+shift per image")[0], "AbsRel after scale and shift"))
     for region in ("wall", "0 to 5"):
         changes = [r["change"] for results in every for r in results["regions"] if (r["region"], r["metric"]) == (region, "absrel") and r["change"] is not None]
         if changes:
             print(f"  region {region}: AbsRel {100 * np.mean(changes):+.1f} % in the mean of {len(changes)} runs")
+    elsewhere = effects([results["elsewhere"] for results in every], ("absrel",))[0]
+    print("  elsewhere: " + in_words(elsewhere, "AbsRel"))
     for model in MODELS:
         cameras = [row for results in every for row in results["cameras"] if row["model"] == model]
         rotation, direction = (np.mean([row[name] or 0 for row in cameras]) for name in ("rotation_median", "translation_median"))

@@ -1,7 +1,7 @@
-"""What `make test` runs: the export check, every notebook, and pytest; it counts, and cannot pass on nothing.
+"""What `make test` and `make test-slow` run; it counts, and cannot pass on nothing.
 
-    python tests/run_all.py            all
-    python tests/run_all.py --quick    without pytest's slow tests
+    python tests/run_all.py            the export check, every notebook, and pytest without the mark `slow`
+    python tests/run_all.py --slow     the notebooks that have cells marked `#| slow`, and pytest with the mark
 """
 import os
 import re
@@ -35,39 +35,58 @@ def watched(log: Path) -> dict[str, str]:
     return {"VGGT_LORA_ASKED": str(log), "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests" / "watch"), os.environ.get("PYTHONPATH")]))}
 
 
-def notebooks() -> set[str]:
-    """The notebooks that nbdev_test has to run: all of them but drafts."""
-    return {str(p.relative_to(ROOT)) for p in (ROOT / "nbs").rglob("*.ipynb")
-            if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT / "nbs").parts)}
+def notebooks(slow: bool = False) -> set[str]:
+    """The notebooks that nbdev_test has to run: all but drafts, or those of them that have slow cells."""
+    found = set()
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        name = path.relative_to(ROOT / "nbs")
+        draft = any(part.startswith(("_", ".")) for part in name.parts)
+        if not draft and (not slow or re.search(r'"#\|\s*slow\b', path.read_text(encoding="utf-8"))):
+            found.add(str(path.relative_to(ROOT)))
+    return found
 
 
-def main() -> int:
-    """Run all stages and print what passed; the exit status is the number of failed stages."""
+def run_notebooks(expected: set[str], *options: str) -> tuple[set[str], list[str]]:
+    """Run notebooks by nbdev_test; return those that were completed, and the stages that failed."""
     failed = []
-    export, _ = run("export check", [sys.executable, "-m", "pytest", "-q", "tests/test_export.py"])
-    if export:
-        failed.append("export check")
-
     # Figures without a screen; one thread for each of the two workers, or they would wait for each other. Whatever they ask of other machines is written down.
     asked = Path(tempfile.mkdtemp()) / "asked.txt"
-    code, text = run("notebooks", [str(BIN / "nbdev_test"), "--n_workers", "2", "--do_print", "--timing"], MPLBACKEND="agg", OMP_NUM_THREADS="1", **watched(asked))
+    command = [str(BIN / "nbdev_test"), "--n_workers", "2", "--do_print", "--timing", *options]
+    code, text = run("notebooks", command, MPLBACKEND="agg", OMP_NUM_THREADS="1", **watched(asked))
     if asked.exists():
         failed.append("connections")
         print(f"notebooks asked other machines:\n{asked.read_text()}")
     # nbdev says "Completed" of a notebook that failed, too
     done, broken = ({str(Path(m).resolve().relative_to(ROOT)) for m in re.findall(pattern, text, re.M)}
                     for pattern in (r"^- Completed (\S+\.ipynb)", r"Error in (\S+\.ipynb)"))
-    done -= broken
-    expected = notebooks()
+    done = (done - broken) & expected
     if code or not expected or done != expected:
         failed.append("notebooks")
         print(f"notebooks not completed: {sorted(expected - done)}")
-    print(f"notebooks: {len(done & expected)} of {len(expected)} completed")
+    print(f"notebooks: {len(done)} of {len(expected)} completed")
+    return done, failed
 
-    extra = ["-m", "not slow"] if "--quick" in sys.argv else []
+
+def main() -> int:
+    """Run all stages and print what passed; the exit status is the number of failed stages."""
+    slow = "--slow" in sys.argv
+    failed, export, done = [], 0, set()
+    if not slow:
+        export, _ = run("export check", [sys.executable, "-m", "pytest", "-q", "tests/test_export.py"])
+        failed += ["export check"] if export else []
+
+    expected, options = notebooks(slow), []
+    if slow:
+        names = "|".join(re.escape(Path(name).name) for name in sorted(expected))
+        options = ["--flags", "slow", "--file_re", f"^({names})$"]
+    if expected or not slow:
+        done, faults = run_notebooks(expected, *options)
+        failed += faults
+
     # Two workers; the tests of one file stay together, because they share what is expensive to set up.
-    code, text = run("pytest", [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "2", "--dist", "loadfile", "--ignore=tests/test_export.py", *extra, "tests"],
-                     OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "2", "--dist", "loadfile", "--durations", "20", "-m", "slow" if slow else "not slow",
+               "--ignore=tests/test_export.py", "tests"]
+    code, text = run("pytest", command, OMP_NUM_THREADS="1")
     if code:
         failed.append("pytest")
     tests = sum(int(n) for n in re.findall(r"(\d+) passed", text))
@@ -76,7 +95,8 @@ def main() -> int:
 
     print(f"\nfailed stages: {', '.join(failed) or 'none'}")
     bad = lost + len(expected - done) + (1 if export else 0)
-    print(f"{tests + len(done & expected) + (0 if export else 1)} passed, {max(bad, len(failed))} failed, {skipped} skipped")
+    passed = tests + len(done) + (0 if export or slow else 1)
+    print(f"{passed} passed, {max(bad, len(failed))} failed, {skipped} skipped")
     return len(failed)
 
 

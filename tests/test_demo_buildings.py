@@ -330,6 +330,7 @@ def test_photos_differ_in_light(folder, scene):
 SMALL = {"frames": 2, "size": (84, 126), "style": "brick", "layout": "courtyard"}
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_whatever_the_threads(tmp_path):
     first = demo_scene(tmp_path / "a", seed=1, **SMALL)
     (tmp_path / "b").mkdir()
@@ -375,6 +376,7 @@ def make_without(packages: dict, folder: Path) -> subprocess.CompletedProcess:
 LIBGL = 'raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")'
 
 
+@pytest.mark.slow
 def test_a_machine_without_libgl_makes_the_same_demo(tmp_path):
     done = make_without({"open3d": LIBGL}, tmp_path)
     assert done.returncode == 0 and done.stdout.split() == ["None", "None"], done.stderr[-2000:]
@@ -395,6 +397,7 @@ def test_without_any_ray_tracer_one_error_says_what_to_install(tmp_path):
 
 
 @needs_open3d
+@pytest.mark.slow
 def test_both_tracers_name_the_same_panels():
     """On photos with people and trees: panels, depths, and what is in the shade."""
     settings = {**SETTINGS, "size": list(SETTINGS["size"])}
@@ -414,6 +417,7 @@ def test_both_tracers_name_the_same_panels():
 
 
 @needs_open3d
+@pytest.mark.slow
 def test_scenes_of_both_tracers_are_nearly_equal(tmp_path):
     folders = {}
     for tracer in ("open3d", "embreex"):
@@ -451,6 +455,7 @@ demo_scene(sys.argv[1], frames=4, size=(84, 126), style="brick", layout="courtya
 """
 
 
+@pytest.mark.slow
 def test_a_generation_that_is_killed_is_redone(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     try:
@@ -466,6 +471,7 @@ def test_a_generation_that_is_killed_is_redone(tmp_path):
     assert folder_hashes(whole) == folder_hashes(demo_scene(tmp_path / "elsewhere", **{**SMALL, "frames": 4}))
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_costs_one_scene(tmp_path):
     small = {"frames": 2, "size": (84, 126), "progress": False}
     scenes = demo_scenes(tmp_path, **small)

@@ -198,6 +198,7 @@ def test_an_adapter_on_the_hub_is_used_by_its_name(photos, tmp_path, monkeypatch
     assert asked == [("somebody/houses", "adapter_config.json")] and found.facts["adapted"] and found.facts["model"] == "somebody/houses"
 
 
+@pytest.mark.slow
 def test_a_prediction_goes_on_after_a_kill_and_is_not_overwritten(photos, tmp_path, monkeypatch):
     import vggt_lora.prediction.solve as module
 
@@ -247,6 +248,7 @@ def chromium(tmp_path_factory):
         yield driver
 
 
+@pytest.mark.slow
 def test_the_page_turns_by_mouse_from_a_disk_without_a_network(known, chromium, tmp_path):
     """Opened by file://: a drag changes the picture, the wheel comes nearer, other colours are drawn, a click on a camera finds its photo."""
     from selenium.webdriver.common.action_chains import ActionChains

@@ -66,6 +66,24 @@ def test_a_failed_notebook_fails_the_stage(project, monkeypatch, capsys, code, n
         assert error in missing and "1 of 2 completed" in shown
 
 
+def test_slow_runs_what_is_marked_and_nothing_else(project, monkeypatch, capsys):
+    """No notebook has slow cells: no stage for them. One has: it is run, and has to be completed."""
+    asked = {}
+
+    def answer(title, command, **environment):
+        asked[title] = command
+        return {"notebooks": (0, completed(project, "good.ipynb")), "pytest": (0, "7 passed in 1.00s")}[title]
+
+    monkeypatch.setattr(project, "run", answer)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--slow"])
+    assert project.main() == 0 and list(asked) == ["pytest"] and asked["pytest"][asked["pytest"].index("-m", 2) + 1] == "slow"
+    assert capsys.readouterr().out.splitlines()[-1] == "7 passed, 0 failed, 0 skipped"
+    (project.ROOT / "nbs" / "good.ipynb").write_text(json.dumps({"cells": [{"source": ["#| slow\n", "1"]}]}))
+    assert project.main() == 0 and asked["notebooks"][-1] == r"^(good\.ipynb)$" and "1 of 1 completed" in capsys.readouterr().out
+    (project.ROOT / "nbs" / "deep" / "other.ipynb").write_text(json.dumps({"cells": [{"source": ["#|slow\n", "1"]}]}))
+    assert project.main() == 1
+
+
 def test_no_notebook_at_all_is_a_failure(project, monkeypatch, capsys):
     shutil.rmtree(project.ROOT / "nbs")
     status, text = outcome(project, monkeypatch, capsys, notebooks=(0, ""))

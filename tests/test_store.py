@@ -305,6 +305,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_entry_is_noticed_named_and_made_anew(toy, tmp_path, what):
     damage, says = DAMAGE[what]
@@ -477,6 +478,7 @@ def undisturbed(toy, tmp_path_factory):
     return contents(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment, count", [("decoding", 4), ("writing", 3), ("written", 5), ("renaming", 3)])
 def test_killed_for_good_the_next_run_makes_what_is_missing(toy, tmp_path, undisturbed, moment, count):
     process = build(toy, tmp_path, moment, count)
@@ -497,6 +499,7 @@ def test_killed_for_good_the_next_run_makes_what_is_missing(toy, tmp_path, undis
     assert leftovers or moment in ("decoding", "writing"), "it was to be killed in the middle of a file"
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_do_not_harm_each_other(toy, tmp_path, undisturbed):
     start = time.time() + 3
     rivals = [build(toy, tmp_path, "together", start) for _ in range(2)]

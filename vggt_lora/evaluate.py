@@ -22,11 +22,11 @@ from .evaluation.cameras import camera_metrics
 from .evaluation.clouds import CloudEvaluation, cloud_effects, evaluate_clouds, write_clouds
 from .evaluation.confidence import calibration, confidence_rows, confidence_table, sparsification
 from .evaluation.evaluation_store import answers, place_for, EvaluationRequest, read_forgetting, renew_report, write_answer, write_forgetting
-from .evaluation.forgetting import Drift, DriftLimits, drift, world_samples
+from .evaluation.forgetting import Drift, DriftLimits, drift, evaluate_elsewhere
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.protocols import PROTOCOLS, PUBLISHED, STANDARD, Protocol, find_protocols
 from .evaluation.regions import HYPOTHESES, check_claims, region_effects, region_masks, region_rows, true_planes, world_up
-from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_samples, evaluate_windows
+from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_windows
 from .evaluation.statistics import effects, in_words
 from .train import Run
 from .training.config import TrainConfig, read_config

@@ -36,7 +36,7 @@ def report(found: list[Outcome], seconds: float) -> str:
              "- `python -m tests.adversary`: every attack with its message; with words, the groups whose names hold one of them.",
              "- `python -m tests.adversary --write docs/adversary.md`: this page, all but the list of defects, which is `tests/adversary/defects.md`.",
              "- `python -m tests.torture --write docs/torture.md`: kill -9 and two at once, see [torture.md](torture.md).",
-             "- `pytest tests/test_adversary.py tests/test_hostile.py tests/test_numbers.py tests/test_twice.py tests/test_torture.py`: all of it in short, as `make test` runs it.", "",
+             "- `pytest tests/test_adversary.py tests/test_hostile.py tests/test_numbers.py tests/test_twice.py tests/test_torture.py`: all of it in short, as `make test` and `make test-slow` run it.", "",
              "An outcome is one of these:", "", *[f"- **{kind}**: {words}." for kind, words in WORDS.items()], "",
              f"Written on {time.strftime('%Y-%m-%d')} in {seconds:.0f} s: {len(found)} attacks, {total['bad']} bad.", "",
              "| family | attacks | " + " | ".join(kinds) + " |", "|---|---:|" + "---:|" * len(kinds), *[row(name, counts) for name, counts in sorted(by_group.items())], row("**all**", total), ""]

@@ -41,6 +41,7 @@ from ..scenes.scene import Scene
 from ..supervision.anchored import anchored_inputs
 from ..supervision.depth_map import DepthMap
 from ..supervision.sources import ANCHORED, AUTO_WITH_LASER, DEPTH_SOURCES, INPUTS, code_of, scene_inputs, source_names
+from ..threads import cpu_share
 
 # %% ../../nbs/datasets/frame_store.ipynb #ba5aea7e
 VERSION = 2  # of an entry's layout
@@ -188,7 +189,7 @@ class FrameStore(FrameCache):
         self.root = Path(folder) if folder is not None else store_folder()
         self.folder = self.root / f"v{VERSION}-{maker(supervision)[:12]}"
         known = supervision == "auto" or all(name in INPUTS or name == ANCHORED for name in self.sources)  # others may use all cores themselves
-        self.workers = (workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)) if known else 1
+        self.workers = (workers or min(8, cpu_share())) if known else 1
         self.report = StoreReport()
         self._keys: dict = {}  # (scene, frame, size) -> key, once computed
         self._verified: set = set()  # stamps of files whose checksum was right

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'scene_root', 'scene_folders', 'find_part', 'photo_folder', 'photo_size', 'photo_path',
-           'size_factors', 'unit_is_metre', 'unused_models', 'mask_folder', 'frame_of', 'open_scene', 'is_scene',
-           'find_scenes']
+           'size_factors', 'is_raw_depth', 'laser_beside', 'unit_is_metre', 'unused_models', 'mask_folder', 'frame_of',
+           'open_scene', 'is_scene', 'find_scenes']
 
 # %% ../../nbs/scenes/opening.ipynb #e80c875e
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..core import ConfigError, SceneError, unknown_name_message, user_path
 from ..demo.demo_scenes import demo_scenes
 from ..files.atomic import read_json
 from .colmap_checks import check_convention
+from .fit import check_fit, refuse_misfit
 from .colmap_model import MODEL_FOLDERS, ColmapImage, ColmapModel, pinhole_matrix, read_model
 from .scene import Frame, Scene
 
@@ -122,10 +123,47 @@ def size_factors(
 LASER_PARTS = ("ground_truth_depth", "dslr_scan_eval", "scan_clean", "scan_raw")
 
 
+def is_raw_depth(
+    path: Path,
+) -> bool:
+    """Say whether a file can be ETH3D's depth: 32-bit floats, inf where unknown; a picture is not."""
+    size = path.stat().st_size
+    if not size or size % 4:
+        return False
+    values = np.memmap(path, "<f4", "r")
+    some = values[:: max(1, len(values) // 10_000)]
+    known = some[np.isfinite(some)]
+    return bool((some >= 0).all() and len(known) and known.max() < 1e6)  # bytes of another format are NaN, negative or huge somewhere
+
+
+def laser_beside(
+    folders: list[Path],  # of the scene
+    frames: list[Frame],
+) -> tuple[bool, list[str]]:
+    """Say whether some laser data can be read, and what lies in its folders without being read."""
+    usable, notes = any(frame.depth_path is not None and is_raw_depth(frame.depth_path) for frame in frames), []
+    depth = find_part(folders, LASER_PARTS[0])
+    if depth is not None and not usable:
+        files = [path for path in sorted(depth.rglob("*")) if path.is_file()]
+        kinds = ", ".join(sorted({path.suffix or path.name for path in files})) or "none"
+        notes.append(f"{depth} is not used: none of its {len(files)} files ({kinds}) is read. Expected raw 32-bit floats of the distorted original's size under the photo's own "
+                     f"name, such as {LASER_PARTS[0]}/dslr_images/{frames[0].name.rsplit('/', 1)[-1]}; so it does not tell the unit either")
+    for part in LASER_PARTS[1:]:
+        folder = find_part(folders, part)
+        if folder is None:
+            continue
+        if (folder / "scan_alignment.mlp").is_file() and any(folder.glob("*.ply")):
+            usable = True
+        else:
+            notes.append(f"{folder} is not used: expected scan_alignment.mlp and the .ply files that it names; so it does not tell the unit either")
+    return usable, notes
+
+
 def unit_is_metre(
     folders: list[Path],  # of the scene
+    laser: bool = False,  # whether laser data can be read: where scene.json says nothing, its unit is the scene's
 ) -> bool:
-    """Say whether something in the scene's folders tells that its unit is the metre; raises SceneError for a broken scene.json."""
+    """Say whether the unit is known to be the metre; raises SceneError for a broken scene.json."""
     said = find_part(folders, "scene.json")
     if said is not None:
         try:
@@ -137,7 +175,7 @@ def unit_is_metre(
             if unit not in ("metre", "arbitrary"):
                 raise SceneError(f"{said}: " + unknown_name_message("unit", unit, ("metre", "arbitrary")))
             return unit == "metre"
-    return any(find_part(folders, part) is not None for part in LASER_PARTS)
+    return laser
 
 # %% ../../nbs/scenes/opening.ipynb #1b0208d4
 def unused_models(
@@ -187,7 +225,7 @@ def open_scene(
     path: Path | str,  # ETH3D scene folder, or a COLMAP model (text or binary) or a folder that holds one
     *,
     images: Path | str | None = None,  # folder that image names are relative to; default: looked for
-    metric: bool | None = None,  # is the unit the metre? default: see `unit_is_metre`
+    metric: bool | None = None,  # is the unit the metre? default: where scene.json says so, else where laser data can be read
 ) -> Scene:
     """Open a scene; raises SceneError naming file, line and fault, or what is missing and where it was looked for."""
     path = user_path(path)
@@ -217,12 +255,18 @@ def open_scene(
         notes.append(f"ETH3D's {root.name} has {expected} photos, this folder {len(pairs)}")
     if masks is not None and not any(frame.photo_mask_path for frame, _ in pairs):
         notes.append(f"{masks} is not used: it holds no file such as {pairs[0][0].name}.png (COLMAP's names; 0 = leave out)")
-    known = unit_is_metre(folders) if metric is None else bool(metric)
+    frames = tuple(frame for frame, _ in pairs)
+    usable, unused = laser_beside(folders, list(frames))
+    notes += unused
+    known = unit_is_metre(folders, usable) if metric is None else bool(metric)
     if metric is None and not known:
         notes.append("unit unknown: no laser data and no scene.json beside the photos; pass metric=True if it is the metre")
-    check_convention([frame for frame, _ in pairs], model.points, str(model.folder))
+    check_convention(list(frames), model.points, str(model.folder))
+    fit = check_fit(frames, model.points)
+    refuse_misfit(fit, str(model.folder))
+    notes += [check.said for check in fit if check.verdict == "note"]
     jpg = find_part(folders, "dslr_calibration_jpg")
-    return Scene(root.name, root, tuple(frame for frame, _ in pairs), model.points, known, tuple(notes), jpg)
+    return Scene(root.name, root, frames, model.points, known, tuple(notes), jpg, fit)
 
 # %% ../../nbs/scenes/opening.ipynb #7ffb80aa
 def is_scene(

@@ -90,6 +90,7 @@ class Scene:
     metric: bool  # True where the unit is known to be the metre
     notes: tuple[str, ...] = ()  # what was assumed or repaired, in plain sentences
     jpg_cameras: Path | None = None  # folder of the model that masks and laser depth belong to, where there is one
+    fit: tuple = ()  # of scenes.fit.Check: whether photos, cameras, points and keypoints belong together
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -293,7 +293,7 @@ def _skip(loop: Loop, chunk, said, reason: str, randoms: dict, record: dict) -> 
     if guard.in_row >= guard.most:
         raise TrainingError(f"{guard.in_row} steps in a row were skipped, the last at step {step}: {reason}, on {where}; "
                             f"look at these photos in notebook 01 and replay {loop.run.folder / 'bad'}; to pass them, continue with resume=True, "
-                            f"output={str(loop.run.folder)!r} and a higher max_skipped_steps, or skip_grad_factor=0 if the gradient is only large; another lr needs a run of its own")
+                            f"output={str(loop.run.folder)!r} and a higher max_skipped_steps, or skip_grad_factor=None if the gradient is only large; another lr needs a run of its own")
 
 # %% ../../nbs/training/loop.ipynb #55e7b6c3
 def _validate(loop: Loop, **more) -> float:
@@ -343,6 +343,8 @@ def _end_epoch(loop: Loop, seconds: float) -> None:
     _validate(loop)
     _save(loop)
     _report_left_out(run, progress.epoch)
+    if progress.epoch == 1:
+        _check_learnt(loop)
     run.log(f"epoch {progress.epoch:3d}/{loop.config.epochs}  loss {progress.loss:9.4f}  held-out {loop.config.metric_for_best_model} {progress.held_out:9.4f}  "
             f"best {progress.best:9.4f}  about {seconds * (progress.total_steps - progress.step):.0f} s left")
     if loop.config.patience and progress.stale >= loop.config.patience and progress.epoch < loop.config.epochs:
@@ -370,6 +372,18 @@ def _finish(loop: Loop) -> None:
         counters = load_checkpoint(loop.distributed.broadcast_from_main(lambda: read_checkpoint(loop.run.folder / "checkpoints" / "best.pt")), loop.model)
         loop.run.log(f"kept: the weights after epoch {counters['epoch']}, with the lowest held-out {loop.config.metric_for_best_model} {counters['held_out']:.4f}")
     _tell(loop, "end")
+
+
+def _check_learnt(loop: Loop) -> None:
+    """Raise TrainingError where a weighted term that needs truth was exactly 0 in every step of the first epoch: no window had a pixel for it."""
+    steps = [r for r in loop.run.records if r["split"] == "train" and r["epoch"] == 1 and "loss" in r]
+    weighed = sorted(term for term in NEEDED if getattr(loop.losses, term))
+    idle = [term for term in weighed if steps and all(r.get(f"loss_{term}") == 0 for r in steps)]
+    if idle or steps and all(r["loss"] == 0 for r in steps):
+        reasons = {term: why for r in steps for term, why in r.get("left_out", {}).items() if term in idle}
+        said = "; ".join(f"{term}: {reasons.get(term, 'exactly 0')}" for term in idle) or "the loss was exactly 0"
+        raise TrainingError(f"in all {len(steps)} steps of the first epoch there was nothing to learn from ({said}); look at the depth of the training photos in notebook 01, "
+                            "give another supervision, or weigh these terms 0")
 
 
 def _report_left_out(run: RunFolder, epoch: int) -> None:

@@ -1,0 +1,249 @@
+"""Small scenes that are well-formed and wrong, or unusual and right, and what is said of each.
+
+    python -m tests.cases            # the table of cases, and the figures of sound scenes that the limits come from
+
+Each case is built out of a sound scene in ETH3D's layout: what a user's exporter, camera or habit makes of it.
+"""
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+from PIL import Image
+
+CASES: dict[str, "Case"] = {}
+SOUND = ("strecha_castle_p30", "strecha_entry_p10", "strecha_fountain_p11", "sceaux_castle", "eth3d_pipes")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way in which a scene is wrong or unusual, and what must be said of it."""
+
+    build: Callable[[Path, Path], None]  # (sound scene, folder to write)
+    answer: str  # "refuse", "note" or "fits"
+    words: tuple[str, ...]  # which what is said must hold
+
+    @property
+    def about(self) -> str:
+        return self.build.__doc__.splitlines()[0]
+
+
+def case(answer: str, *words: str):
+    def register(build):
+        CASES[build.__name__] = Case(build, answer, words)
+        return build
+    return register
+
+
+def model_of(source: Path):
+    """The scene's model as pycolmap reads it."""
+    import pycolmap
+
+    return pycolmap.Reconstruction(str(source / "dslr_calibration_undistorted"))
+
+
+def photos_of(source: Path) -> list[Path]:
+    """The scene's photos, by name."""
+    return sorted((source / "images" / "dslr_images_undistorted").iterdir())
+
+
+def write(source: Path, out: Path, model=None, photos: bool = True, rigs: bool = False) -> Path:
+    """Write a model as text to sparse/0, and the photos; without rigs.txt and frames.txt, as before COLMAP 3.12."""
+    sparse = out / "sparse" / "0"
+    sparse.mkdir(parents=True)
+    (model_of(source) if model is None else model).write_text(str(sparse))
+    for name in () if rigs else ("rigs.txt", "frames.txt"):
+        (sparse / name).unlink(missing_ok=True)
+    if photos:
+        shutil.copytree(source / "images", out / "images")
+    return sparse
+
+
+def map_lines(path: Path, change: Callable[[int, list[str]], list[str]], pose: bool = True) -> None:
+    """Change every pose line of images.txt, or every keypoint line: change(number of the image, words)."""
+    lines, number, is_pose = path.read_text().splitlines(), 0, True
+    for i, line in enumerate(lines):
+        if line.startswith("#"):
+            continue
+        if is_pose == pose:
+            lines[i] = " ".join(change(number, line.split()))
+        number, is_pose = number + (not is_pose), not is_pose
+    path.write_text("\n".join(lines) + "\n")
+
+
+def set_cameras(out: Path, change: Callable[[list[float]], list[float]]) -> None:
+    """Change the parameters of every PINHOLE camera."""
+    path = out / "sparse" / "0" / "cameras.txt"
+    lines = path.read_text().splitlines()
+    for i, line in enumerate(lines):
+        if not line.startswith("#"):
+            words = line.split()
+            lines[i] = " ".join([*words[:4], *(repr(float(v)) for v in change([float(w) for w in words[4:]]))])
+    path.write_text("\n".join(lines) + "\n")
+
+
+def turn(number: int, words: list[str], degrees: float = 20.0) -> list[str]:
+    """Turn every second pose."""
+    from scipy.spatial.transform import Rotation
+
+    if number % 2 == 0:
+        w, x, y, z = map(float, words[1:5])
+        x, y, z, w = (Rotation.from_rotvec([0, np.radians(degrees), 0]) * Rotation.from_quat([x, y, z, w])).as_quat()
+        words[1:5] = [repr(float(v)) for v in (w, x, y, z)]
+    return words
+
+
+# --- keypoints and colours ---------------------------------------------------------------------------------------------
+
+@case("fits")
+def as_it_is(source, out):
+    """The sound scene itself, as a plain COLMAP model."""
+    write(source, out)
+
+
+@case("refuse", "correlate by", "under each other's names")
+def swapped_photos(source, out):
+    """Photos stand under each other's names."""
+    write(source, out, photos=False)
+    photos = photos_of(source)
+    (out / "images/dslr_images_undistorted").mkdir(parents=True)
+    for place, photo in enumerate(photos):
+        other = Image.open(photos[(place + len(photos) // 2) % len(photos)])  # the scene has two cameras of different size
+        other.resize(Image.open(photo).size).save(out / "images/dslr_images_undistorted" / photo.name, quality=95)
+
+
+@case("refuse", "correlate by")
+def mirrored_photos(source, out):
+    """Every photo is mirrored."""
+    write(source, out)
+    for photo in photos_of(out):
+        Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photo, quality=95)
+
+
+@case("note", "1 of 8 photos do not look like the points")
+def one_foreign_photo(source, out):
+    """One photo is another one under its name."""
+    write(source, out)
+    photos = photos_of(out)
+    Image.open(photos[-1]).resize(Image.open(photos[1]).size).save(photos[1])
+
+
+@case("note", "the photos fit one another")
+def random_colours(source, out):
+    """Points have random colours, as an exporter without colours writes them; the photos are right."""
+    model, rng = model_of(source), np.random.default_rng(0)
+    for point in model.points3D.values():
+        point.color = rng.integers(0, 256, 3).astype(np.uint8)
+    write(source, out, model)
+
+
+@case("fits")
+def no_colours(source, out):
+    """All points are black: colours are not checked."""
+    model = model_of(source)
+    for point in model.points3D.values():
+        point.color = np.zeros(3, np.uint8)
+    write(source, out, model)
+
+
+@case("refuse", "look at the poses")
+def stale_poses(source, out):
+    """Every second pose is turned by 20 degrees."""
+    map_lines(write(source, out) / "images.txt", turn)
+
+
+@case("refuse", "principal point")
+def principal_point_zero(source, out):
+    """The principal point is (0, 0)."""
+    write(source, out)
+    set_cameras(out, lambda p: [*p[:2], 0, 0])
+
+
+@case("refuse", "a focal length 1.43 times as long")
+def focal_too_short(source, out):
+    """The focal length is 0.7 of what it should be."""
+    write(source, out)
+    set_cameras(out, lambda p: [0.7 * p[0], 0.7 * p[1], *p[2:]])
+
+
+@case("note", "belong to photos 2 times the size")
+def keypoints_of_another_size(source, out):
+    """Keypoints belong to photos twice as large; depth is right."""
+    sparse = write(source, out)
+
+    def double(_, words):
+        words[0::3], words[1::3] = ([repr(2 * float(v)) for v in words[axis::3]] for axis in (0, 1))
+        return words
+    map_lines(sparse / "images.txt", double, pose=False)
+
+
+# --- what a folder promises ---------------------------------------------------------------------------------------------
+
+@case("note", "none of its 8 files (.png) is read", "unit unknown")
+def png_depth(source, out):
+    """16-bit PNG depth in ground_truth_depth: no file that the laser source reads, so no metres."""
+    write(source, out)
+    (out / "ground_truth_depth/dslr_images").mkdir(parents=True)
+    for photo in photos_of(source):
+        Image.fromarray(np.full((40, 60), 9000, np.uint16)).save(out / "ground_truth_depth/dslr_images" / f"{photo.stem}.png")
+
+
+@case("note", "files (.JPG) is read", "unit unknown")
+def photo_as_depth(source, out):
+    """Pictures under the names of raw depth."""
+    write(source, out)
+    (out / "ground_truth_depth/dslr_images").mkdir(parents=True)
+    for photo in photos_of(source):
+        Image.fromarray(np.full((40, 60), 9000, np.uint16)).save(out / "ground_truth_depth/dslr_images" / photo.name, "PNG")
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------
+
+def answer_to(folder: Path) -> tuple[str, str]:
+    """What is said of a scene: ("refuse", message), ("note", notes) or ("fits", checks); the unit alone is no note."""
+    from vggt_lora.core import SceneError
+    from vggt_lora.scenes.opening import open_scene
+
+    try:
+        scene = open_scene(folder)
+    except SceneError as error:
+        return "refuse", str(error)
+    if all(note.startswith("unit unknown") for note in scene.notes):
+        return "fits", "; ".join(map(str, scene.fit))
+    return "note", "; ".join(scene.notes)
+
+
+def sound_scenes() -> list[Path]:
+    """The real scenes and the demo buildings, as far as they are at hand."""
+    from vggt_lora.demo.demo_scenes import demo_scenes
+    from vggt_lora.reference_data import real_scene
+
+    return [*(path for name in SOUND if (path := real_scene(name))), *demo_scenes()]
+
+
+def main() -> None:
+    from vggt_lora.demo.demo_scenes import toy_scene
+    from vggt_lora.scenes.fit import check_fit, photo_figures
+    from vggt_lora.scenes.opening import open_scene
+
+    with tempfile.TemporaryDirectory() as work:
+        source = toy_scene(work, frames=8, size=(168, 252))
+        print(f"{'case':28} {'is':7} {'right':7} said")
+        for name, one in CASES.items():
+            one.build(source, Path(work) / name)
+            answer, said = answer_to(Path(work) / name)
+            print(f"{name:28} {answer:7} {one.answer:7} {said.replace(work + os.sep, '')[:400]}")
+    print("\nsound scenes: least and median of the photos\nscene                    keypoints: share    offset (long sides)    colours          farthest / median depth   notes")
+    for path in sound_scenes():
+        scene = open_scene(path)
+        rows = photo_figures(scene.frames, scene.points)
+        text = "  ".join(f"{name} {np.nanmin(v):.3g} {np.nanmedian(v):.3g} {np.nanmax(v):.3g}" for name, v in rows.items())
+        print(f"{scene.name:24} {text}  {[c.verdict for c in check_fit(scene.frames, scene.points)]} {len(scene.notes)} notes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

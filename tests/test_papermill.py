@@ -1,0 +1,103 @@
+"""Papermill and the command line as a user runs them: a wrong parameter stops at once, a right one trains, and the README's commands run as written."""
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test_project import readme_commands
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def papermill(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run papermill as a user would; never with a pipe as standard input, which would make it overwrite the notebook."""
+    return subprocess.run([str(BIN / "papermill"), *arguments], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("parameter, messages", [
+    (("strategi", "b"), ["unknown parameter 'strategi'", "Did you mean 'strategy'?"]),
+    (("use_rsolra", "True"), ["unknown parameter 'use_rsolra'", "Did you mean 'use_rslora'?"]),
+    (("strategy", "z"), ["unknown strategy 'z'", "choose one of: a, b, c, custom"]),
+])
+def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
+    output = tmp_path / "run"
+    done = papermill("nbs/03_train.ipynb", str(tmp_path / "out.ipynb"), "-p", *parameter, "-p", "output", str(output))
+    assert done.returncode != 0
+    for message in messages:
+        assert message in done.stderr
+    assert not output.exists()
+
+
+SMALL = ["-p", "epochs", "1", "-p", "image_size", "56", "-p", "frames", "4", "-p", "overlap", "0.25"]  # overlap is not in the parameters cell
+
+
+def test_papermill_without_an_output_path_prints_the_notebook(tmp_path):
+    before = (ROOT / "nbs" / "03_train.ipynb").read_bytes()
+    done = papermill("nbs/03_train.ipynb", "-p", "strategy", "b", *SMALL, "-p", "output", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["nbformat"] == 4
+    assert (ROOT / "nbs" / "03_train.ipynb").read_bytes() == before
+    for name in ("config.json", "model.txt", "train.log", "metrics.jsonl", "results.json", "report.md", "figures/losses.png",
+                 "figures/held_out.png", "checkpoints/last.pt", "checkpoints/best.pt", "adapter/adapter_config.json",
+                 "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).is_file(), name
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [r["loss"] for r in records if r["split"] == "val"]
+    assert held_out[-1] < held_out[0]
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+def command(*arguments: str):
+    return subprocess.run([sys.executable, "-m", "vggt_lora.train", *arguments], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+
+
+def test_the_command_line_has_every_field_and_trains(tmp_path):
+    from vggt_lora.settings import settings_of
+    from vggt_lora.train import TrainConfig
+
+    assert [s.name for s in settings_of(TrainConfig)] == [f.name for f in dataclasses.fields(TrainConfig)]
+    done = command("--model", "random", "--scenes", "demo_a", "--epochs", "1", "--image-size", "56", "--frames", "4", "--output", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["image_size"] == 56
+
+
+@pytest.mark.parametrize("arguments, status, last", [
+    (("--strategie", "b"), 2, "unrecognized arguments: --strategie b"),
+    (("--strategy", "z"), 2, "unknown strategy 'z'; choose one of: a, b, c, custom."),
+    (("--data", "nowhere"), 1, "nowhere"),
+])
+def test_the_command_line_fails_with_its_message_last(arguments, status, last):
+    done = command(*arguments)
+    assert done.returncode == status and last in done.stderr.strip().splitlines()[-1], done.stderr
+
+
+# --- README ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in readme_commands() if "papermill nbs/" in c and "facebook/" not in c and "path/to" not in c])
+def test_readme_papermill_commands_run(command, tmp_path):
+    """As written, from the repository root, made small; the results go to a folder of the test's own."""
+    words = shlex.split(command.split("&&")[-1])
+    output = next(i for i, w in enumerate(words) if w.startswith("outputs/"))
+    words[output] = str(tmp_path / "executed.ipynb")
+    if "nbs/03_train.ipynb" in words:
+        words += [*SMALL, "-p", "output", str(tmp_path / "run")]
+    done = papermill(*words[1:])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_readme_python_runs():
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
+        if "facebook/" not in block and "path/to" not in block:
+            done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+            assert done.returncode == 0, done.stderr[-2000:]
