@@ -24,11 +24,11 @@ from .preflight.adapter_check import build_checked_adapter, check_loss_reaches_a
 from .preflight.preflight import budgeted, preflight as predicted, refuse_or_warn
 from .preflight.resource_usage import ResourceMeter
 from .settings import command
-from .training.advice import next_tries, risky_settings, split_notes, without_choice
-from .training.build import build_model, check_photos, items_of, make_frame_cache, with_rate
+from .training.advice import next_tries, risky_settings, split_notes
+from .training.build import build_model, check_photos, items_of, make_frame_cache, resolve
 from .training.checkpoint import content_digest, disk_errors
 from .training.config import TrainConfig, read_config
-from .training.distributed import Distributed, resolve_precision
+from .training.distributed import Distributed
 from .training.feature_cache import cached_source
 from .training.loop import fit
 from .training.oom_recovery import memory_errors
@@ -96,12 +96,12 @@ def _train(config: TrainConfig, hooks, folder: Path, distributed: Distributed, m
         run.log(ready.cache.about())
         if ready.truth.supervision != ready.cache.supervision:
             run.log(ready.truth.about())
-        rated = with_rate(config if split.choose else without_choice(config), width)
-        run.log(f"peak learning rate {rated.lr:.3g}, network {width} channels wide")
+        resolved = resolve(config, width, bool(split.choose))
+        run.log(f"peak learning rate {resolved.lr:.3g}, network {width} channels wide")
         run.log(ready.compute_options)
-        _fit(ready, config, rated, run, hooks, distributed, meter)
+        _fit(ready, resolved, run, hooks, distributed, meter)
         meter.mark("training")
-        kept = dataclasses.replace(config, adapter_weights=rated.adapter_weights)
+        kept = dataclasses.replace(config, adapter_weights=resolved.adapter_weights)
         return finish(run, ready, kept, meter, distributed)
     finally:
         run.close()
@@ -149,8 +149,7 @@ def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Rea
 # %% ../nbs/03_train.ipynb #ee67ae1a
 def _fit(
     ready: Ready,
-    config: TrainConfig,
-    rated: TrainConfig,  # with the learning rate for the width of this network
+    config: TrainConfig,  # of `resolve`
     run: RunFolder,
     hooks,
     distributed: Distributed,
@@ -174,9 +173,8 @@ def _fit(
         with budgeted(budget, run) as clock:
             source = distributed.main_process_first(make_source)
             meter.mark("preparation")
-            precision = resolve_precision(config.precision, distributed.device)
-            begin(hooks, run.folder, HeldOutPreview(adapted, choosing, source, precision=precision))
-            fit(adapted, train_on, choosing, rated, run, source, (clock, *hooks))
+            begin(hooks, run.folder, HeldOutPreview(adapted, choosing, source, precision=config.precision))
+            fit(adapted, train_on, choosing, config, run, source, (clock, *hooks))
 
 # %% ../nbs/03_train.ipynb #4f1ff6ac
 def finish(
