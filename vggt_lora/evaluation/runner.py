@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Model', 'CAMERAS', 'AT_PHOTO_SIZE', 'CAMERA_ERRORS', 'UNIT_FACTOR', 'trusted_truth', 'window_scale', 'base_of',
-           'Evaluation', 'Answer', 'heads_of', 'ask', 'at_photo_size', 'evaluate_windows', 'evaluate_samples',
-           'camera_effects', 'camera_sentence', 'unit_warnings', 'comparison_rows']
+           'Evaluation', 'Prediction', 'heads_of', 'predict_window', 'at_photo_size', 'evaluate_windows',
+           'evaluate_samples', 'camera_effects', 'camera_sentence', 'unit_warnings', 'comparison_rows']
 
 # %% ../../nbs/evaluation/runner.ipynb #42804506
 import contextlib
@@ -19,7 +19,7 @@ import torch
 from ..core import ConfigError
 from ..datasets.samples import FrameCache, Sample, load_sample
 from .cameras import camera_metrics, looks_swapped, pair_errors, pose_scale
-from .metrics import align_depth, evaluate_frames, summarise
+from .metrics import EvaluatedFrame, evaluate_frames, summarise
 from .protocols import STANDARD, Protocol, find_protocols, protocol_windows
 from .statistics import Effect, in_words, paired_effect
 from ..geometry.cameras import decode_pose, relative_to_first, unproject_depth
@@ -71,7 +71,7 @@ class Evaluation:
     """Rows of numbers, and the maps behind them."""
 
     rows: list[dict]  # one per protocol, model and frame
-    maps: list[dict]  # one per frame: photo, truth, valid, K, world_to_cam, labels, unit, confidence, and each model's depth in scene units
+    maps: list[EvaluatedFrame]  # one per frame with truth
     left_out: list[str]  # frames without any truth, named
     pixels_left_out: int = 0  # known depth outside the limits, or of weight 0
     pairs: list[dict] = dataclasses.field(default_factory=list)  # one per model and pair of photos: rotation and translation error, degrees
@@ -94,7 +94,7 @@ class Evaluation:
 
 # %% ../../nbs/evaluation/runner.ipynb #f31c8f3d
 @dataclasses.dataclass
-class Answer:
+class Prediction:
     """What a model says about a window, brought to scene units by the window's own length."""
 
     depth: np.ndarray  # (S, H, W)
@@ -111,13 +111,13 @@ def heads_of(
     return tuple(h for h in ("camera", "depth") if h in getattr(config, "heads", ("camera", "depth")))
 
 
-def ask(
+def predict_window(
     model: Model,
     sample: Sample,
     unit: float,  # of window_scale
     device: str = "cpu",
     autocast: str = "float32",  # or "bf16" for the network's pass
-) -> Answer:
+) -> Prediction:
     """Run a model on a window."""
     context = torch.autocast(device, torch.bfloat16) if autocast == "bf16" else contextlib.nullcontext()
     with context, torch.no_grad():
@@ -128,7 +128,7 @@ def ask(
     if "pose_enc" in out:
         poses = np.array(decode_pose(out["pose_enc"][0].double().cpu().numpy(), depth.shape[1:])[0])
         poses[:, :3, 3] *= unit
-    return Answer(depth, confidence, poses)
+    return Prediction(depth, confidence, poses)
 
 # %% ../../nbs/evaluation/runner.ipynb #d84b1ee5
 AT_PHOTO_SIZE = ("laser", "sparse")  # depth sources that can be read at any size in a moment
@@ -205,11 +205,11 @@ def evaluate_samples(
         trusted = trusted_truth(sample, depth_range)
         result.pixels_left_out += int((sample.valid.numpy() & ~trusted)[fresh].sum())
         unit = window_scale(sample, trusted)
-        answers = {name: ask(model, sample, unit, device, autocast) for name, model in models.items()}
-        measured = _keep_maps(result, sample, where, trusted, fresh, answers, unit)
+        predictions = {name: predict_window(model, sample, unit, device, autocast) for name, model in models.items()}
+        measured = _keep_maps(result, sample, where, trusted, fresh, predictions, unit)
         for protocol in protocols:
-            _score(result, sample, where, protocol, depth_range, trusted, measured, answers)
-        _score_cameras(result, sample, fresh, answers, swapped)
+            _score(result, sample, where, protocol, depth_range, trusted, measured, predictions)
+        _score_cameras(result, sample, fresh, predictions, swapped)
     if not result.maps:
         raise ConfigError("no held-out frame has any known depth: nothing can be measured")
     result.warnings += [f"{name}: the predicted or the true cameras look swapped (camera-to-world taken for "
@@ -218,7 +218,7 @@ def evaluate_samples(
     return result
 
 # %% ../../nbs/evaluation/runner.ipynb #507e59d3
-def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[int], answers: dict,
+def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[int], predictions: dict,
                unit: float) -> list[int]:
     """Keep what pictures and regions need of the fresh frames that have truth, and return their numbers."""
     from vggt_lora.scenes.masks import region_labels
@@ -231,19 +231,17 @@ def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[i
             scene, window, cache = where
             plan = cache.plan(scene, window.frames[i], tuple(sample.depth.shape[1:]))
             labels = region_labels(scene, scene.frames[window.frames[i]], plan)
-        result.maps.append({
-            "scene": sample.scene, "name": sample.names[i], "photo": sample.images[i].permute(1, 2, 0).numpy(),
-            "truth": sample.depth[i].numpy().astype(np.float64), "valid": trusted[i], "K": sample.K[i].numpy(),
-            "world_to_cam": sample.world_to_cam[i].numpy(),
-            "metric": sample.metric, "unit": unit, "labels": labels, "plan": plan,
-            "confidence": {name: answer.confidence[i]
-                           for name, answer in answers.items() if answer.confidence is not None},
-            **{name: answer.depth[i] for name, answer in answers.items()}})
+        depth = {name: prediction.depth[i] for name, prediction in predictions.items()}
+        confidence = {name: prediction.confidence[i] for name, prediction in predictions.items() if prediction.confidence is not None}
+        result.maps.append(EvaluatedFrame(
+            sample.scene, sample.names[i], sample.images[i].permute(1, 2, 0).numpy(),
+            sample.depth[i].numpy().astype(np.float64), trusted[i], sample.K[i].numpy(),
+            sample.world_to_cam[i].numpy(), sample.metric, unit, labels, plan, depth, confidence))
     return measured
 
 # %% ../../nbs/evaluation/runner.ipynb #4134fd47
 def _score(result: Evaluation, sample: Sample, where, protocol: Protocol, depth_range, trusted, measured: list[int],
-           answers: dict) -> None:
+           predictions: dict) -> None:
     """Add the rows of one window under one protocol."""
     if protocol.truth_range is not None and sample.metric:
         trusted = trusted_truth(sample, protocol.truth_range)
@@ -251,10 +249,10 @@ def _score(result: Evaluation, sample: Sample, where, protocol: Protocol, depth_
     if protocol.resolution == "photo" and where is not None:
         scene, window, cache = where
         places = [at_photo_size(scene, i, cache.plan(scene, i, truths.shape[1:]), cache.source) for i in window.frames]
-    for name, answer in answers.items():
-        scale = (pose_scale(answer.world_to_cam, sample.world_to_cam.numpy()) if protocol.alignment == "pose"
-                 and answer.world_to_cam is not None else float("nan"))
-        depth = answer.depth * scale if protocol.alignment == "pose" else answer.depth
+    for name, prediction in predictions.items():
+        scale = (pose_scale(prediction.world_to_cam, sample.world_to_cam.numpy()) if protocol.alignment == "pose"
+                 and prediction.world_to_cam is not None else float("nan"))
+        depth = prediction.depth * scale if protocol.alignment == "pose" else prediction.depth
         frames = []
         for i in range(len(truths)):
             meta = {"protocol": protocol.id, "model": name, "scene": sample.scene, "photo": sample.names[i],
@@ -275,18 +273,18 @@ def _score(result: Evaluation, sample: Sample, where, protocol: Protocol, depth_
             result.rows.append(row)
 
 # %% ../../nbs/evaluation/runner.ipynb #82b08159
-def _score_cameras(result: Evaluation, sample: Sample, fresh: list[int], answers: dict, swapped: dict) -> None:
+def _score_cameras(result: Evaluation, sample: Sample, fresh: list[int], predictions: dict, swapped: dict) -> None:
     """Add the pairs of one window that were not seen in an earlier one."""
     truth = sample.world_to_cam.numpy()
-    for name, answer in answers.items():
-        if answer.world_to_cam is None or len(truth) < 2:
+    for name, prediction in predictions.items():
+        if prediction.world_to_cam is None or len(truth) < 2:
             continue
-        for (i, j), turned, way in zip(*pair_errors(answer.world_to_cam, truth)):
+        for (i, j), turned, way in zip(*pair_errors(prediction.world_to_cam, truth)):
             if i in fresh or j in fresh:
                 result.pairs.append({"protocol": CAMERAS, "model": name, "scene": sample.scene,
                                      "photo": sample.names[i], "other": sample.names[j],
                                      "rotation_error": float(turned), "translation_error": float(way)})
-        if looks_swapped(answer.world_to_cam, truth):
+        if looks_swapped(prediction.world_to_cam, truth):
             swapped[name] = swapped.get(name, 0) + 1
 
 # %% ../../nbs/evaluation/runner.ipynb #50b3ac39
@@ -345,14 +343,13 @@ def unit_warnings(
 
 # %% ../../nbs/evaluation/runner.ipynb #5ba37cdf
 def comparison_rows(
-    maps: list[dict],  # of an Evaluation
+    maps: list[EvaluatedFrame],  # of an Evaluation
     how: str = "median",  # alignment per image
     models: tuple[str, ...] = ("base", "adapted"),
 ) -> list[dict]:
     """Photo, truth and aligned predictions of each frame, as views.plots.depth_comparison takes them."""
     rows = []
     for frame in maps:
-        aligned = {m: align_depth(frame[m], frame["truth"], frame["valid"], how)[0] for m in models}
-        rows.append({"photo": frame["photo"], "truth": frame["truth"], "valid": frame["valid"], **aligned,
-                     "name": frame["name"].rsplit("/", 1)[-1]})
+        aligned = {model: frame.aligned(model, how) for model in models}
+        rows.append({"photo": frame.photo, "truth": frame.truth, "valid": frame.valid, **aligned, "name": frame.name.rsplit("/", 1)[-1]})
     return rows
