@@ -102,7 +102,7 @@ def save_figures(
 
     def held_out():
         few = maps[:: max(1, len(maps) // most)][:most]
-        unit = "m" if maps[0]["metric"] else "scene units"
+        unit = "m" if maps[0].metric else "scene units"
         return depth_comparison(comparison_rows(few), "median per image", unit)
 
     for name, draw in {"losses": lambda: loss_curves(run.records), "held_out": held_out}.items():
