@@ -17,11 +17,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help env system train test test-slow gpu-check browser-test guide notebooks wheel torture newcomer test-matrix coverage clean
+.PHONY: help env system lab train test test-slow gpu-check browser-test guide notebooks wheel torture newcomer test-matrix coverage clean
 
 help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
 	@echo "make train   env, vggt_lora_doctor, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
+	@echo "make lab     env, then JupyterLab on a working copy of the numbered notebooks in outputs/lab"
 	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest without what proves hardening"
 	@echo "make test-slow   env, then the rest of pytest: attacks, kills, two processes, a stand-in for a GPU, a real browser"
 	@echo "make gpu-check   env, then in ten minutes what only a GPU can show, on its stand-in where there is none; the page is outputs/gpu-check/"
@@ -48,7 +49,13 @@ $(STAMP): settings.ini setup.py constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	$(PIP) check
 	$(BIN)/nbdev_export --help >/dev/null
+	$(BIN)/python tools/lab.py --settings
 	@touch $(STAMP)
+
+# Options of jupyter lab: make lab LAB="--no-browser --port 9999"
+LAB ?=
+lab: env
+	$(BIN)/python tools/lab.py $(LAB)
 
 train: env
 	@mkdir -p outputs

@@ -20,11 +20,9 @@ import time
 import urllib.request
 from pathlib import Path
 
-PAGE_CONFIG = {  # open3d brings dash, whose extension makes JupyterLab ask for a build in a dialog that blocks everything
-    "buildCheck": False,
-    "buildAvailable": False,
-    "disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True},
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import lab  # noqa: E402
+
 NOTEBOOK_SETTINGS = {"windowingMode": "none"}  # every cell is in the page, also what lies below the window's edge
 CHROMIUM_OPTIONS = (
     "--headless=new", "--disable-dev-shm-usage", "--window-size=1400,1000", "--enable-unsafe-swiftshader",
@@ -67,8 +65,7 @@ def jupyterlab(
     """Run JupyterLab on a free port of this machine and yield its `Address`; its settings and log lie beside `folder`."""
     folder = Path(folder).resolve()
     settings = folder.parent / f"{folder.name}_jupyter"
-    (settings / "labconfig").mkdir(parents=True, exist_ok=True)
-    (settings / "labconfig" / "page_config.json").write_text(json.dumps(PAGE_CONFIG))
+    lab.write_settings(settings)  # as `make env` does
     of_notebooks = settings / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     of_notebooks.parent.mkdir(parents=True, exist_ok=True)
     of_notebooks.write_text(json.dumps(NOTEBOOK_SETTINGS))

@@ -1,6 +1,4 @@
 """Comparisons: the parameters, the batch file that Slurm would get, and a page that a real browser shows without asking for anything else."""
-import ast
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -10,34 +8,34 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import browser  # noqa: E402
-from test_project import parameters_cell  # noqa: E402
+from vggt_lora.commands import EvaluateConfig
 from vggt_lora.compare import CompareConfig, compare_runs, comparison_page, read_record
 from vggt_lora.comparison.launch import executor_for, run_point
 from vggt_lora.core import ConfigError
 from vggt_lora.evaluation.pictures import save_pictures
 from vggt_lora.files.atomic import write_json
+from vggt_lora.predict import PredictConfig
+from vggt_lora.scenes.reconstruct import ReconstructConfig
 from vggt_lora.settings import settings_of
 from vggt_lora.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_papermill_parameters_are_the_fields_of_the_config():
-    given = {node.target.id: (ast.unparse(node.annotation), ast.literal_eval(node.value)) for node in ast.parse(parameters_cell("05_compare.ipynb")).body}
-    assert given == {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(CompareConfig)}
-
-
-@pytest.mark.parametrize("name, config", [("03_train.ipynb", TrainConfig), ("05_compare.ipynb", CompareConfig)])
-def test_parameters_say_what_the_fields_say(name, config):
-    """The comment behind a parameter, which papermill shows, is the one behind the field, from which tables and command lines are made."""
-    lines = dict(line.split("  # ", 1) for line in parameters_cell(name).splitlines() if "  # " in line)
-    said = {line.split(":")[0]: about for line, about in lines.items()}
-    fields = settings_of(config)
-    assert len(fields) > 10 and {f.name: f.about for f in fields if f.about} == said
-    for field in fields:
+@pytest.mark.parametrize("config", [TrainConfig, CompareConfig, PredictConfig, ReconstructConfig, EvaluateConfig], ids=lambda c: c.__name__)
+def test_every_setting_is_checked(config):
+    """Each refuses a value of another type, a choice that is none, and numbers beyond its range."""
+    needed = {"photos": "x", "scene": "y"} if config is ReconstructConfig else {}
+    for field in settings_of(config):
         wrong = {str: 7, int: "7", float: "7", bool: "true"}[field.type]
-        with pytest.raises(ConfigError, match=f"{field.name} must be {field.type.__name__}, got"):
-            config(**{field.name: wrong})
+        with pytest.raises(ConfigError, match=f"{field.name} must be {field.type.__name__}( or None)?, got"):
+            config(**{**needed, field.name: wrong})
+        if field.choices:
+            with pytest.raises(ConfigError, match=f"unknown {field.name} 'nonsense'"):
+                config(**{**needed, field.name: "nonsense"})
+        for beyond in (field.range[0] - 1, field.range[1] + 1) if field.range else ():
+            with pytest.raises(ConfigError, match=f"{field.name} must lie between .*, got"):
+                config(**{**needed, field.name: beyond})
 
 
 SBATCH = """#!/bin/sh

@@ -173,7 +173,7 @@ def test_curves_of_a_run_that_goes_on_within_a_second_stay_in_order(tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_step_and_says_how_to_go_on(scene, tmp_path, whole, number):
-    config, handlers = settings(scene, tmp_path / "run", save_every=0), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    config, handlers = settings(scene, tmp_path / "run", save_every=None), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Stopped, match=f"{number.name} after step 3 of .*resume=True"):
         run_fit(config, (lambda event, p: os.kill(os.getpid(), number) if event == "step" and p.step == 3 else None,))
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -182,14 +182,14 @@ def test_a_signal_ends_the_run_after_the_step_and_says_how_to_go_on(scene, tmp_p
 
 
 def test_a_hook_stops_after_the_step_measures_and_the_run_can_go_on(scene, tmp_path, whole):
-    config = settings(scene, tmp_path / "run", save_every=0)
+    config = settings(scene, tmp_path / "run", save_every=None)
     run, progress, _ = run_fit(config, (lambda event, p: setattr(p, "stop", event == "step" and p.step == 3),))
     assert progress.step == 3 and run.records[-1]["split"] == "val" and run.records[-1]["stopped"]
     same(run_fit(dataclasses.replace(config, resume=True))[0], whole[0])
 
 
 def test_the_file_stop_ends_a_run_without_hooks_as_a_hook_does(scene, tmp_path, whole, monkeypatch):
-    config, step, steps = settings(scene, tmp_path / "run", save_every=0), loop_module._step, []
+    config, step, steps = settings(scene, tmp_path / "run", save_every=None), loop_module._step, []
 
     def ask(loop, chunk):
         step(loop, chunk)
@@ -245,7 +245,7 @@ def in_validation(monkeypatch, epoch: int, act) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_a_validation_stops_the_run_too(scene, tmp_path, whole, monkeypatch, number, epoch):
     """It comes when no step runs: the run must neither go on nor be taken for finished, and no epoch may count twice for the patience."""
-    config, events, step = settings(scene, tmp_path / "run", save_every=0), [], epoch * whole[1].step // 2
+    config, events, step = settings(scene, tmp_path / "run", save_every=None), [], epoch * whole[1].step // 2
     with monkeypatch.context() as patch:
         in_validation(patch, epoch, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Stopped, match=f"{number.name} after step {step} of .*resume=True"):
@@ -263,7 +263,7 @@ def test_a_signal_in_the_last_validation_comes_too_late(scene, tmp_path, whole, 
 
 def test_a_hook_that_stops_after_an_epoch_says_so(scene, tmp_path, whole):
     """The validation has measured these weights already: no second record of them."""
-    config = settings(scene, tmp_path / "run", save_every=0)
+    config = settings(scene, tmp_path / "run", save_every=None)
     run, progress, _ = run_fit(config, (lambda event, p: setattr(p, "stop", event == "epoch" and p.epoch == 1),))
     assert progress.epoch == 1 and progress.stale == 0 and [r["epoch"] for r in run.records if r["split"] == "val"] == [0, 1]
     assert f"stopped on request after step {progress.step} of {progress.total_steps}, held-out {progress.held_out:.4f}" in (run.folder / "train.log").read_text()
@@ -495,7 +495,7 @@ def test_two_processes_of_a_launcher_step_as_one_that_accumulates_twice_as_much(
 # --- settings -------------------------------------------------------------------------------------------------------
 
 def test_patience_and_keep_best(scene, tmp_path):
-    config = settings(scene, tmp_path / "run", epochs=8, lr=0.008, min_lr=0.006, warmup_ratio=0.0, max_grad_norm=1e6, skip_grad_factor=0.0, patience=2, adapter_weights="best", save_every=0)
+    config = settings(scene, tmp_path / "run", epochs=8, lr=0.008, min_lr=0.006, warmup_ratio=0.0, max_grad_norm=1e6, skip_grad_factor=None, patience=2, adapter_weights="best", save_every=None)
     run, progress, model = run_fit(config)
     losses = [r["loss"] for r in run.records if r["split"] == "val"]
     assert progress.epoch < 8 and progress.stale == 2 and min(losses) == losses[-3] == progress.best
@@ -545,5 +545,5 @@ def test_what_every_step_says(whole):
 
 
 def test_settings_that_contradict_each_other(scene, tmp_path):
-    with pytest.raises(ConfigError, match="does not train that"):
+    with pytest.raises(ConfigError, match="does not train; choose"):
         run_fit(settings(scene, tmp_path / "run", strategy="a", heads="camera"))

@@ -252,7 +252,7 @@ def test_a_zip_is_no_archive_of_a_scene(tmp_path):
 
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as packed:
         packed.writestr("../../evil", "x")
-    with pytest.raises(SceneError, match="bad.zip: is no whole 7-Zip archive"):
+    with pytest.raises(SceneError, match="bad.zip: not a complete 7-Zip archive"):
         unpack(tmp_path / "bad.zip", tmp_path / "data", progress=False)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["bad.zip", "data"]
 
@@ -277,7 +277,7 @@ def test_a_link_out_of_the_hubs_cache_is_refused(name, tmp_path, monkeypatch):
     assert find_weights("some/model").path.name == "model.safetensors"
     (home / "snapshots" / "abc" / name).unlink()
     (home / "snapshots" / "abc" / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(WeightsError, match=f"{name}: is a link out of the hub's cache"):
+    with pytest.raises(WeightsError, match=f"{name}: links to a place outside the hub's cache"):
         find_weights("some/model")
     assert set(asked) == {"config.json", "model.safetensors"}  # names of our own: what a repository lists is never asked for
 

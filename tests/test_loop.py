@@ -224,7 +224,7 @@ def test_the_seed_decides_the_adapter(scene, tmp_path):
 # --- order ----------------------------------------------------------------------------------------------------------
 
 def test_windows_and_frames_are_shuffled_anew_in_every_epoch(scene, tmp_path):
-    config = settings(scene, tmp_path, distinct_epochs=0)
+    config = settings(scene, tmp_path, distinct_epochs=None)
     epochs = [epoch_order(20, [6] * 20, config, epoch) for epoch in range(3)]
     for order in epochs:
         assert sorted(i for i, _ in order) == list(range(20)) != [i for i, _ in order]

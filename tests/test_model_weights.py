@@ -117,13 +117,13 @@ def test_published_sizes_are_recognised(track_head):
     shapes["aggregator.camera_token"] = (1, 2, 1, 512)
     with pytest.raises(WeightsError, match="a VGGT of unknown size"):
         config_from_shapes(shapes, "file")
-    with pytest.raises(WeightsError, match="no VGGT weights.*camera_token is missing"):
+    with pytest.raises(WeightsError, match="not VGGT weights.*camera_token is missing"):
         config_from_shapes({"weight": (3, 3)}, "file")
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"aggregator.frame_blocks.x.y": (3,)}, "file: no VGGT weights: aggregator.frame_blocks.x stands where"),
-    ({"aggregator.camera_token": ()}, r"file: no VGGT weights: aggregator.camera_token has shape \(\), expected 4 axes"),
+    ({"aggregator.frame_blocks.x.y": (3,)}, "file: not VGGT weights: found aggregator.frame_blocks.x, expected"),
+    ({"aggregator.camera_token": ()}, r"file: not VGGT weights: aggregator.camera_token has shape \(\), expected 4 axes"),
     ({"aggregator.register_token": (5,)}, r"aggregator.register_token has shape \(5,\), expected 4 axes"),
     ({"aggregator.patch_embed.pos_embed": (5,)}, "pos_embed has shape"),
     ({"aggregator.frame_blocks.0.attn.q_norm.weight": (0,)}, r"q_norm.weight has shape \(0,\)"),

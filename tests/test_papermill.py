@@ -23,6 +23,7 @@ def papermill(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("parameter, messages", [
     (("strategi", "b"), ["unknown parameter 'strategi'", "Did you mean 'strategy'?"]),
+    (("use_rsolra", "True"), ["unknown parameter 'use_rsolra'", "Did you mean 'use_rslora'?"]),
     (("strategy", "z"), ["unknown strategy 'z'", "choose one of: a, b, c, custom"]),
 ])
 def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
@@ -34,7 +35,7 @@ def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
     assert not output.exists()
 
 
-SMALL = ["-p", "epochs", "1", "-p", "image_size", "56", "-p", "frames", "4"]
+SMALL = ["-p", "epochs", "1", "-p", "image_size", "56", "-p", "frames", "4", "-p", "overlap", "0.25"]  # overlap is not in the parameters cell
 
 
 def test_papermill_without_an_output_path_prints_the_notebook(tmp_path):

@@ -1,6 +1,7 @@
 """The house itself: who may import whom, what is light, what the README and the parameters promise."""
 import ast
 import dataclasses
+import importlib
 import json
 import re
 import shlex
@@ -96,6 +97,21 @@ def test_no_import_circle():
     assert not circles(graph)
 
 
+def test_the_page_about_the_house_names_what_exists():
+    """docs/house.md: every room has its row, every file is there, and every other name stands in the file that its line begins with."""
+    text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:/|\.py|\.ipynb))`", text))
+    assert {room for room in ROOMS if not {f"{room}/", f"{room}.py"} & named} == set()
+    assert [name for name in named if not any((folder / name).exists() for folder in (PACKAGE, ROOT))] == []
+    walks = re.findall(r"^\d+\. `(\S+)`: (.+?)(?=^\d+\. |^#|\Z)", text, re.M | re.S)
+    assert len(walks) == 25
+    for file, sentence in walks:
+        files = [file, *(name for name in re.findall(r"`(\S+?)`", sentence) if name.endswith(".py"))]
+        source = "".join((PACKAGE / name if name.endswith(".py") else ROOT / name).read_text(encoding="utf-8") for name in files)
+        for name in re.findall(r"`([A-Za-z_]+)`", sentence):
+            assert re.search(rf"\b{name}\b", source), f"docs/house.md: {name} is not in {', '.join(files)}"
+
+
 def test_the_package_is_light():
     heavy = ["torch", "open3d", "peft", "pycolmap", "matplotlib", "ipywidgets"]
     code = f"import vggt_lora, vggt_lora.core, sys; print([m for m in {heavy} if m in sys.modules])"
@@ -133,14 +149,25 @@ def test_there_are_five_steps():
     assert [n[:2] for n in names[:5]] == ["00", "01", "02", "03", "04"]
 
 
-def test_papermill_parameters_are_the_fields_of_the_config():
-    from vggt_lora.train import TrainConfig
+NOTEBOOKS_WITH_A_CONFIG = {"03_train.ipynb": ("vggt_lora.train", "TrainConfig"), "05_compare.ipynb": ("vggt_lora.compare", "CompareConfig"),
+                           "06_predict.ipynb": ("vggt_lora.predict", "PredictConfig")}
 
-    given = {}
-    for node in ast.parse(parameters_cell("03_train.ipynb")).body:
-        given[node.target.id] = (ast.unparse(node.annotation), ast.literal_eval(node.value))
-    fields = {f.name: (f.type if isinstance(f.type, str) else f.type.__name__, f.default) for f in dataclasses.fields(TrainConfig)}
-    assert given == fields
+
+@pytest.mark.parametrize("name", NOTEBOOKS_WITH_A_CONFIG)
+def test_papermill_parameters_are_fields_of_the_config(name):
+    """Name, type, default and meaning are those of the field; 03 shows the settings that a first run needs, the others all."""
+    from vggt_lora.settings import settings_of
+
+    module, cls = NOTEBOOKS_WITH_A_CONFIG[name]
+    expected = {}
+    for s in settings_of(getattr(importlib.import_module(module), cls)):
+        expected[s.name] = (s.type.__name__ + (" | None" if s.optional else ""), s.default, s.about)
+    cell, given = parameters_cell(name), {}
+    about = dict(line.split(":")[0:1] + [line.split("  # ", 1)[1]] for line in cell.splitlines())
+    for node in ast.parse(cell).body:
+        given[node.target.id] = (ast.unparse(node.annotation), ast.literal_eval(node.value), about[node.target.id])
+    assert given == {field: facts for field, facts in expected.items() if field in given or name != "03_train.ipynb"}
+    assert name != "03_train.ipynb" or len(given) <= 15
 
 
 def test_no_parameter_hides_a_name_of_the_module():

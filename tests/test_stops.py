@@ -21,6 +21,7 @@ import torch
 from test_engine import LAUNCHERS, ROOT, run_fit, settings, spoil_validations, windows_of
 
 from vggt_lora import train as train_module
+from vggt_lora.training import start as start_module
 from vggt_lora.core import STOP, ConfigError, VggtLoraError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import toy_scene
@@ -126,7 +127,7 @@ def other_base(patch, rank, folder) -> None:
 def no_scenes(patch, rank, folder) -> None:
     """The second process's machine has not the photos."""
     if rank == 1:
-        patch.setattr(train_module, "open_scenes", raises(ConfigError("data: photos is no folder")))
+        patch.setattr(start_module, "open_scenes", raises(ConfigError("data: photos is no folder")))
 
 
 def no_memory(patch, rank, folder) -> None:
@@ -177,7 +178,7 @@ def as_rank(scene: str, folder: str) -> None:
     processes.PATIENCE = datetime.timedelta(seconds=90)  # a process that waits for one that will not come ends with an error of its own
 
     def config(name, **changes):
-        return settings(scene, Path(folder) / name, save_every=0, **changes)
+        return settings(scene, Path(folder) / name, save_every=None, **changes)
 
     found["whole"] = attempt(config("whole"), rank)
     for name, happen in STOPS.items():
@@ -343,7 +344,7 @@ def test_processes_wait_for_each_other_for_a_day(monkeypatch):
 
 def begun(folder: Path, scene, words: list[str], records: int = 10, changes: dict = {"epochs": 500}, meanwhile=lambda: None, **how):
     """The command in a process of its own, in the midst of a run; and what it has written down."""
-    config = settings(scene, folder / "run", save_every=0, **changes)
+    config = settings(scene, folder / "run", save_every=None, **changes)
     given = [f"--{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     process = subprocess.Popen([sys.executable, "-m", *words, "vggt_lora.train", *given], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, **how)
     metrics, until = folder / "run" / "metrics.jsonl", time.monotonic() + LIMIT

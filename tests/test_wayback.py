@@ -139,7 +139,7 @@ def damaging(monkeypatch, change):
 
 
 @pytest.mark.parametrize("change, word", [
-    (lambda t: t | {"track_head.tracker.fmap_norm.bias": t["track_head.tracker.fmap_norm.bias"] + 1e-6}, "differs from .* no adapter touches it"),
+    (lambda t: t | {"track_head.tracker.fmap_norm.bias": t["track_head.tracker.fmap_norm.bias"] + 1e-6}, "differs from .* although the adapter does not change it"),
     (lambda t: {n: v for n, v in t.items() if n != "point_head.norm.bias"}, "other names"),
     (lambda t: t | {"depth_head.norm.bias": t["depth_head.norm.bias"].half()}, "is torch.float16"),
     (lambda t: t | {"depth_head.norm.bias": t["depth_head.norm.bias"][:3].clone()}, "in .* it is"),
@@ -239,7 +239,7 @@ def test_an_export_never_replaces_something_else(base, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"x")
     for folder in (tmp_path / "mine", tmp_path / "mine" / "photo.jpg", run):
-        with pytest.raises(ConfigError, match="exists and is no adapter folder"):
+        with pytest.raises(ConfigError, match="exists and is not an adapter folder"):
             export.export_adapter(run, folder)
     assert (tmp_path / "mine" / "photo.jpg").read_bytes() == b"x" and (run / "adapter").is_dir()
     first = export.export_adapter(run, tmp_path / "out")

@@ -13,7 +13,7 @@ import nbformat
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDE = ("quickstart", "data", "strategies", "tensorboard", "troubleshooting", "recipes")  # in reading order
+GUIDE = ("quickstart", "data", "strategies", "tensorboard", "troubleshooting", "recipes", "settings")  # in reading order
 LOCAL = re.compile(r'href="(?!https?:|mailto:|#|data:)([^"#]+)\.ipynb(#[^"]*)?"')
 STYLE = "body{font:16px/1.6 sans-serif;max-width:46em;margin:3em auto;padding:0 1em}li{margin:.4em 0}"
 

@@ -17,7 +17,7 @@ from .comparison.page import comparison_page, write_page
 from .comparison.summary import Comparison, RunRecord, compare_runs, read_record
 from .core import ConfigError, notebook_parameters, project_root, user_path
 from .evaluation.statistics import UNITS
-from .settings import check_values
+from .settings import check_values, setting
 
 # %% ../nbs/05_compare.ipynb #a4c9bf7f
 _all_ = ["grid_points", "parse_grid", "run_grid", "Comparison", "RunRecord", "compare_runs", "read_record", "comparison_page"]
@@ -27,21 +27,28 @@ _all_ = ["grid_points", "parse_grid", "run_grid", "Comparison", "RunRecord", "co
 class CompareConfig:
     """Settings of a comparison; a bad value raises ConfigError before any work."""
 
-    name: str = "compare"  # of the comparison: its folder is outputs/<name>
-    grid: str = "strategy=a,b,c; seed=0,1"  # what varies, such as "strategy=a,b; rank=8,16; lr=1e-4,3e-4; supervision=laser,sparse; seed=0,1"
-    settings: str = ""  # what all runs share, such as "data=path/to/facade; model=facebook/VGGT-1B; epochs=20"
-    output: str = ""  # folder of the comparison; empty: outputs/<name>
-    jobs: int = 0  # runs at a time; 0: as many as the machine allows
-    cluster: str = "local"  # local, or slurm: the points go out as one job array
-    slurm: str = ""  # submitit's options for slurm, such as "slurm_partition=gpu; gpus_per_node=1; cpus_per_task=8; mem_gb=64"
-    hours: float = 24.0  # that a run may take
-    retry: bool = True  # runs that failed before are tried again
-    unit: str = "frames"  # what the bootstrap draws: frames, or scenes where many are held out
-    pictures: int = 3  # photos shown side by side
-    notebooks: bool = True  # keep an executed notebook of each run; needs a checkout and papermill, else runs are trained without one
+    name: str = setting("compare", "name of the comparison: its folder is outputs/<name>")
+    grid: str = setting(
+        "strategy=a,b,c; seed=0,1",
+        'what varies, such as "strategy=a,b; rank=8,16; lr=1e-4,3e-4; supervision=laser,sparse; seed=0,1"',
+    )
+    settings: str = setting("", 'what all runs share, such as "data=path/to/facade; model=facebook/VGGT-1B; epochs=20"')
+    output: str = setting("", "folder of the comparison; empty: outputs/<name>")
+    jobs: int | None = setting(None, "runs at a time; None: as many as the machine allows", range=(1, 10_000))
+    cluster: str = setting("local", "local, or slurm: the points go out as one job array", choices=CLUSTERS)
+    slurm: str = setting(
+        "", 'options of submitit for slurm, such as "slurm_partition=gpu; gpus_per_node=1; cpus_per_task=8; mem_gb=64"'
+    )
+    hours: float = setting(24.0, "hours that a run may take", range=(0.01, 8_760))
+    retry: bool = setting(True, "try runs that failed before again")
+    unit: str = setting("frames", "what the bootstrap draws: frames, or scenes where many are held out", choices=UNITS)
+    pictures: int = setting(3, "photos shown side by side", range=(1, 100))
+    notebooks: bool = setting(
+        True, "keep an executed notebook of each run; needs a checkout and papermill, else runs are trained without one"
+    )
 
     def __post_init__(self):
-        check_values(self, {"cluster": CLUSTERS, "unit": UNITS}, {"jobs": (0, 10_000), "hours": (0.01, 24 * 365), "pictures": (1, 100)})
+        check_values(self)
         if not self.name.strip() or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name must be the name of a folder, got {self.name!r}; a path goes into output")
         if self.cluster == "local" and self.slurm:

@@ -4,17 +4,26 @@
 
 # %% auto #0
 __all__ = ['STOP', 'VggtLoraError', 'SceneError', 'WeightsError', 'ConfigError', 'clear_tracebacks', 'TrainingError',
-           'unknown_name_message', 'escape_markdown', 'notebook_parameters', 'project_root', 'user_path',
-           'is_oom_error', 'short_of_memory']
+           'unknown_name_message', 'escape_markdown', 'set_names', 'parameter_cells', 'notebook_parameters',
+           'project_root', 'user_path', 'is_oom_error', 'short_of_memory']
 
 # %% ../nbs/core.ipynb #c1519743
+import ast
 import difflib
-import re
 from pathlib import Path
 
 # %% ../nbs/core.ipynb #85d23ac9
 class VggtLoraError(ValueError):
-    """Base of every error that the user, not the programmer, can mend."""
+    """Base of every error that the user, not the programmer, can mend; a notebook shows its sentence alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows: the sentence, or the whole traceback if `%tb verbose` or `%xmode Verbose` asks for it."""
+        from IPython import get_ipython
+
+        shell = get_ipython()
+        if shell is not None and shell.InteractiveTB.mode == "Verbose":
+            return shell.InteractiveTB.structured_traceback(type(self), self, self.__traceback__)
+        return [f"{type(self).__name__}: {self}", "", "(%tb verbose shows the traceback)"]
 
 
 class SceneError(VggtLoraError):
@@ -48,11 +57,11 @@ def unknown_name_message(
     name: object,  # the name that was given
     choices,  # the names that exist
 ) -> str:
-    """Say that `name` is none of `choices`, list them, and offer the nearest."""
+    """Say that `name` is unknown, offer the nearest of `choices`, and list them."""
     known = sorted(str(c) for c in choices)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {str(name)!r}; choose one of: {', '.join(known)}.{hint}"
+    hint = f". Did you mean {near[0]!r}? If not, " if near else "; "
+    return f"unknown {kind} {str(name)!r}{hint}choose one of: {', '.join(known)}."
 
 # %% ../nbs/core.ipynb #9101c8a9
 def escape_markdown(
@@ -62,19 +71,47 @@ def escape_markdown(
     return "".join(f"&#{ord(c)};" if c in "&<>$\\`*[]|~#" else c for c in " ".join(str(text).split()))
 
 # %% ../nbs/core.ipynb #0c7421bf
+def set_names(
+    cell: str,  # source
+) -> list[str]:
+    """List the names that a parameters cell sets, less those with an underscore and those that the cell itself reads."""
+    tree = ast.parse(cell)
+    lines = [line for line in tree.body if isinstance(line, (ast.Assign, ast.AnnAssign))]
+    targets = [target for line in lines for target in getattr(line, "targets", None) or [line.target]]
+    named = [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return [name for name in named if not name.startswith("_") and name not in read]
+
+# %% ../nbs/core.ipynb #be84a2bd
+def parameter_cells(
+    history: list[str],  # cells in the order in which they ran
+    known,  # names of the parameters
+) -> list[str]:
+    """Return the parameters cell that ran last, which annotates a known name, and papermill's own if it ran after it."""
+    injected = []
+    for cell in reversed(history):
+        try:
+            lines = ast.parse(cell).body
+        except SyntaxError:
+            continue
+        if any(isinstance(line, ast.AnnAssign) and getattr(line.target, "id", None) in known for line in lines):
+            return [cell, *injected]
+        if cell.startswith("# Parameters") and not injected:  # papermill's first line
+            injected = [cell]
+    return injected
+
+
 def notebook_parameters(
-    before: dict,  # dict(globals()) just before the parameters cell
-    now: dict,  # globals() just after it
+    now: dict,  # globals() of the notebook
     known,  # names of the parameters
 ) -> dict:
-    """The parameters' values; raises ConfigError for a name that was given and is none, with the nearest one."""
-    ours = re.compile(r"_|__|___|_i|_ii|_iii|_i\d+|_\d+|_oh|_dh|_ih|_exit_code|In|Out|before|__annotations__")  # IPython's own, and the copy itself
+    """Return the parameters' values; raises ConfigError with the nearest name if a parameters cell sets an unknown one."""
     known = list(known)
-    changed = {n: v for n, v in now.items() if n in known or not (n in before and before[n] is v)}
-    for name in changed:
-        if name not in known and not (ours.fullmatch(name) and isinstance(now[name], (type(before.get(name)), str, dict, list, type(None)))):
-            raise ConfigError(unknown_name_message("parameter", name, known))
-    return {n: now[n] for n in known if n in now}
+    for cell in parameter_cells(now.get("In", []), known):
+        for name in set_names(cell):
+            if name not in known:
+                raise ConfigError(unknown_name_message("parameter", name, known))
+    return {name: now[name] for name in known if name in now}
 
 # %% ../nbs/core.ipynb #f24bcad5
 def project_root(

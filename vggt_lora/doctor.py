@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .core import ConfigError, VggtLoraError, WeightsError, project_root, user_path
+from .settings import read_settings
 
 # %% ../nbs/doctor.ipynb #e5050063
 STATES = ("ok", "warn", "fail")
@@ -49,31 +50,46 @@ def amount(count: float) -> str:
 # %% ../nbs/doctor.ipynb #58cf9028
 @dataclasses.dataclass
 class Plan:
-    """The settings of a training run that its surroundings depend on, named as in TrainConfig."""
+    """Hold the settings of a run that its surroundings depend on, named as in TrainConfig."""
 
     data: str = "demo"
     model: str = "tiny"
-    strategy: str = "b"
-    targets: str = ""
-    full: str = ""
+    strategy: str = "a"
+    target_modules: str = ""
+    full_finetune: str = ""
     rank: int = 16
     output: str = ""
     frames: int = 8
-    image_size: int = 0
+    image_size: int | None = None
     device: str = "auto"
     unread: tuple[str, ...] = ()  # arguments that may hold settings and were not read
+
+    def read_file(
+        self,
+        path: str,  # of a YAML file, such as a preset
+    ) -> None:
+        """Take over settings from a file; raises ConfigError for an unreadable file or an unknown setting."""
+        from vggt_lora.training.config import TrainConfig
+
+        for name, value in read_settings(TrainConfig, path).items():
+            if name != "unread" and hasattr(self, name):
+                setattr(self, name, value)
 
     def read_papermill(
         self,
         arguments: list[str],  # as papermill gets them
     ) -> None:
-        """Take over settings given as -p NAME VALUE."""
-        known = {f.name: f.type for f in dataclasses.fields(self) if f.name != "unread"}
+        """Take over settings given as -p NAME VALUE or -f FILE; raises ConfigError for a file that cannot be read."""
+        numbers = ("rank", "frames", "image_size")
         for i, word in enumerate(arguments):
-            if word in ("-p", "--parameters", "-r", "--parameters_raw") and len(arguments) > i + 2 and arguments[i + 1] in known:
-                value = arguments[i + 2]
-                setattr(self, arguments[i + 1], int(value) if known[arguments[i + 1]] in (int, "int") and value.isdigit() else value)
-            elif word in ("-y", "--parameters_yaml", "-f", "--parameters_file", "-b", "--parameters_base64"):
+            name, value = (arguments[i + 1 : i + 3] + ["", ""])[:2]
+            if word in ("-p", "--parameters", "-r", "--parameters_raw") and name != "unread" and hasattr(self, name):
+                if name in numbers and (value == "None" or value.isdigit()):
+                    value = None if value == "None" else int(value)
+                setattr(self, name, value)
+            elif word in ("-f", "--parameters_file"):
+                self.read_file(name)
+            elif word in ("-y", "--parameters_yaml", "-b", "--parameters_base64"):
                 self.unread += (word,)
 
 # %% ../nbs/doctor.ipynb #678e6547
@@ -277,7 +293,7 @@ def counted(plan: Plan):
     shape = planned_config(plan)
     if shape is None:
         raise WeightsError(f"{plan.model} is not on this machine, its size is unknown")
-    config = TrainConfig(strategy=plan.strategy, target_modules=plan.targets, full_finetune=plan.full, rank=plan.rank, frames=plan.frames, image_size=plan.image_size)
+    config = TrainConfig(strategy=plan.strategy, target_modules=plan.target_modules, full_finetune=plan.full_finetune, rank=plan.rank, frames=plan.frames, image_size=plan.image_size)
     return count(shape, config, photo_size(plan, shape.img_size, shape.patch_size), resolve_precision("auto", resolve_device(plan.device)))
 
 
@@ -471,17 +487,19 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = argparse.ArgumentParser(prog="vggt_lora_doctor", description="Look at everything that a training needs; one line each, with what mends it.",
                                 epilog="Exit status: 0 where training can start, 1 where it cannot. Nothing is downloaded, made or changed.")
-    p.add_argument("--data", default="demo", help="demo, a scene folder, or a folder of scene folders (default: demo)")
-    p.add_argument("--model", default="tiny", help="tiny, random, a hub name, a folder or a file (default: tiny)")
-    p.add_argument("--strategy", default="b", help="a, b, c or custom (default: b)")
-    p.add_argument("--targets", default="", help="patterns of strategy custom")
-    p.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
-    p.add_argument("--frames", type=int, default=8, help="photos in a window (default: 8)")
-    p.add_argument("--image-size", type=int, default=0, help="long side in px (default: the model's own)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the run computes (default: auto, a GPU if there is one)")
-    p.add_argument("--output", default="", help="run folder (default: below outputs/)")
+    p.add_argument("--config", default="", metavar="FILE.yaml", help="read settings from a file, such as a preset; options override it")
+    p.add_argument("--data", help="demo, a scene folder, or a folder of scene folders (default: demo)")
+    p.add_argument("--model", help="tiny, random, a hub name, a folder or a file (default: tiny)")
+    p.add_argument("--strategy", help="a, b, c or custom (default: a)")
+    p.add_argument("--target-modules", help="patterns of strategy custom")
+    p.add_argument("--rank", type=int, help="rank of the adapters (default: 16)")
+    p.add_argument("--frames", type=int, help="photos in a window (default: 8)")
+    p.add_argument("--image-size", type=int, help="long side in px (default: the model's own)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where the run computes (default: auto, a GPU if there is one)")
+    p.add_argument("--output", help="run folder (default: below outputs/)")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    p.add_argument("--papermill", nargs=argparse.REMAINDER, default=[], metavar="...", help="last: the rest are papermill's arguments, of which -p NAME VALUE are read")
+    p.add_argument("--papermill", nargs=argparse.REMAINDER, default=[], metavar="...",
+                   help="last: the rest are papermill's arguments, of which -p NAME VALUE and -f FILE are read")
     return p
 
 
@@ -490,9 +508,17 @@ def main(
 ) -> int:
     """Run the command and return its exit status: 0 training can start, 1 it cannot."""
     options = parser().parse_args(arguments)
-    plan = Plan(options.data, options.model, options.strategy, options.targets, rank=options.rank, output=options.output, frames=options.frames, image_size=options.image_size,
-                device=options.device)
-    plan.read_papermill(options.papermill)
+    plan = Plan()
+    try:
+        if options.config:
+            plan.read_file(options.config)
+        for name in ("data", "model", "strategy", "target_modules", "rank", "frames", "image_size", "device", "output"):
+            if getattr(options, name) is not None:
+                setattr(plan, name, getattr(options, name))
+        plan.read_papermill(options.papermill)
+    except ConfigError as fault:
+        print(f"vggt_lora_doctor: {fault}", file=sys.stderr)
+        return 1
     findings = examine(plan, say=(lambda finding: None) if options.json else lambda finding: print(finding, flush=True))
     count = {status: sum(f.status == status for f in findings) for status in STATES}
     if options.json:

@@ -29,7 +29,7 @@ from .prediction.files import Geometry, cloud_of, sky_of, write_files
 from .prediction.network import Network, check_memory, load_network
 from .prediction.photos import Photos, open_photos
 from .prediction.solve import Solved, align_to, solve, window_key
-from .settings import check_values, command
+from .settings import check_values, command, setting
 from .training.distributed import resolve_device, resolve_precision
 from .training.run import environment
 from .training.config import check_image_size
@@ -39,27 +39,43 @@ from .training.config import check_image_size
 class PredictConfig:
     """Settings of a prediction; a bad value raises ConfigError before any work."""
 
-    photos: str = "demo"  # folder of photos, scene folder, "demo" (its held-out building) or a demo building such as demo_a
-    model: str = ""  # run folder, PEFT folder, folder or file of weights, hub name, or tiny; empty: the newest finished run, tiny where there is none
-    output: str = ""  # folder to write; empty: outputs/predict-<date>-<time>
-    base: str = ""  # another name or place of the adapter's base
-    only: str = ""  # names of the photos to use, separated by commas; empty: all
-    known_cameras: bool = True  # use the cameras of a scene; False: predict them
-    with_base: bool = False  # show the base beside the adapted network
-    frames: int = 8  # photos of a window; more photos go in overlapping windows
-    overlap: float = 0.5  # of neighbouring windows
-    loop: bool = True  # close the chain of windows where the walk comes back to its beginning
-    image_size: int = 0  # long side in px, a multiple of the network's patch (VGGT 14, VGGT-Ω 16); 0: the model's own
-    keep_confident: float = 0.8  # share of the pixels that becomes cloud, the surest first
-    leave_out_sky: bool = True  # leave out what is surely sky
-    replace: bool = False  # overwrite an earlier prediction in `output`
-    precision: str = "auto"  # auto (bf16 on a GPU, float32 else), float32 or bf16
-    frames_chunk: int = 0  # frames that a dense head handles at once; 0: the model's own
-    device: str = "auto"  # auto, cpu or cuda
+    photos: str = setting(
+        "demo", 'folder of photos, scene folder, "demo" (its held-out building) or a demo building such as demo_a',
+        section="photos and network",
+    )
+    model: str = setting(
+        "",
+        "run folder, PEFT folder, weights, hub name, or tiny; empty: the newest finished run, tiny where there is none",
+    )
+    output: str = setting("", "folder to write; empty: outputs/predict-<date>-<time>")
+    base: str = setting("", "another name or place of the adapter's base")
+    only: str = setting("", "names of the photos to use, separated by commas; empty: all")
+    known_cameras: bool = setting(True, "use the cameras of a scene; False: predict them")
+    with_base: bool = setting(False, "show the base beside the adapted network")
+    frames: int = setting(
+        8, "photos in a window; more photos go in overlapping windows", section="windows", range=(2, 1_000)
+    )
+    overlap: float = setting(0.5, "share of a window that the next window repeats", range=(0, 0.95))
+    loop: bool = setting(True, "close the chain of windows where the walk comes back to its beginning")
+    image_size: int | None = setting(
+        None, "long side in px, a multiple of the patch (VGGT 14, VGGT-Ω 16); None: the model's own",
+        section="photos", range=(14, 8_400),
+    )
+    keep_confident: float = setting(
+        0.8, "share of the pixels that becomes cloud, the most confident first", section="cloud", range=(0.01, 1)
+    )
+    leave_out_sky: bool = setting(True, "leave out pixels that are certainly sky")
+    replace: bool = setting(False, "overwrite an earlier prediction in `output`", section="machine and output")
+    precision: str = setting(
+        "auto", "auto (bf16 on a GPU, float32 else), float32 or bf16", choices=("auto", "float32", "bf16")
+    )
+    frames_chunk: int | None = setting(
+        None, "frames that a dense head handles at once; None: the model's own", range=(1, 1_000)
+    )
+    device: str = setting("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self):
-        choices = {"precision": ("auto", "float32", "bf16"), "device": ("auto", "cpu", "cuda")}
-        check_values(self, choices, {"frames": (2, 1000), "overlap": (0, 0.95), "image_size": (0, 8400), "keep_confident": (0.01, 1), "frames_chunk": (0, 1000)})
+        check_values(self)
         check_image_size(self.image_size)
         if not self.photos.strip():
             raise ConfigError("photos is empty; give a folder of photos, a scene folder, or demo")

@@ -45,12 +45,15 @@ TOGETHER = {
 
 def parameter_attacks() -> list[Attack]:
     """Every field with values of a wrong type and outside its range."""
+    from vggt_lora.settings import settings_of
     from vggt_lora.training.config import TrainConfig
 
     found = []
-    for field in dataclasses.fields(TrainConfig):
-        kind = field.type if isinstance(field.type, str) else field.type.__name__
-        found += [Attack("parameters", f"{field.name} = {value!r}", parameters(**{field.name: value}), use_parameters) for value in [*WRONG[kind], *MADE_UP.get(field.name, ())]]
+    for field in settings_of(TrainConfig):
+        for value in (*WRONG[field.type.__name__], *MADE_UP.get(field.name, ())):
+            if value is None and (field.optional or field.default == ""):
+                continue  # the model's own, or off
+            found.append(Attack("parameters", f"{field.name} = {value!r}", parameters(**{field.name: value}), use_parameters))
     for name, values in TOGETHER.items():
         says = {"no loss": "loss weights"}.get(name)
         damage = parameters(**values)

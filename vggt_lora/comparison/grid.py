@@ -13,6 +13,7 @@ import itertools
 import re
 
 from ..core import ConfigError, unknown_name_message
+from ..settings import from_text, settings_of
 from ..training.config import TrainConfig
 
 # %% ../../nbs/comparison/grid.ipynb #541b18c9
@@ -23,21 +24,13 @@ def typed(
     field: str,  # of TrainConfig
     text: str,
 ):
-    """Turn text into a value of the field's type; raises ConfigError where it is none, or the field does not exist."""
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.name not in PLACE}
-    if field not in defaults:
-        raise ConfigError(unknown_name_message("field", field, defaults))
-    kind = type(defaults[field])
-    if kind is bool:
-        if text not in ("True", "False"):
-            raise ConfigError(f"{field} must be True or False, got {text!r}")
-        return text == "True"
-    try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"{field} must be {kind.__name__}, got {text!r}") from None
+    """Turn text into a value of the field's type; raises ConfigError for another type or an unknown field."""
+    known = {s.name: s for s in settings_of(TrainConfig) if s.name not in PLACE}
+    if field not in known:
+        raise ConfigError(unknown_name_message("field", field, known))
+    return from_text(known[field], text)
 
-
+# %% ../../nbs/comparison/grid.ipynb #fb710f2c
 def parse_grid(
     text: str,  # "strategy=a,b,c; seed=0,1"
 ) -> dict[str, list]:
@@ -46,7 +39,8 @@ def parse_grid(
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         name, equals, values = (piece.strip() for piece in part.partition("="))
         if not equals or not name:
-            raise ConfigError(f"{part!r} is no part of a grid; expected FIELD=VALUE,VALUE and semicolons between fields")
+            raise ConfigError(f"{part!r} is no part of a grid; expected FIELD=VALUE,VALUE and semicolons "
+                              "between fields")
         if name in found:
             raise ConfigError(f"{name} stands twice in the grid {text!r}")
         read = [typed(name, value.strip()) for value in next(csv.reader([values], skipinitialspace=True), []) or [""]]
@@ -64,15 +58,16 @@ class Point:
     values: dict
     config: TrainConfig
 
-
+# %% ../../nbs/comparison/grid.ipynb #9a3dbcf9
 def point_name(
     values: dict,  # field -> value
 ) -> str:
     """Name a point after its values, at most 100 characters; long ones end in a hash."""
-    name = "_".join(f"{field}-{re.sub(r'[^A-Za-z0-9.+-]+', '.', str(value))}" for field, value in values.items()) or "run"
+    name = ("_".join(f"{field}-{re.sub(r'[^A-Za-z0-9.+-]+', '.', str(value))}" for field, value in values.items())
+            or "run")
     return name if len(name) <= 100 else name[:87] + "-" + hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
-
+# %% ../../nbs/comparison/grid.ipynb #7b1e67ff
 def grid_points(
     grid: str,  # what varies, see parse_grid
     settings: str = "",  # what all share, in the same form with one value each
@@ -81,7 +76,8 @@ def grid_points(
     axes, shared = parse_grid(grid), parse_grid(settings)
     for name, values in shared.items():
         if len(values) != 1 or name in axes:
-            raise ConfigError(f"settings gives {name} {len(values)} values; expected one" if len(values) != 1 else f"{name} stands in the grid and in the settings")
+            raise ConfigError(f"settings gives {name} {len(values)} values; expected one" if len(values) != 1
+                              else f"{name} stands in the grid and in the settings")
     points = []
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'STATES', 'MEMORY_OF_A_JOB', 'CLUSTERS', 'same_run', 'state_of', 'can_resume', 'told', 'run_point',
            'first_words', 'lanes_for', 'free_memory', 'executor_for', 'outcome', 'start_here', 'start_on_cluster',
-           'writable', 'run_grid', 'parameters_of']
+           'writable', 'steps_words', 'run_grid', 'parameters_of']
 
 # %% ../../nbs/comparison/launch.ipynb #b62e96d2
 import dataclasses
@@ -30,7 +30,8 @@ STATES = ("finished", "failed", "interrupted", "new")
 
 def same_run(one: TrainConfig, other: TrainConfig) -> bool:
     """Tell whether two configurations describe the same run, wherever it is placed."""
-    return all(getattr(one, f.name) == getattr(other, f.name) for f in dataclasses.fields(one) if f.name not in MAY_CHANGE)
+    return all(getattr(one, f.name) == getattr(other, f.name) for f in dataclasses.fields(one)
+               if f.name not in MAY_CHANGE)
 
 
 def state_of(
@@ -39,12 +40,15 @@ def state_of(
 ) -> str:
     """Say what became of a point: one of STATES; raises ConfigError if the folder holds another run."""
     if (folder / "config.json").is_file() and not same_run(found := read_config(folder), config):
-        differing = [f.name for f in dataclasses.fields(found) if f.name not in MAY_CHANGE and getattr(found, f.name) != getattr(config, f.name)]
-        raise ConfigError(f"{folder} holds another run: {', '.join(f'{n} is {getattr(found, n)!r}, wanted {getattr(config, n)!r}' for n in differing)}; "
+        differing = [f.name for f in dataclasses.fields(found) if f.name not in MAY_CHANGE
+                     and getattr(found, f.name) != getattr(config, f.name)]
+        raise ConfigError(f"{folder} holds another run: "
+                          f"{', '.join(f'{n} is {getattr(found, n)!r}, wanted {getattr(config, n)!r}' for n in differing)}; "
                           "give the comparison another name")
     if told(folder).get("state") == "failed":
         return "failed"
-    if told(folder).get("state") == "finished" and (folder / "results.json").is_file() and (folder / "config.json").is_file():
+    if told(folder).get("state") == "finished" and (folder / "results.json").is_file() and (
+        folder / "config.json").is_file():
         return "finished"  # results alone are not enough: a kill between them and the last picture would leave the point without one
     return "interrupted" if can_resume(folder) else "new"
 
@@ -90,7 +94,8 @@ def run_point(
             else:
                 import papermill
 
-                papermill.execute_notebook(notebook, str(executed), parameters=parameters, cwd=cwd, progress_bar=False, log_output=False)
+                papermill.execute_notebook(notebook, str(executed), parameters=parameters, cwd=cwd, progress_bar=False,
+                                           log_output=False)
             state = {"state": "finished"}
         except Exception as error:
             state = {"state": "failed", "error": first_words(error)}
@@ -99,7 +104,7 @@ def run_point(
     finally:
         lock.release()
 
-
+# %% ../../nbs/comparison/launch.ipynb #06d872a2
 def first_words(error: Exception) -> str:
     """An error in one line; of a notebook's error its name and message, not the cells."""
     name, message = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
@@ -110,7 +115,7 @@ MEMORY_OF_A_JOB = 3e9  # bytes that a run of the small network may take, with ro
 
 
 def lanes_for(
-    jobs: int,  # at a time; 0: as many as the machine allows
+    jobs: int | None,  # at a time; None: as many as the machine allows
     points: int,
 ) -> list[dict]:
     """Plan what runs side by side on this machine: the environment of each, at most one for each point."""
@@ -119,11 +124,12 @@ def lanes_for(
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [g for g in named.split(",") if g] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
     cores = cpu_share()
-    if not jobs:
+    if jobs is None:
         jobs = len(gpus) or max(1, min(cores, int(free_memory() / MEMORY_OF_A_JOB)))
     jobs = max(1, min(jobs, points))
     threads = str(max(1, cores // jobs))
-    return [{"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}) for i in range(jobs)]
+    return [{"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})
+            for i in range(jobs)]
 
 
 def free_memory() -> float:
@@ -150,7 +156,8 @@ def executor_for(
     try:
         import submitit
     except ImportError as error:
-        raise ConfigError(f"{error.name} is not installed; a comparison needs: pip install 'vggt_lora[compare]'") from None
+        raise ConfigError(f"{error.name} is not installed; a comparison needs: pip install "
+                          "'vggt_lora[compare]'") from None
     try:
         executor = submitit.AutoExecutor(folder=str(folder / ".jobs" / "%j"), cluster=cluster)
         executor.update_parameters(name="vggt_lora", timeout_min=max(1, round(60 * hours)), **options)
@@ -164,7 +171,8 @@ def outcome(job, folder: Path) -> dict:
     try:
         return job.result()
     except Exception as error:
-        state = {"state": "failed", "error": f"the process ended without a result ({first_words(error)}); its log: {job.paths.stderr}"}
+        state = {"state": "failed", "error": f"the process ended without a result ({first_words(error)}); its log: "
+                 f"{job.paths.stderr}"}
         write_json(folder / "state.json", state)
         return state
 
@@ -214,16 +222,32 @@ def writable(folder: Path) -> None:
             trial.write(bytes(2**16))  # more than what the processes are told
             trial.flush()
     except OSError as error:
-        raise ConfigError(f"the comparison's folder {folder} cannot be written ({error.strerror or error}); free some space, or give another output") from error
+        raise ConfigError(f"the comparison's folder {folder} cannot be written ({error.strerror or error}); free some "
+                          "space, or give another output") from error
 
+# %% ../../nbs/comparison/launch.ipynb #604fb26a
+def steps_words(
+    folders: list[Path],  # of runs that have not ended
+) -> str:
+    """Say how far runs are, by the last whole line of their metrics."""
+    words = []
+    for folder in folders:
+        try:
+            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+        except FileNotFoundError:
+            continue
+        if lines:
+            words.append(f"{folder.name} step {json.loads(lines[-1])['step']}")
+    return "; ".join(words)
 
+# %% ../../nbs/comparison/launch.ipynb #8b03d476
 def run_grid(
     points: list[Point],
     folder: Path,  # of the comparison
     notebook: Path,  # the training notebook
     cwd: Path,  # where it runs
     *,
-    jobs: int = 0,  # at a time; 0: as many as the machine allows (on a cluster: 32)
+    jobs: int | None = None,  # at a time; None: as many as the machine allows (on a cluster: 32)
     cluster: str = "local",
     hours: float = 24.0,  # that a point may take
     retry: bool = True,  # points that failed before are tried again
@@ -232,34 +256,40 @@ def run_grid(
     **options,  # of submitit
 ) -> dict[str, dict]:
     """Run what is not finished; returns for each point its state (finished, failed or elsewhere), error and seconds. Raises ConfigError before any work."""
-    from vggt_lora.progress import progress_bar
+    from vggt_lora.progress import progress_bar, working
 
     writable(folder)
     states = {p.name: state_of(folder / p.name, p.config) for p in points}
-    found = {p.name: told(folder / p.name) | {"state": states[p.name]} for p in points if states[p.name] == "finished" or states[p.name] == "failed" and not retry}
+    found = {p.name: told(folder / p.name) | {"state": states[p.name]} for p in points if states[p.name] == "finished"
+             or states[p.name] == "failed" and not retry}
     todo = [p for p in points if p.name not in found]
     counts = ", ".join(f"{list(states.values()).count(s)} {s}" for s in STATES if s in states.values())
     tell(f"{len(points)} points: {counts}; {len(todo)} to run")
     if not todo:
         return {p.name: found[p.name] for p in points}
-    tasks = [(p.name, folder / p.name, (str(notebook), str(folder / p.name), parameters_of(p, folder / p.name), {}, str(cwd), work)) for p in todo]
+    tasks = [(p.name, folder / p.name, (str(notebook), str(folder / p.name), parameters_of(p, folder / p.name), {},
+                                        str(cwd), work)) for p in todo]
     if cluster == "local":
         lanes = lanes_for(jobs, len(todo))
         ends = start_here(tasks, executor_for(folder, cluster, hours, **options), lanes)
     else:
         lanes = [{}] * min(jobs or 32, len(todo))
-        ends = start_on_cluster(tasks, executor_for(folder, cluster, hours, **{"slurm_array_parallelism": len(lanes), **options}))
+        ends = start_on_cluster(tasks,
+                                executor_for(folder, cluster, hours,
+                                             **{"slurm_array_parallelism": len(lanes), **options}))
     started = time.monotonic()
-    with progress_bar(total=len(todo), unit="point", desc="comparison") as bar:
+    running = working("running", lambda: steps_words([folder / p.name for p in todo if p.name not in found]))
+    with progress_bar(total=len(todo), unit="point", desc="comparison") as bar, running:
         for done, (name, state) in enumerate(ends, 1):
             found[name] = state
             bar.update()
             left = (time.monotonic() - started) / done * (len(todo) - done)
-            tell(f"{done}/{len(todo)} {name}: {state['state']}, {state.get('seconds', 0):.0f} s" + (f": {state['error']}" if "error" in state else "")
+            tell(f"{done}/{len(todo)} {name}: {state['state']}, {state.get('seconds', 0):.0f} s"
+                 + (f": {state['error']}" if "error" in state else "")
                  + (f"; about {left / 60:.0f} min left" if done < len(todo) else ""))
     return {p.name: found[p.name] for p in points}
 
-
+# %% ../../nbs/comparison/launch.ipynb #42312a14
 def parameters_of(point: Point, folder: Path) -> dict:
     """The parameters of a point for papermill; a run that has a checkpoint is resumed."""
     return {**dataclasses.asdict(point.config), "output": str(folder), "resume": can_resume(folder)}

@@ -28,7 +28,7 @@ def change_words(effect: Effect) -> str:
 
 VERDICT_CLASSES = {"better": "better", "worse": "worse"}  # every other is unclear
 
-
+# %% ../../nbs/comparison/page.ipynb #3b5bf661
 def settings_table(comparison: Comparison):
     """Each setting against its base: mean, change, interval, verdict for each metric, and what it rests on."""
     from vggt_lora.views.page import table
@@ -44,25 +44,28 @@ def settings_table(comparison: Comparison):
         classes.append(VERDICT_CLASSES.get(found[0].verdict, "unclear"))
     return table(head, rows, (1, 2), classes)
 
-
+# %% ../../nbs/comparison/page.ipynb #941493f2
 def pairs_table(comparison: Comparison):
     """Each setting against each other, on the same photos."""
     from vggt_lora.views.page import table
 
     metrics = [NAMES.get(e.metric, e.metric) for e in comparison.pairs[0][2]]
-    rows = [[f"from {one} to {other}", *[part for e in found for part in (change_words(e), e.verdict)]] for one, other, found in comparison.pairs]
+    rows = [[f"from {one} to {other}", *[part for e in found for part in (change_words(e), e.verdict)]]
+            for one, other, found in comparison.pairs]
     head = ["on the same photos", *[part for name in metrics for part in (f"{name}: change (interval)", "verdict")]]
     return table(head, rows, (), [VERDICT_CLASSES.get(found[0].verdict, "unclear") for *_, found in comparison.pairs])
 
-
+# %% ../../nbs/comparison/page.ipynb #6d91d2f7
 def cost_table(comparison: Comparison):
     """What each setting costs, as mean over its runs."""
     from vggt_lora.views.page import table
 
-    columns = [("trainable", "trained parameters", 1), ("seconds", "seconds", 1), ("processor_seconds", "processor seconds", 1), ("memory_mb", "largest memory, MB", 1),
+    columns = [("trainable", "trained parameters", 1), ("seconds", "seconds", 1),
+               ("processor_seconds", "processor seconds", 1), ("memory_mb", "largest memory, MB", 1),
                ("gpu_memory_mb", "largest GPU memory, MB", 1)]
     columns = [c for c in columns if any(s.cost(c[0]) is not None for s in comparison.settings)]
-    rows = [[s.label, *["–" if s.cost(name) is None else f"{s.cost(name) * factor:,.0f}" for name, _, factor in columns]] for s in comparison.settings]
+    rows = [[s.label, *["–" if s.cost(name) is None else f"{s.cost(name) * factor:,.0f}"
+                        for name, _, factor in columns]] for s in comparison.settings]
     return table(["setting", *[title for _, title, _ in columns]], rows, tuple(range(1, 1 + len(columns))))
 
 # %% ../../nbs/comparison/page.ipynb #38882c9b
@@ -72,19 +75,20 @@ def curves(comparison: Comparison):
 
     return curves_overlaid([(s.label, run.records) for s in comparison.settings for run in s.runs])
 
-
+# %% ../../nbs/comparison/page.ipynb #b04749fb
 def effects_figure(comparison: Comparison, metric: int = 0):
     """Each setting's change against the base."""
     from vggt_lora.views.comparison_plots import effects_chart
 
     rows = [{"label": s.label, **comparison.against_base[s.label][metric].row()} for s in comparison.settings]
     name = comparison.against_base[comparison.settings[0].label][metric].metric
-    return effects_chart(rows, f"{NAMES.get(name, name)} against the base ({len(rows)} setting{'s' * (len(rows) != 1)}, {100 * LEVEL:g} % intervals)")
+    return effects_chart(rows, f"{NAMES.get(name, name)} against the base ({len(rows)} "
+                         f"setting{'s' * (len(rows) != 1)}, {100 * LEVEL:g} % intervals)")
 
 
 MOST_SHOWN = 5  # settings side by side
 
-
+# %% ../../nbs/comparison/page.ipynb #9ad7804b
 def side_by_side(comparison: Comparison, photos: int = 3):
     """The same held-out photos from the base and from the first run of each setting; returns (figure or None, what is not shown and why)."""
     from vggt_lora.views.comparison_plots import frames_side_by_side
@@ -93,22 +97,27 @@ def side_by_side(comparison: Comparison, photos: int = 3):
     kept, missing = {}, []
     for setting in comparison.settings:
         try:
-            kept[setting.label] = {frame["name"]: frame for frame in read_pictures(setting.runs[0].folder / "pictures.npz")}
+            kept[setting.label] = {frame["name"]: frame
+                                   for frame in read_pictures(setting.runs[0].folder / "pictures.npz")}
         except ConfigError:
             missing.append(f"{setting.label} kept no pictures")
     labels = list(kept)[:MOST_SHOWN]
     missing += [f"{label} is not shown: {MOST_SHOWN} fit side by side" for label in list(kept)[MOST_SHOWN:]]
     first = kept[labels[0]] if labels else {}
-    names = [n for n in first if all(n in kept[label] and kept[label][n]["truth"].shape == first[n]["truth"].shape for label in labels)]
+    names = [n for n in first if all(n in kept[label] and kept[label][n]["truth"].shape == first[n]["truth"].shape
+                                     for label in labels)]
     if not names:
         return None, [*missing, "no photo was kept by all runs at one size"]
     frames = []
     for name in names[:photos]:
         frame, predictions = first[name], {}
-        for title, depth in {"base": frame["base"], **{label: kept[label][name]["adapted"] for label in labels}}.items():
+        for title, depth in {"base": frame["base"],
+                             **{label: kept[label][name]["adapted"] for label in labels}}.items():
             predictions[title] = align_depth(depth, frame["truth"], frame["valid"], how)[0]
-        frames.append({"photo": frame["photo"], "truth": frame["truth"], "valid": frame["valid"], "name": name, "predictions": predictions})
-    return frames_side_by_side(frames, comparison.alignment, "m" if first[names[0]]["metric"] else "scene units"), missing
+        frames.append({"photo": frame["photo"], "truth": frame["truth"], "valid": frame["valid"], "name": name,
+                       "predictions": predictions})
+    return (frames_side_by_side(frames, comparison.alignment, "m" if first[names[0]]["metric"] else "scene units"),
+            missing)
 
 # %% ../../nbs/comparison/page.ipynb #787201cd
 def failures_part(states: dict[str, dict], folder: Path | None):
@@ -117,9 +126,10 @@ def failures_part(states: dict[str, dict], folder: Path | None):
 
     rows = [[name, state["state"], state.get("error", "another process is working on it"), f"{name}/executed.ipynb"]
             for name, state in states.items() if state["state"] != "finished"]
-    return section(f"Without a result: {len(rows)}", table(["point", "state", "error", "its notebook"], rows, (), ["failed"] * len(rows))) if rows else None
+    return (section(f"Without a result: {len(rows)}", table(["point", "state", "error", "its notebook"], rows, (),
+                                                            ["failed"] * len(rows))) if rows else None)
 
-
+# %% ../../nbs/comparison/page.ipynb #302c8c66
 def seeds_words(comparison: Comparison) -> str:
     """How far the seeds of a setting lie apart."""
     from vggt_lora.evaluation.statistics import effects
@@ -130,9 +140,10 @@ def seeds_words(comparison: Comparison) -> str:
         if len(setting.runs) > 1:
             changes = [effects(rows, (metric,), comparison.alignment, draws=2)[0].change for rows in setting.frames]
             said.append(f"{setting.label} {100 * min(changes):+.1f} to {100 * max(changes):+.1f} %")
-    return f"Seeds one by one, change of {NAMES.get(metric, metric)}: {'; '.join(said)}." if said else "One seed each: the luck of the seed is not in these intervals."
+    return (f"Seeds one by one, change of {NAMES.get(metric, metric)}: {'; '.join(said)}." if said
+            else "One seed each: the luck of the seed is not in these intervals.")
 
-
+# %% ../../nbs/comparison/page.ipynb #1a1d95cd
 def comparison_page(
     comparison: Comparison,
     title: str,
@@ -145,25 +156,37 @@ def comparison_page(
     from vggt_lora.views.page import facts, page, picture, section, tag
 
     drawn, missing = side_by_side(comparison, photos)
-    apart = section("Not compared", tag("ul", [tag("li", f"{label}: {why}") for label, why in comparison.apart])) if comparison.apart else None
+    apart = (section("Not compared", tag("ul", [tag("li", f"{label}: {why}") for label, why in comparison.apart]))
+             if comparison.apart else None)
     count = len(comparison.settings) + len(comparison.pairs)
-    luck = f"Each interval is {100 * LEVEL:g} % on its own. With {count} comparisons on this page about one in {round(1 / (1 - LEVEL))} may exclude zero by luck."
+    luck = (f"Each interval is {100 * LEVEL:g} % on its own. With {count} comparisons on this page about one in "
+            f"{round(1 / (1 - LEVEL))} may exclude zero by luck.")
     run = comparison.settings[0].runs[0]
     codes = {r.environment.get("code") for s in comparison.settings for r in s.runs}
-    made = {"runs": ", ".join(r.name for s in comparison.settings for r in s.runs), "truth": run.results["protocol"]["truth"], "alignment": comparison.alignment,
-            "code": ", ".join(sorted(map(str, codes))) + (" - the runs were made by different code" if len(codes) > 1 else ""),
+    made = {"runs": ", ".join(r.name for s in comparison.settings for r in s.runs),
+            "truth": run.results["protocol"]["truth"], "alignment": comparison.alignment,
+            "code": ", ".join(sorted(map(str, codes))) + (" - the runs were made by different code" if len(codes) > 1
+                                                          else ""),
             **{k: v for k, v in run.environment.items() if isinstance(v, (str, int)) and k != "code"}}
     return page(title, tag("p", comparison.recommendation, class_="lead"),
-                section("Against the base", settings_table(comparison), picture(effects_figure(comparison), "Change of the first metric with its interval; grey: no measured difference."),
-                        tag("p", "Paired bootstrap over the held-out photos; a photo's number is its mean over the seeds. " + seeds_words(comparison), class_="note")),
-                section("Against each other", pairs_table(comparison), tag("p", luck, class_="note")) if comparison.pairs else None,
-                section("Price", cost_table(comparison), tag("p", "Means over the seeds. The clock's seconds depend on what else the machine did.", class_="note")),
+                section("Against the base", settings_table(comparison),
+                        picture(effects_figure(comparison), "Change of the first metric with its interval; grey: no "
+                                "measured difference."),
+                        tag("p", "Paired bootstrap over the held-out photos; a photo's number is its mean over "
+                            "the seeds. " + seeds_words(comparison), class_="note")),
+                section("Against each other", pairs_table(comparison), tag("p", luck, class_="note"))
+                if comparison.pairs else None, section("Price", cost_table(comparison),
+                        tag("p", "Means over the seeds. The clock's seconds depend on what else the machine did.",
+                            class_="note")),
                 section("Learning curves", picture(curves(comparison), "One line a run, one colour a setting.")),
-                section("The same photos", picture(drawn, f"Seed {run.config['seed']} of each setting; alignment {comparison.alignment}.") if drawn is not None else None,
+                section("The same photos", picture(drawn, f"Seed {run.config['seed']} of each setting; alignment "
+                                                   f"{comparison.alignment}.") if drawn is not None else None,
                         tag("ul", [tag("li", why) for why in missing]) if missing else None),
-                failures_part(states or {}, folder), apart, section("How it was made", tag("ul", [tag("li", note) for note in notes]) if notes else None, facts(made)))
+                failures_part(states or {}, folder), apart,
+                section("How it was made", tag("ul", [tag("li", note) for note in notes]) if notes else None,
+                        facts(made)))
 
-
+# %% ../../nbs/comparison/page.ipynb #9e1add07
 def write_page(path: Path | str, *arguments, **options) -> Path:
     """Write comparison_page(...) to a file, whole or absent, and return its path."""
     return write_text(path, comparison_page(*arguments, **options))

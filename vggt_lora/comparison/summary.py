@@ -35,21 +35,23 @@ class RunRecord:
     records: list[dict]  # metrics.jsonl
     cost: dict
 
-
+# %% ../../nbs/comparison/summary.ipynb #c4e50133
 def read_record(
     folder: Path | str,
 ) -> RunRecord:
     """Read a finished run; raises ConfigError naming the file that is missing or damaged."""
     folder = Path(folder)
     try:
-        about, results = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "results.json"))
+        about, results = (json.loads((folder / name).read_text(encoding="utf-8"))
+                          for name in ("config.json", "results.json"))
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        cost = json.loads((folder / "resource_usage.json").read_text(encoding="utf-8")) if (folder / "resource_usage.json").is_file() else {}
+        cost = (json.loads((folder / "resource_usage.json").read_text(encoding="utf-8"))
+                if (folder / "resource_usage.json").is_file() else {})
         return RunRecord(folder.name, folder, about["config"], about["environment"], results, records, cost)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder} is no finished run: {type(error).__name__}: {error}") from None
 
-
+# %% ../../nbs/comparison/summary.ipynb #f93eb2ef
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """Runs that differ in nothing but the seed."""
@@ -67,7 +69,7 @@ class Setting:
         values = [run.cost[name] for run in self.runs if run.cost.get(name) is not None]
         return float(np.mean(values)) if values else None
 
-
+# %% ../../nbs/comparison/summary.ipynb #3854ad9c
 def settings_of(
     records: list[RunRecord],
 ) -> list[Setting]:
@@ -100,7 +102,7 @@ class Comparison:
     apart: list[tuple[str, str]]  # (label, why it is not compared)
     recommendation: str
 
-
+# %% ../../nbs/comparison/summary.ipynb #f831ad86
 def ground_of(setting: Setting, alignment: str) -> tuple:
     """What two settings must share to be compared: the truth and the photos; raises ConfigError where the runs of one disagree."""
     _, _, frames = paired_values(setting.frames, "absrel", alignment)
@@ -111,7 +113,7 @@ def ground_of(setting: Setting, alignment: str) -> tuple:
         raise ConfigError(f"{setting.label} has no row with alignment {alignment!r}")
     return truths.pop(), tuple(frames)
 
-
+# %% ../../nbs/comparison/summary.ipynb #4f95c2d4
 def between(
     one: Setting,
     other: Setting,
@@ -124,7 +126,7 @@ def between(
     effect = paired_effect(first.mean(0), second.mean(0), [scene for scene, _ in frames], metric=metric, **options)
     return dataclasses.replace(effect, runs=min(len(one.runs), len(other.runs)))
 
-
+# %% ../../nbs/comparison/summary.ipynb #9d9e8563
 def compare_runs(
     records: list[RunRecord],
     metrics: tuple[str, ...] = tuple(NAMES),  # the first decides
@@ -143,8 +145,10 @@ def compare_runs(
     usual = max(grounds.values(), key=list(grounds.values()).count)
     for label, ground in grounds.items():
         if ground != usual:
-            apart.append((label, f"measured on {len(ground[1])} photos against {ground[0]}; the others on {len(usual[1])} against {usual[0]}"
-                          + ("" if ground[0] != usual[0] or len(ground[1]) != len(usual[1]) else ", but not the same photos")))
+            apart.append((label, f"measured on {len(ground[1])} photos against {ground[0]}; the others on "
+                          f"{len(usual[1])} against {usual[0]}"
+                          + ("" if ground[0] != usual[0] or len(ground[1]) != len(usual[1]) else ", but not the "
+                             "same photos")))
     settings = [s for s in everything if grounds.get(s.label) == usual]
     against = {s.label: effects(s.frames, metrics, alignment, **options) for s in settings}
     pairs = [(one.label, other.label, [between(one, other, metric, alignment, **options) for metric in metrics])
@@ -155,26 +159,31 @@ def compare_runs(
 def recommend(settings: list[Setting], against: dict[str, list[Effect]], pairs: list) -> str:
     """Say which setting to take, with the evidence; or that none is measured to be better than the base, or that photos are too few."""
     first = {label: found[0] for label, found in against.items()}
-    good = [s for s in settings if first[s.label].verdict == "better" and not any(e.verdict == "worse" for e in against[s.label])]
+    good = [s for s in settings if first[s.label].verdict == "better"
+            and not any(e.verdict == "worse" for e in against[s.label])]
     if not good:
         few = [e for e in first.values() if e.verdict.startswith("too few")]
         if len(few) == len(first):
-            return (f"No recommendation: {few[0].units} {few[0].unit} are too few for a verdict, which needs {smallest_sample(few[0].level)}; "
-                    "hold out more.")
+            return (f"No recommendation: {few[0].units} {few[0].unit} are too few for a verdict, which needs "
+                    f"{smallest_sample(few[0].level)}; hold out more.")
         best = min(first, key=lambda label: _loss(first[label]))
-        return f"Keep the base: no setting is measured to be better without being worse in something. The nearest, {best}: {in_words(first[best], NAMES.get(first[best].metric, ''))}"
+        return ("Keep the base: no setting is measured to be better without being worse in something. The nearest, "
+                f"{best}: {in_words(first[best], NAMES.get(first[best].metric, ''))}")
     lead = min(good, key=lambda s: _loss(first[s.label]))
     equal = [s for s in good if s is lead or _pair(pairs, s.label, lead.label)[0].verdict == "no measured difference"]
     chosen = min(equal, key=lambda s: (s.cost("trainable") or float("inf"), s is not lead))
-    sentence = f"Take {chosen.label}: {in_words(first[chosen.label], NAMES.get(first[chosen.label].metric, '')).removesuffix(': better.')}, against the base"
+    sentence = (f"Take {chosen.label}: "
+                f"{in_words(first[chosen.label], NAMES.get(first[chosen.label].metric, '')).removesuffix(': better.')}, against the base")
     others = [s.label for s in equal if s is not chosen]
     if others:
-        price = f" and trains the fewest parameters ({chosen.cost('trainable'):,.0f})" if chosen.cost("trainable") else ""
+        price = (f" and trains the fewest parameters ({chosen.cost('trainable'):,.0f})" if chosen.cost("trainable")
+                 else "")
         sentence += f"; no measured difference from {' and '.join(others)}{price}"
-    beaten = [s.label for s in settings if s not in equal and _pair(pairs, s.label, chosen.label)[0].verdict == ("better" if _goes(pairs, s.label, chosen.label) else "worse")]
+    beaten = [s.label for s in settings if s not in equal and _pair(pairs, s.label, chosen.label)[0].verdict
+              == ("better" if _goes(pairs, s.label, chosen.label) else "worse")]
     return sentence + (f"; measured to be better than {' and '.join(beaten)}" if beaten else "") + "."
 
-
+# %% ../../nbs/comparison/summary.ipynb #21e4e8ca
 def _loss(effect: Effect) -> float:
     """The mean, turned so that less is better."""
     return -effect.adapted if higher_is_better(effect.metric) else effect.adapted

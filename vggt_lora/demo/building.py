@@ -71,7 +71,7 @@ def _inside(item: Surface, s, t):
         inside &= ~((s > left) & (s < right) & (t > bottom) & (t < top))
     return inside
 
-
+# %% ../../nbs/demo/building.ipynb #04821622
 def cast_pixels(
     surfaces,  # sequence of Surface
     world_to_cam: np.ndarray,  # (4, 4)
@@ -106,7 +106,7 @@ def _block(item: Surface, world_to_cam, K, columns, rows):
     (left, top), (right, bottom) = pixels.min(0) - 1e-6, pixels.max(0) + 1e-6
     return (slice(*np.searchsorted(rows, [top, bottom])), slice(*np.searchsorted(columns, [left, right])))
 
-
+# %% ../../nbs/demo/building.ipynb #8307908f
 def cast_grid(
     surfaces,  # sequence of Surface
     world_to_cam: np.ndarray,  # (4, 4)
@@ -154,7 +154,8 @@ class BuildingStyle:
 def box(corner, size, kind, seed=0, turn=0.0) -> list[Surface]:
     """Return the five visible faces of a box that stands on (or hangs at) `corner`, turned by `turn` degrees about z."""
     a = np.radians(turn)
-    x, y, z = np.array([np.cos(a), np.sin(a), 0]) * size[0], np.array([-np.sin(a), np.cos(a), 0]) * size[1], np.array([0, 0, size[2]])
+    x, y, z = (np.array([np.cos(a), np.sin(a), 0]) * size[0], np.array([-np.sin(a), np.cos(a), 0]) * size[1],
+               np.array([0, 0, size[2]]))
     o = np.asarray(corner, float)
     faces = [(o, x, z), (o + x, y, z), (o + x + y, -x, z), (o + y, -y, z), (o + z, x, y), (o + y, x, -y)]
     return [surface(*face, kind, seed + k) for k, face in enumerate(faces)]
@@ -181,7 +182,7 @@ def opening(origin, right, hole, depth, kind, seed) -> list[Surface]:
                   surface(a + run, out, thick, "trim", seed + 7), surface(a + out, -out, thick, "trim", seed + 8)]
     return parts
 
-
+# %% ../../nbs/demo/building.ipynb #69d0b457
 def wall(origin, right, width, kind, style: BuildingStyle, bays, door_bay=None, seed=0) -> list[Surface]:
     """Return a wall of `bays` windows on each storey (a door in one bay of the ground floor) with all its openings."""
     holes, kinds, bay = [], [], width / bays
@@ -226,8 +227,10 @@ def toy_building(
         z = course * style.storey_height + 0.35
         parts += box((0, -0.08, z), (length, 0.08, 0.16), "trim", base + 710 + course)
     x = rng.uniform(0.5, 0.7) * length
-    parts += box((x, -3.2 + rng.uniform(-0.5, 0.5), 0), (1.3, 0.9, 0.95), "planks", base + 720, turn=rng.uniform(-25, 25))
-    parts += box((rng.uniform(0.2, 0.35) * length, -2.6 + rng.uniform(-0.4, 0.4), 0), (0.16, 0.16, 3.1), "planks", base + 730, turn=20)
+    parts += box((x, -3.2 + rng.uniform(-0.5, 0.5), 0), (1.3, 0.9, 0.95), "planks", base + 720,
+                 turn=rng.uniform(-25, 25))
+    parts += box((rng.uniform(0.2, 0.35) * length, -2.6 + rng.uniform(-0.4, 0.4), 0), (0.16, 0.16, 3.1), "planks",
+                 base + 730, turn=20)
     return parts
 
 # %% ../../nbs/demo/building.ipynb #50c1f7f8

@@ -20,11 +20,13 @@ def cameras_text(cameras: dict) -> str:
              f"# Number of cameras: {len(cameras)}"]
     for camera_id, ((height, width), K, *lens) in sorted(cameras.items(), reverse=True):
         numbers = [K[0, 0], K[1, 1], K[0, 2], K[1, 2], *(lens[0] if lens else ())]
-        lines.append(_fields(camera_id, "THIN_PRISM_FISHEYE" if lens else "PINHOLE", width, height, *map(float, numbers)))
+        lines.append(_fields(camera_id, "THIN_PRISM_FISHEYE" if lens else "PINHOLE", width, height,
+                             *map(float, numbers)))
     return "\n".join(lines) + "\n"
 
-
-def keypoint_lists(photos, tracks: dict, ids: np.ndarray, rng: np.random.Generator, keep=None) -> tuple[list, np.ndarray]:
+# %% ../../nbs/demo/colmap_writer.ipynb #55a3c7b1
+def keypoint_lists(photos, tracks: dict, ids: np.ndarray, rng: np.random.Generator,
+                   keep=None) -> tuple[list, np.ndarray]:
     """Return per photo its keypoints [(x, y, point id or -1)], and each observation's place in that list, (n, photos).
 
     `keep(k, pixels)` tells which keypoints without a point photo k may have; default: all.
@@ -44,7 +46,7 @@ def keypoint_lists(photos, tracks: dict, ids: np.ndarray, rng: np.random.Generat
         lists.append([(float(x), float(y), int(i)) for (x, y), i in zip(xy[order], owner[order])])
     return lists, places
 
-
+# %% ../../nbs/demo/colmap_writer.ipynb #41f1b755
 def images_text(photos, lists: list, observations: int, folder: str = "dslr_images_undistorted") -> str:
     """Write images.txt: two lines per photo, the last photo first."""
     lines = ["# Image list with two lines of data per image:",
@@ -57,7 +59,7 @@ def images_text(photos, lists: list, observations: int, folder: str = "dslr_imag
         lines.append(" ".join(_fields(*keypoint) for keypoint in keypoints))
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/demo/colmap_writer.ipynb #1b3b139a
 def points_text(photos, tracks: dict, ids: np.ndarray, places: np.ndarray) -> str:
     """Write points3D.txt, ids falling."""
     count = int(tracks["tracked"].sum())

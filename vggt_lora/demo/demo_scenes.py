@@ -28,13 +28,14 @@ from ..files.atomic import write_json, temporary_folder
 
 # %% ../../nbs/demo/demo_scenes.ipynb #ecbb9e88
 GENERATOR = 4  # raise it whenever the same settings give other files: cached scenes are then made anew
-
 STYLES = {
     "plaster": BuildingStyle(),
     "brick": BuildingStyle(wall="brick", wing="plaster", bays=4, window=(1.0, 1.7), wing_angle=94.0, door_bay=2,
-                           colours=(("plaster", (0.55, 0.56, 0.55)), ("tiles", (0.23, 0.22, 0.23)), ("door", (0.10, 0.20, 0.13)))),
-    "stone": BuildingStyle(wall="stone", wing="stone", storeys=3, storey_height=2.6, bays=4, window=(0.85, 1.4), recess=0.32,
-                           wing_angle=112.0, door_bay=0, colours=(("door", (0.12, 0.13, 0.22)), ("window", (0.30, 0.22, 0.15)))),
+                           colours=(("plaster", (0.55, 0.56, 0.55)), ("tiles", (0.23, 0.22, 0.23)),
+                                    ("door", (0.10, 0.20, 0.13)))),
+    "stone": BuildingStyle(wall="stone", wing="stone", storeys=3, storey_height=2.6, bays=4, window=(0.85, 1.4),
+                           recess=0.32, wing_angle=112.0, door_bay=0,
+                           colours=(("door", (0.12, 0.13, 0.22)), ("window", (0.30, 0.22, 0.15)))),
 }  # name -> BuildingStyle
 
 
@@ -43,7 +44,7 @@ def folder_hashes(folder: Path) -> dict:
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != "complete.json")
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
-
+# %% ../../nbs/demo/demo_scenes.ipynb #93d80160
 def scene_fault(
     folder: Path | str,  # a scene folder
     settings: dict | None = None,  # the settings that it must have been made with
@@ -66,7 +67,7 @@ def scene_fault(
             return f"{name} is " + ("damaged" if name in present else "missing")
     return None
 
-
+# %% ../../nbs/demo/demo_scenes.ipynb #0d8fa73d
 def _write_files(folder: Path, settings: dict, tick) -> None:
     """Render and write everything of one scene but complete.json into `folder`."""
     style, seed, size = STYLES[settings["style"]], settings["seed"], tuple(settings["size"])
@@ -87,7 +88,8 @@ def _write_files(folder: Path, settings: dict, tick) -> None:
     tracks = make_tracks(find_points(surfaces, photos, images, rng), photos, rng)
     ids = 1 + np.sort(rng.choice(3 * len(tracks["xyz"]), len(tracks["xyz"]), replace=False))  # with gaps
     lists, places = keypoint_lists(photos, tracks, ids, rng)
-    for name, text in (("cameras", cameras_text(toy_cameras(size))), ("points3D", points_text(photos, tracks, ids, places)),
+    for name, text in (("cameras", cameras_text(toy_cameras(size))),
+                       ("points3D", points_text(photos, tracks, ids, places)),
                        ("images", images_text(photos, lists, int(tracks["tracked"].sum())))):
         (model / f"{name}.txt").write_text(text, encoding="ascii", newline="\n")
     np.savez(exact / "points.npz", ids=ids, xyz=tracks["truth"], outlier=tracks["outlier"])
@@ -113,9 +115,10 @@ def _make(folder, name: str, settings: dict, write, tick, replace: bool) -> Path
     try:
         return _make_whole(Path(folder), name, settings, write, tick, replace)
     except OSError as error:
-        raise SceneError(f"{Path(folder) / name}: the scene cannot be written ({error}); free some space, or name another folder") from error
+        raise SceneError(f"{Path(folder) / name}: the scene cannot be written ({error}); free some space, or name "
+                         "another folder") from error
 
-
+# %% ../../nbs/demo/demo_scenes.ipynb #875d53af
 def _make_whole(folder: Path, name: str, settings: dict, write, tick, replace: bool) -> Path:
     target = folder / name
     with _locked(folder):
@@ -132,7 +135,8 @@ def _make_whole(folder: Path, name: str, settings: dict, write, tick, replace: b
             made = work / "scene"
             made.mkdir()
             write(made, settings, tick or (lambda: None))
-            write_json(made / "complete.json", {"generator": GENERATOR, "settings": settings, "files": folder_hashes(made)})
+            write_json(made / "complete.json",
+                       {"generator": GENERATOR, "settings": settings, "files": folder_hashes(made)})
             if target.exists():
                 os.replace(target, work / "old")
             os.replace(made, target)
@@ -162,7 +166,7 @@ def toy_scene(
     settings = {"name": name, "frames": frames, "size": list(size), "seed": seed, "style": style}
     return _make(folder, name, settings, _write_files, progress, replace)
 
-
+# %% ../../nbs/demo/demo_scenes.ipynb #ddf258e8
 def demo_scene(
     folder: Path | str,  # where the scene's folder goes
     name: str = "demo",  # name of the scene's folder
@@ -205,7 +209,7 @@ def demo_folder() -> Path:
     named = os.environ.get("VGGT_LORA_CACHE")
     return (Path(named).expanduser() if named else Path.home() / ".cache" / "vggt_lora") / "demo"
 
-
+# %% ../../nbs/demo/demo_scenes.ipynb #1d6cfcbf
 def demo_scenes(
     folder: Path | str | None = None,  # default: demo_folder()
     frames: int = 12,  # photos per scene
@@ -223,7 +227,8 @@ def demo_scenes(
         from vggt_lora.progress import progress_bar
 
         try:
-            with progress_bar(total=frames * len(missing), desc=f"making {', '.join(missing)}", unit="photo", disable=not progress) as bar:
+            with progress_bar(total=frames * len(missing), desc=f"making {', '.join(missing)}", unit="photo",
+                              disable=not progress) as bar:
                 for name in missing:
                     demo_scene(folder, name, frames, size, progress=bar.update, replace=True, **DEMO[name])
         except SceneError as error:

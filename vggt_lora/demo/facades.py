@@ -13,7 +13,8 @@ from .panels import Build, Material, prism
 
 # %% ../../nbs/demo/facades.ipynb #f7add1c9
 _TINTS = {
-    "plaster": [(0.68, 0.58, 0.38), (0.66, 0.62, 0.54), (0.60, 0.40, 0.29), (0.47, 0.54, 0.50), (0.72, 0.66, 0.50), (0.50, 0.52, 0.58)],
+    "plaster": [(0.68, 0.58, 0.38), (0.66, 0.62, 0.54), (0.60, 0.40, 0.29), (0.47, 0.54, 0.50), (0.72, 0.66, 0.50),
+                (0.50, 0.52, 0.58)],
     "brick": [(0.42, 0.17, 0.11), (0.50, 0.26, 0.16), (0.36, 0.20, 0.15), (0.56, 0.42, 0.27)],
     "panel": [(0.50, 0.49, 0.46), (0.42, 0.43, 0.44), (0.55, 0.52, 0.45)],
     "stone": [(0.52, 0.46, 0.36), (0.45, 0.43, 0.39), (0.58, 0.50, 0.40)],
@@ -25,34 +26,43 @@ def facade_style(family: str, rng: np.random.Generator) -> FacadeStyle:
     tint = _TINTS[family][rng.integers(len(_TINTS[family]))]
     pick = lambda *choices: choices[rng.integers(len(choices))]
     common = {"storeys": int(rng.integers(2, 5)), "bay": rng.uniform(2.3, 3.1), "storey_height": rng.uniform(2.8, 3.4),
-              "window": (rng.uniform(0.95, 1.35), rng.uniform(1.35, 1.85)), "bars": pick((2, 2), (2, 3), (1, 2), (3, 2)),
-              "door": Material("boards", pick((0.20, 0.11, 0.06), (0.06, 0.13, 0.09), (0.09, 0.11, 0.20), (0.30, 0.06, 0.05)), (0.03, 0.02, 0.02)),
-              "frame": Material("plain", pick((0.75, 0.74, 0.70), (0.30, 0.20, 0.12), (0.16, 0.22, 0.18))), "pipes": int(rng.integers(0, 3))}
+              "window": (rng.uniform(0.95, 1.35), rng.uniform(1.35, 1.85)),
+              "bars": pick((2, 2), (2, 3), (1, 2), (3, 2)),
+              "door": Material("boards", pick((0.20, 0.11, 0.06), (0.06, 0.13, 0.09), (0.09, 0.11, 0.20),
+                                              (0.30, 0.06, 0.05)), (0.03, 0.02, 0.02)),
+              "frame": Material("plain", pick((0.75, 0.74, 0.70), (0.30, 0.20, 0.12), (0.16, 0.22, 0.18))),
+              "pipes": int(rng.integers(0, 3))}
     if family == "plaster":
         wall = Material("plaster", tint, tuple(0.6 * c for c in tint))
         ground = pick(wall, Material("trim", (0.48, 0.45, 0.40), (0.25, 0.23, 0.21)))
-        return FacadeStyle(wall, ground, surround=pick(0.0, 0.14, 0.18), balcony=pick("none", "some"), oriel=bool(rng.random() < 0.3), **common)
+        return FacadeStyle(wall, ground, surround=pick(0.0, 0.14, 0.18), balcony=pick("none", "some"),
+                           oriel=bool(rng.random() < 0.3), **common)
     if family == "brick":
         wall = Material(pick("brick", "long_brick"), tint, (0.50, 0.47, 0.42))
-        return FacadeStyle(wall, pick(wall, Material("plaster", (0.66, 0.63, 0.56))), roof=Material("slate", (0.16, 0.17, 0.19), (0.05, 0.05, 0.06)),
-                           roof_shape=pick("pitched", "flat"), surround=pick(0.0, 0.0, 0.12), recess=rng.uniform(0.1, 0.25), balcony=pick("none", "some"),
+        return FacadeStyle(wall, pick(wall, Material("plaster", (0.66, 0.63, 0.56))),
+                           roof=Material("slate", (0.16, 0.17, 0.19), (0.05, 0.05, 0.06)),
+                           roof_shape=pick("pitched", "flat"), surround=pick(0.0, 0.0, 0.12),
+                           recess=rng.uniform(0.1, 0.25), balcony=pick("none", "some"),
                            oriel=bool(rng.random() < 0.5), **common)
     if family == "panel":
         wall = Material("panel", tint, (0.12, 0.12, 0.12))
-        common |= {"storeys": int(rng.integers(3, 6)), "storey_height": 2.8, "bay": 2.8, "window": (rng.uniform(1.5, 2.0), 1.4), "bars": pick((2, 1), (3, 1))}
-        return FacadeStyle(wall, wall, roof=Material("metal", (0.35, 0.36, 0.37), (0.2, 0.2, 0.2)), roof_shape="flat", recess=0.1, lintel=False,
-                           balcony="row", cornice=0.12, courses=False, blind=0.0, **common)
+        common |= {"storeys": int(rng.integers(3, 6)), "storey_height": 2.8, "bay": 2.8,
+                   "window": (rng.uniform(1.5, 2.0), 1.4), "bars": pick((2, 1), (3, 1))}
+        return FacadeStyle(wall, wall, roof=Material("metal", (0.35, 0.36, 0.37), (0.2, 0.2, 0.2)), roof_shape="flat",
+                           recess=0.1, lintel=False, balcony="row", cornice=0.12, courses=False, blind=0.0, **common)
     wall = Material(pick("stone", "blocks"), tint, (0.24, 0.22, 0.19))  # stone
-    return FacadeStyle(wall, Material("stone", tuple(0.85 * c for c in tint), (0.15, 0.14, 0.12)), trim=Material("trim", tuple(1.12 * c for c in tint), (0.3, 0.28, 0.25)),
-                       roof=Material("slate", (0.20, 0.21, 0.22), (0.06, 0.06, 0.07)), recess=rng.uniform(0.25, 0.4), surround=0.2, pilasters=True,
-                       columns=True, cornice=0.6, balcony=pick("none", "some"), **common)
+    return FacadeStyle(wall, Material("stone", tuple(0.85 * c for c in tint), (0.15, 0.14, 0.12)),
+                       trim=Material("trim", tuple(1.12 * c for c in tint), (0.3, 0.28, 0.25)),
+                       roof=Material("slate", (0.20, 0.21, 0.22), (0.06, 0.06, 0.07)), recess=rng.uniform(0.25, 0.4),
+                       surround=0.2, pilasters=True, columns=True, cornice=0.6, balcony=pick("none", "some"), **common)
 
 # %% ../../nbs/demo/facades.ipynb #4e1d1a70
 def _bay(site: Site, style: FacadeStyle, rng, storey, s, width, is_door) -> None:
     """Fill one bay of one storey: wall around an opening, and what is in it."""
     low, tall = storey * style.storey_height, style.storey_height
     material = style.ground_wall if storey == 0 else style.wall
-    balconied = storey > 0 and (style.balcony == "row" and rng.random() < 0.4 or style.balcony == "some" and rng.random() < 0.18)
+    balconied = (storey > 0 and (style.balcony == "row" and rng.random() < 0.4 or style.balcony == "some"
+                                 and rng.random() < 0.18))
     w, h = style.window
     w, h, bottom = (1.3, 2.6, 0.0) if is_door else (w, 2.25, 0.06) if balconied else (w, min(h, tall - 1.15), 0.85)
     if not is_door and not balconied and rng.random() < style.blind:
@@ -68,7 +78,7 @@ def _bay(site: Site, style: FacadeStyle, rng, storey, s, width, is_door) -> None
     if balconied:
         balcony(site, s + 0.12, low + 0.05, width - 0.24, style, depth=rng.uniform(0.8, 1.2))
 
-
+# %% ../../nbs/demo/facades.ipynb #2c3a3037
 def facade(
     build: Build,
     start,  # (3,) ground at the left end, world
@@ -88,21 +98,24 @@ def facade(
         for k in range(bays):
             if k == stands_out and storey > 0:
                 site.wall(k * style.bay, storey * style.storey_height, style.bay, style.storey_height, style.wall)
-                oriel(site, (k + 0.18) * style.bay, storey * style.storey_height, 0.64 * style.bay, style.storey_height, style)
+                oriel(site, (k + 0.18) * style.bay, storey * style.storey_height, 0.64 * style.bay, style.storey_height,
+                      style)
             else:
                 _bay(site, style, rng, storey, k * style.bay, style.bay, storey == 0 and k in with_door)
     _dress(site, style, rng, length, height, with_door)
     return length, height
 
-
+# %% ../../nbs/demo/facades.ipynb #31aa47f6
 def _dress(site: Site, style: FacadeStyle, rng, length, height, with_door) -> None:
     """Add what runs along the wall: cornice, courses, plinth, pilasters, porch, pipes."""
     for k, (low, out) in enumerate(((0.0, 0.35), (0.4, 0.7), (0.75, 1.0))):
-        site.block(-0.02, height - style.cornice * (1 - low), length + 0.04, style.cornice * 0.4, 0.0, style.cornice * out, style.trim)
+        site.block(-0.02, height - style.cornice * (1 - low), length + 0.04, style.cornice * 0.4, 0.0,
+                   style.cornice * out, style.trim)
     if style.courses:
         for storey in range(1, style.storeys):
             site.block(0.0, storey * style.storey_height - 0.02, length, 0.15, 0.0, 0.08, style.trim)
-    edges = [0.0] + sorted(x * style.bay + e for x in with_door for e in (style.bay / 2 - 0.9, style.bay / 2 + 0.9)) + [length]
+    edges = ([0.0] + sorted(x * style.bay + e for x in with_door for e in (style.bay / 2 - 0.9, style.bay / 2 + 0.9))
+             + [length])
     for a, b in zip(edges[::2], edges[1::2]):
         if b - a > 0.05:
             site.block(a, 0.0, b - a, 0.45, 0.0, 0.06, style.trim)
@@ -116,7 +129,8 @@ def _dress(site: Site, style: FacadeStyle, rng, length, height, with_door) -> No
         for k in sorted(with_door):
             middle = (k + 0.5) * style.bay
             for x in (middle - 1.1, middle + 1.1):
-                prism(site.build, site.at(x, 0.25, 1.1), 2.45, 0.17, style.trim, sides=14, top_radius=0.14, part="detail")
+                prism(site.build, site.at(x, 0.25, 1.1), 2.45, 0.17, style.trim, sides=14, top_radius=0.14,
+                      part="detail")
                 for low, r in ((0.0, 0.27), (2.7, 0.24)):
                     site.block(x - r, low, 2 * r, 0.25 if low == 0 else 0.15, 1.1 - r, 1.1 + r, style.trim, skip="")
             site.block(middle - 1.5, 2.85, 3.0, 0.35, 0.0, 1.5, style.trim, skip="")
@@ -124,7 +138,8 @@ def _dress(site: Site, style: FacadeStyle, rng, length, height, with_door) -> No
     metal = Material("plain", tuple(rng.uniform(0.1, 0.35) * np.array([1.0, 1.0, 1.05])))
     for k in range(style.pipes):
         x = (0.12, length - 0.12, style.bay)[k % 3]
-        prism(site.build, site.at(x, 0.1, 0.22 if style.pilasters else 0.12), height - 0.2 - style.cornice, 0.055, metal, sides=8, part="detail")
+        prism(site.build, site.at(x, 0.1, 0.22 if style.pilasters else 0.12), height - 0.2 - style.cornice, 0.055,
+              metal, sides=8, part="detail")
         for low in np.arange(1.0, height - 1, 1.9):
             site.block(x - 0.08, low, 0.16, 0.05, 0.0, 0.28 if style.pilasters else 0.18, metal, skip="")
 
@@ -138,8 +153,10 @@ def house(build: Build, start, right, length, height, depth, style: FacadeStyle,
         low, high = (at(a[0], 0, a[1]), at(b[0], 0, b[1])), (at(b[0], height, b[1]), at(a[0], height, a[1]))
         build.face([*low, *high], style.wall, "wall", shift=(0.0, 0.0), plane=build.walls)
     if style.roof_shape == "flat":
-        build.face([at(0, height, 0), at(length, height, 0), at(length, height, back), at(0, height, back)], style.roof, "roof")
-        for s, w, near, far in ((0, length, 0.02, -0.3), (0, length, back + 0.3, back), (0, 0.3, 0, back), (length - 0.3, 0.3, 0, back)):
+        build.face([at(0, height, 0), at(length, height, 0), at(length, height, back), at(0, height, back)], style.roof,
+                   "roof")
+        for s, w, near, far in ((0, length, 0.02, -0.3), (0, length, back + 0.3, back), (0, 0.3, 0, back),
+                                (length - 0.3, 0.3, 0, back)):
             site.block(s, height, w, 0.55, far, near, style.wall, skip="")
             site.block(s - 0.04, height + 0.55, w + 0.08, 0.06, far - 0.04, near + 0.04, style.trim, skip="")
         site.block(0.3 * length, height, 2.2, 1.6, -0.75 * depth, -0.4 * depth, style.wall, skip="")
@@ -148,13 +165,18 @@ def house(build: Build, start, right, length, height, depth, style: FacadeStyle,
     slope = rise / (depth / 2)
     low = height - eave * slope * 0.3
     ridge = height + rise
-    build.face([at(-0.2, low, eave), at(length + 0.2, low, eave), at(length + 0.2, ridge, -depth / 2), at(-0.2, ridge, -depth / 2)], style.roof, "roof", shift=(0, 0))
-    build.face([at(length + 0.2, low, back - eave), at(-0.2, low, back - eave), at(-0.2, ridge, -depth / 2), at(length + 0.2, ridge, -depth / 2)], style.roof, "roof")
-    build.face([at(length, height, 0), at(length, height, back), at(length, ridge, -depth / 2)], style.wall, "wall", shift=(0, 0))
+    build.face([at(-0.2, low, eave), at(length + 0.2, low, eave), at(length + 0.2, ridge, -depth / 2),
+                at(-0.2, ridge, -depth / 2)], style.roof, "roof", shift=(0, 0))
+    build.face([at(length + 0.2, low, back - eave), at(-0.2, low, back - eave), at(-0.2, ridge, -depth / 2),
+                at(length + 0.2, ridge, -depth / 2)], style.roof, "roof")
+    build.face([at(length, height, 0), at(length, height, back), at(length, ridge, -depth / 2)], style.wall, "wall",
+               shift=(0, 0))
     build.face([at(0, height, back), at(0, height, 0), at(0, ridge, -depth / 2)], style.wall, "wall", shift=(0, 0))
-    site.block(-0.2, low - 0.12, length + 0.4, 0.1, eave - 0.02, eave + 0.1, Material("plain", (0.2, 0.21, 0.22)), skip="")
+    site.block(-0.2, low - 0.12, length + 0.4, 0.1, eave - 0.02, eave + 0.1, Material("plain", (0.2, 0.21, 0.22)),
+               skip="")
     for x in rng.uniform(0.1, 0.9, int(rng.integers(1, 3))) * length:
-        site.block(x, height + 0.4 * rise, 0.9, 0.6 * rise + 0.9, -depth / 2 - 0.5, -depth / 2 + 0.2, Material("brick", (0.36, 0.16, 0.11), (0.5, 0.47, 0.42)), skip="")
+        site.block(x, height + 0.4 * rise, 0.9, 0.6 * rise + 0.9, -depth / 2 - 0.5, -depth / 2 + 0.2,
+                   Material("brick", (0.36, 0.16, 0.11), (0.5, 0.47, 0.42)), skip="")
     if rng.random() < 0.6:
         for x in np.arange(style.bay / 2, length, 2 * style.bay):
             front = -0.9

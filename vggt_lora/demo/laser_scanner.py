@@ -28,7 +28,8 @@ def scan(
     points, panels = [], []
     for height in np.arange(np.radians(-40), np.radians(70), step):
         angle = azimuth + rng.uniform(0, step)
-        rays = np.stack([np.cos(angle) * np.cos(height), np.sin(angle) * np.cos(height), 0 * angle + np.sin(height)], -1)
+        rays = np.stack([np.cos(angle) * np.cos(height), np.sin(angle) * np.cos(height), 0 * angle + np.sin(height)],
+                        -1)
         index, distance = caster.rays(centre, rays)
         good = (index >= 0) & (distance < reach)
         good[good] &= caster.panels.part[index[good]] != PARTS.index("glass")
@@ -59,7 +60,7 @@ def seen_points(
     free = first * np.linalg.norm(rays, axis=1) > np.linalg.norm(rays, axis=1) - tolerance - 0.003
     return rows[free], pixel[free, 1] * size[1] + pixel[free, 0], local[rows[free], 2]
 
-
+# %% ../../nbs/demo/laser_scanner.ipynb #f28b66dc
 def depth_image(
     pixels: np.ndarray,  # (n,) pixel numbers
     z: np.ndarray,  # (n,)
@@ -77,7 +78,7 @@ def depth_image(
         depth[rng.choice(known, too_many, replace=False)] = np.inf
     return depth.reshape(masked.shape)
 
-
+# %% ../../nbs/demo/laser_scanner.ipynb #bf8bd84c
 def mask_image(
     part: np.ndarray,  # (h, w) index into PARTS at the pixels of the original photo, -1: sky
     glass: bool,  # also draw value 1 on glass
@@ -99,9 +100,11 @@ def write_ply(path: Path, points: np.ndarray) -> None:
 
 def write_mesh(path: Path, vertices: np.ndarray, triangles: np.ndarray) -> None:
     """Write a triangle mesh, vertices (n, 3) and triangles (m, 3), as a binary PLY in the world's frame."""
-    header = "".join(f"{line}\n" for line in ("ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}",
+    header = "".join(f"{line}\n" for line in ("ply", "format binary_little_endian 1.0",
+                                              f"element vertex {len(vertices)}",
                                               "property float x", "property float y", "property float z",
-                                              f"element face {len(triangles)}", "property list uchar int vertex_indices", "end_header"))
+                                              f"element face {len(triangles)}", "property list uchar int "
+                                              "vertex_indices", "end_header"))
     faces = np.empty(len(triangles), [("count", "u1"), ("rows", "<i4", 3)])
     faces["count"], faces["rows"] = 3, triangles
     Path(path).write_bytes(header.encode("ascii") + np.ascontiguousarray(vertices, "<f4").tobytes() + faces.tobytes())
@@ -121,6 +124,7 @@ def scanner_pose(centre: np.ndarray, turn: float, tilt: tuple = (0.0, 0.0)) -> n
     """Return scan to world (4, 4) of a scanner at `centre`, turned about z and a little out of level (radians)."""
     (ca, sa), (cb, sb), (cc, sc) = ((np.cos(a), np.sin(a)) for a in (turn, *tilt))
     pose = np.eye(4)
-    pose[:3, :3] = np.array([[ca, -sa, 0], [sa, ca, 0], [0, 0, 1]]) @ [[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]] @ np.array([[1, 0, 0], [0, cc, -sc], [0, sc, cc]])
+    pose[:3, :3] = (np.array([[ca, -sa, 0], [sa, ca, 0], [0, 0, 1]]) @ [[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]]
+                    @ np.array([[1, 0, 0], [0, cc, -sc], [0, sc, cc]]))
     pose[:3, 3] = centre
     return pose

@@ -63,13 +63,15 @@ class Site:
 
     def rect(self, s, t, width, height, d, material, part, **more) -> None:
         """Add an upright rectangle that faces the viewer."""
-        corners = [self.at(s, t, d), self.at(s + width, t, d), self.at(s + width, t + height, d), self.at(s, t + height, d)]
+        corners = [self.at(s, t, d), self.at(s + width, t, d), self.at(s + width, t + height, d),
+                   self.at(s, t + height, d)]
         self.build.face(corners, material, part, window=self.window, **more)
 
     def block(self, s, t, width, height, back, front, material, part="detail", skip="Y", **more) -> None:
         """Add a box between depths `back` and `front` (out is positive); its back is left out."""
         corner = self.at(s, t, front)
-        box(self.build, corner, width * self.right, (back - front) * self.out, [0, 0, height], material, skip, part=part, window=self.window, **more)
+        box(self.build, corner, width * self.right, (back - front) * self.out, [0, 0, height], material, skip,
+            part=part, window=self.window, **more)
 
     def wall(self, s, t, width, height, material) -> None:
         """Add a piece of the wall itself; its bricks continue those of its neighbours."""
@@ -89,24 +91,28 @@ def glazing(site: Site, s, t, width, height, d, style: FacadeStyle) -> None:
         site.block(x, y, w, h, d, d + thick, style.frame, "frame")
     across, up = style.bars
     for k in range(1, across):
-        site.block(s + k * width / across - bar / 2, t + edge, bar, height - 2 * edge, d, d + 0.8 * thick, style.frame, "frame")
+        site.block(s + k * width / across - bar / 2, t + edge, bar, height - 2 * edge, d, d + 0.8 * thick, style.frame,
+                   "frame")
     for k in range(1, up):
         level = 0.68 if up == 2 else k / up
-        site.block(s + edge, t + level * height - bar / 2, width - 2 * edge, bar, d, d + 0.7 * thick, style.frame, "frame")
+        site.block(s + edge, t + level * height - bar / 2, width - 2 * edge, bar, d, d + 0.7 * thick, style.frame,
+                   "frame")
 
-
+# %% ../../nbs/demo/openings.ipynb #54c4df8b
 def hole(site: Site, s, t, width, height, depth, material) -> None:
     """Add the four inner faces of an opening."""
     at = site.at
     for a, b, c, e in ((at(s, t, -depth), at(s, t), at(s, t + height), at(s, t + height, -depth)),
-                       (at(s + width, t), at(s + width, t, -depth), at(s + width, t + height, -depth), at(s + width, t + height)),
+                       (at(s + width, t), at(s + width, t, -depth), at(s + width, t + height, -depth),
+                        at(s + width, t + height)),
                        (at(s, t), at(s, t, -depth), at(s + width, t, -depth), at(s + width, t)),
-                       (at(s, t + height, -depth), at(s, t + height), at(s + width, t + height), at(s + width, t + height, -depth))):
+                       (at(s, t + height, -depth), at(s, t + height), at(s + width, t + height),
+                        at(s + width, t + height, -depth))):
         flat = abs(a[2] - c[2]) < 1e-9
         corners = [a, e, c, b] if flat else [b, a, e, c]
         site.build.face(corners, material, "detail", window=site.window, shade=0.65)
 
-
+# %% ../../nbs/demo/openings.ipynb #259245bd
 def window(site: Site, s, t, width, height, style: FacadeStyle) -> None:
     """Add a window into an opening: glass, frame, sill, and a surround or lintel."""
     site.build.windows += 1
@@ -116,14 +122,15 @@ def window(site: Site, s, t, width, height, style: FacadeStyle) -> None:
     site.block(s - 0.1, t - 0.09, width + 0.2, 0.09, 0.0, 0.12, style.trim)
     if style.surround:
         e = style.surround
-        for x, y, w, h in ((s - e, t, e, height), (s + width, t, e, height), (s - e, t + height, width + 2 * e, 1.2 * e)):
+        for x, y, w, h in ((s - e, t, e, height), (s + width, t, e, height),
+                           (s - e, t + height, width + 2 * e, 1.2 * e)):
             site.block(x, y, w, h, 0.0, 0.05, style.trim)
         site.block(s - 1.3 * e, t + height + 1.2 * e, width + 2.6 * e, 0.07, 0.0, 0.14, style.trim)
     elif style.lintel:
         site.block(s - 0.15, t + height, width + 0.3, 0.2, 0.0, 0.02, style.trim)
     site.window = 0
 
-
+# %% ../../nbs/demo/openings.ipynb #646008f0
 def door(site: Site, s, width, height, style: FacadeStyle) -> None:
     """Add a door with a fanlight, panels, a handle and a step."""
     leaf = height - 0.45
@@ -139,7 +146,7 @@ def door(site: Site, s, width, height, style: FacadeStyle) -> None:
     site.block(s - 0.25, height, width + 0.5, 0.25, 0.0, 0.12, style.trim)
     site.block(s - 0.3, 0.0, width + 0.6, 0.14, 0.0, 0.5, style.trim, skip="")
 
-
+# %% ../../nbs/demo/openings.ipynb #7a43596f
 def balcony(site: Site, s, t, width, style: FacadeStyle, depth=1.0) -> None:
     """Add a slab with brackets and a railing of bars."""
     iron = Material("plain", (0.05, 0.055, 0.06))
@@ -154,13 +161,14 @@ def balcony(site: Site, s, t, width, style: FacadeStyle, depth=1.0) -> None:
         return
     site.block(s, t + 0.95, width, 0.05, depth - 0.05, depth, iron, skip="")
     for k in range(int(width / 0.14) + 1):
-        site.block(s + k * (width - 0.03) / int(width / 0.14), t, 0.03, 0.95, depth - 0.04, depth - 0.01, iron, skip="zZ")
+        site.block(s + k * (width - 0.03) / int(width / 0.14), t, 0.03, 0.95, depth - 0.04, depth - 0.01, iron,
+                   skip="zZ")
     for x in (s, s + width - 0.04):
         site.block(x, t + 0.95, 0.04, 0.05, 0.0, depth, iron)
         for k in range(1, 6):
             site.block(x, t, 0.03, 0.95, k * depth / 6, k * depth / 6 + 0.03, iron, skip="zZ")
 
-
+# %% ../../nbs/demo/openings.ipynb #7850652d
 def oriel(site: Site, s, t, width, height, style: FacadeStyle, depth=0.55) -> None:
     """Add a window that stands out from the wall: a box with glass on three sides."""
     site.build.windows += 1

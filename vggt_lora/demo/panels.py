@@ -98,7 +98,7 @@ class Panels:
     def __len__(self) -> int:
         return len(self.origin)
 
-
+# %% ../../nbs/demo/panels.ipynb #da66579d
 def finish(build: Build) -> Panels:
     """Turn a list of panels into arrays."""
     counts = np.array([len(c) for c in build.corners])
@@ -109,10 +109,12 @@ def finish(build: Build) -> Panels:
     normals = np.cross(right, last - a)
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     quads = np.flatnonzero(counts == 4)
-    triangles = np.concatenate([np.column_stack([first, first + 1, first + 2]), np.column_stack([first, first + 2, first + 3])[quads]])
+    triangles = np.concatenate([np.column_stack([first, first + 1, first + 2]),
+                                np.column_stack([first, first + 2, first + 3])[quads]])
     materials = tuple(dict.fromkeys(build.material))
     number = {m: k for k, m in enumerate(materials)}
-    return Panels(corners, triangles, np.concatenate([np.arange(len(first)), quads]), a, right, np.cross(normals, right), normals,
+    return Panels(corners, triangles, np.concatenate([np.arange(len(first)), quads]), a, right,
+                  np.cross(normals, right), normals,
                   np.array(build.shift, float), np.array([number[m] for m in build.material]), np.array(build.part),
                   np.array(build.plane), np.array(build.window), np.array(build.shade, float), materials)
 
@@ -142,7 +144,8 @@ class Caster:
         distance = np.full(len(directions), np.inf)
         start = np.broadcast_to(origin, directions.shape)[found]
         normal, place = self.panels.normals[index[found]], self.panels.origin[index[found]]
-        distance[found] = np.einsum("ni,ni->n", place - start, normal) / np.einsum("ni,ni->n", directions[found], normal)
+        distance[found] = (np.einsum("ni,ni->n", place - start, normal)
+                           / np.einsum("ni,ni->n", directions[found], normal))
         return index, distance
 
     def blocked(self, points: np.ndarray, directions: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ def lens_rays(camera):
 
     def directions(shift):
         if shift not in made:
-            made[shift] = pixel_directions(camera.original_size, camera.original_K, camera.lens, shift=shift).reshape(-1, 2).astype(np.float32)
+            made[shift] = pixel_directions(camera.original_size, camera.original_K, camera.lens,
+                                           shift=shift).reshape(-1, 2).astype(np.float32)
         return made[shift]
 
     for shift in ((0.5, 0.5), *((a, b) for b in (0.25, 0.75) for a in (0.25, 0.75))):
@@ -55,7 +56,8 @@ def undistort(linear: np.ndarray, at: np.ndarray) -> np.ndarray:
 def surface_ids(panels: Panels) -> np.ndarray:
     """Return per panel the number of the infinite plane it lies in; neighbours in one plane share no edge."""
     offset = np.einsum("ni,ni->n", panels.normals, panels.origin)
-    return np.unique(np.round(np.column_stack([panels.normals, offset]), 5) + 0.0, axis=0, return_inverse=True)[1].ravel()
+    return np.unique(np.round(np.column_stack([panels.normals, offset]), 5) + 0.0, axis=0,
+                     return_inverse=True)[1].ravel()
 
 
 def write_labels(folder: Path, name: str, panels: Panels, index: np.ndarray, depth: np.ndarray) -> None:
@@ -63,7 +65,8 @@ def write_labels(folder: Path, name: str, panels: Panels, index: np.ndarray, dep
     sky = index < 0
     np.save(folder / "exact_depth" / f"{name}.npy", np.where(sky, 0, depth).astype(np.float32))
     look = lambda values, kind: np.where(sky, 0, values[index]).astype(kind)
-    images = {"walls": look(panels.plane, np.uint8), "windows": look(panels.window, np.uint16), "parts": look(panels.part + 1, np.uint8),
+    images = {"walls": look(panels.plane, np.uint8), "windows": look(panels.window, np.uint16),
+              "parts": look(panels.part + 1, np.uint8),
               "edges": uneven(np.where(sky, -1, surface_ids(panels)[index])).astype(np.uint8)}
     for kind, values in images.items():
         (folder / "labels" / kind).mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,8 @@ def write_labels(folder: Path, name: str, panels: Panels, index: np.ndarray, dep
 def walls_json(panels: Panels) -> dict:
     """Return {wall id: its plane}: normal . x = offset, world, metres."""
     rows = {int(p): np.flatnonzero(panels.plane == p)[0] for p in np.unique(panels.plane) if p > 0}
-    return {p: {"normal": panels.normals[r].tolist(), "offset": float(panels.normals[r] @ panels.origin[r])} for p, r in rows.items()}
+    return {p: {"normal": panels.normals[r].tolist(), "offset": float(panels.normals[r] @ panels.origin[r])}
+            for p, r in rows.items()}
 
 # %% ../../nbs/demo/render_photos.ipynb #069e5856
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,8 @@ def prepare(
         casters.append(Caster(with_people(place, people, rng), tracer=tracer) if people else still)
         strength = np.clip(0.75 + 0.6 * np.sin(phase + 0.55 * k), 0.12, 1.0)
         lights.append(Light(sun, float(strength), clouds, 0.03 * k))
-    return PhotoJob(place, panels, cameras, {i: lens_rays(c) for i, c in cameras.items()}, {i: sources(c) for i, c in cameras.items()}, photos, casters, lights)
+    return PhotoJob(place, panels, cameras, {i: lens_rays(c) for i, c in cameras.items()},
+                    {i: sources(c) for i, c in cameras.items()}, photos, casters, lights)
 
 # %% ../../nbs/demo/render_photos.ipynb #a15940c6
 @dataclass(frozen=True, eq=False)
@@ -132,16 +137,20 @@ def render_photo(folder: Path, shoot: PhotoJob, k: int, seed: int) -> RenderedPh
     photo, caster, rng = shoot.photos[k], shoot.casters[k], np.random.default_rng([seed, 808, k])
     camera, rotation = shoot.cameras[photo.camera_id], photo.world_to_cam[:3, :3]
     centre, light = -rotation.T @ photo.world_to_cam[:3, 3], shoot.lights[k]
-    linear, index, _ = photograph(caster, rotation, centre, shoot.rays[photo.camera_id], camera.original_size, camera.original_K[0, 0], light)
+    linear, index, _ = photograph(caster, rotation, centre, shoot.rays[photo.camera_id], camera.original_size,
+                                  camera.original_K[0, 0], light)
     exposure = photo.exposure * (1.35 - 0.45 * light.strength)
-    images = {"dslr_images": develop(linear, exposure, rng), "dslr_images_undistorted": develop(undistort(linear, shoot.sources[photo.camera_id]), exposure, rng)}
+    images = {"dslr_images": develop(linear, exposure, rng),
+              "dslr_images_undistorted": develop(undistort(linear, shoot.sources[photo.camera_id]), exposure, rng)}
     for name, image in images.items():
         Image.fromarray(image).save(folder / "images" / name / f"{photo.name}.JPG", quality=93)
     rays, count = pinhole_rays(photo.K, photo.size), photo.size[0] * photo.size[1]
-    parts = [caster.rays(centre, rays((0.5, 0.5), np.arange(low, min(low + 262144, count))) @ rotation) for low in range(0, count, 262144)]
+    parts = [caster.rays(centre, rays((0.5, 0.5), np.arange(low, min(low + 262144, count))) @ rotation)
+             for low in range(0, count, 262144)]
     panel, depth = (np.concatenate(column).reshape(photo.size) for column in zip(*parts))
     write_labels(folder, photo.name, caster.panels, panel, depth)
     sharp = images["dslr_images_undistorted"]
     strength = corner_strength(sharp)
     return RenderedPhoto(sharp, corners(sharp, int(1.15 * points_per_photo(shoot.photos[0].size)), strength=strength),
-                maximum_filter(strength, 5, mode="nearest") > DETECTABLE, np.where(index < 0, -1, caster.panels.part[index]).astype(np.int8))
+                maximum_filter(strength, 5, mode="nearest") > DETECTABLE,
+                np.where(index < 0, -1, caster.panels.part[index]).astype(np.int8))

@@ -35,9 +35,11 @@ def sky(light: Light, directions: np.ndarray) -> np.ndarray:
     up = np.clip(d[:, 2], 0.03, 1).astype(np.float32)
     clear = (1 - up[:, None]) ** 2 * np.array([0.55, 0.52, 0.42], np.float32) + np.array([0.24, 0.42, 0.72], np.float32)
     kind = np.full(len(d), KINDS.index("cloud"))
-    cloud = sample_nearest(kind, d[:, 0] / (up + 0.15) + light.drift, d[:, 1] / (up + 0.15), np.full(len(d), 0.01))[:, :1]
+    cloud = sample_nearest(kind, d[:, 0] / (up + 0.15) + light.drift, d[:, 1] / (up + 0.15),
+                           np.full(len(d), 0.01))[:, :1]
     cover = np.clip((cloud - 0.72 + 0.5 * light.clouds) * 4.5, 0, 0.9)
-    return (clear * (1 - cover) + (0.80 + 0.25 * light.strength) * (1.15 - 0.35 * cover) * cover * np.array([0.97, 0.98, 1.0], np.float32)).astype(np.float32)
+    return (clear * (1 - cover) + (0.80 + 0.25 * light.strength) * (1.15 - 0.35 * cover) * cover
+            * np.array([0.97, 0.98, 1.0], np.float32)).astype(np.float32)
 
 # %% ../../nbs/demo/shading.ipynb #168ca5c5
 def _texture(panels, index, points, footprint):
@@ -51,13 +53,14 @@ def _texture(panels, index, points, footprint):
     material = panels.material[index]
     light, joint, warm = sample_nearest(kinds[material], s, t, footprint).T
     x, y, z = points.T.astype(np.float32)
-    dirt = sample_nearest(np.full(len(index), KINDS.index("dirt")), x + 0.7 * y, z + 0.3 * y, footprint, smooth=False)[:, 0]
+    dirt = sample_nearest(np.full(len(index), KINDS.index("dirt")), x + 0.7 * y, z + 0.3 * y, footprint,
+                          smooth=False)[:, 0]
     grime = np.where(panels.plane[index] > 0, 1 - 0.35 * np.clip(1 - z / 0.9, 0, 1), 1) * (0.72 + 0.56 * dirt)
     hue = 1 + warm[:, None] * np.array([0.35, 0.0, -0.35], np.float32)
     base = colours[material] * hue * (1 - joint[:, None]) + joints[material] * joint[:, None]
     return base * (np.clip(light, 0.05, 2) * grime)[:, None]
 
-
+# %% ../../nbs/demo/shading.ipynb #37744030
 def shade(
     caster: Caster,
     origin: np.ndarray,  # (3,) or (n, 3) where the rays start
@@ -84,17 +87,20 @@ def shade(
     base = _texture(panels, i, points, pixel * distance[rows] / facing)
     fall = normal @ light.direction
     towards = np.flatnonzero((fall > 0) & (light.strength > 0.02))
-    free = ~caster.blocked(points[towards] + 2e-3 * normal[towards], np.broadcast_to(light.direction, (len(towards), 3)))
+    free = ~caster.blocked(points[towards] + 2e-3 * normal[towards],
+                           np.broadcast_to(light.direction, (len(towards), 3)))
     lit[rows[towards[free]]] = True
     direct = np.where(lit[rows], fall, 0) * light.strength
     ambient = panels.shade[i] * (0.42 + 0.14 * normal[:, 2]) * (1.25 - 0.25 * light.strength)
-    colour[rows] = base * (ambient[:, None] * np.array([0.95, 1.0, 1.1]) + direct[:, None] * np.array([1.02, 0.96, 0.84])).astype(np.float32)
+    colour[rows] = (base * (ambient[:, None] * np.array([0.95, 1.0, 1.1])
+                            + direct[:, None] * np.array([1.02, 0.96, 0.84])).astype(np.float32))
     if mirror:
         glass = panels.part[i] == PARTS.index("glass")
-        _mirror(caster, colour, rows[glass], panels.window[i[glass]], points[glass], ray[glass], normal[glass], facing[glass], pixel, light)
+        _mirror(caster, colour, rows[glass], panels.window[i[glass]], points[glass], ray[glass], normal[glass],
+                facing[glass], pixel, light)
     return colour, lit
 
-
+# %% ../../nbs/demo/shading.ipynb #4c4e347b
 def _mirror(caster, colour, rows, window, points, ray, normal, facing, pixel, light) -> None:
     """Add to the glass what it mirrors; panes are a little out of true."""
     if not len(rows):
@@ -103,7 +109,8 @@ def _mirror(caster, colour, rows, window, points, ray, normal, facing, pixel, li
     bent = normal + wobble
     out = ray - 2 * np.einsum("ni,ni->n", ray, bent)[:, None] * bent
     index, distance = caster.rays(points + 5e-3 * normal, out)
-    seen, _ = shade(caster, points, out, index, np.where(np.isfinite(distance), distance, 0), 4 * pixel, light, mirror=False)
+    seen, _ = shade(caster, points, out, index, np.where(np.isfinite(distance), distance, 0), 4 * pixel, light,
+                    mirror=False)
     share = 0.22 + 0.78 * (1 - facing) ** 4
     colour[rows] = colour[rows] * (1 - share[:, None]) + 0.9 * seen * share[:, None]
 
@@ -139,17 +146,18 @@ def photograph(
         linear[rows] = total / len(offsets)
     return linear.reshape(*size, 3), index.reshape(size), depth.reshape(size)
 
-
+# %% ../../nbs/demo/shading.ipynb #df5fbf3a
 def uneven(values: np.ndarray) -> np.ndarray:
     """Tell which pixels differ from one of their four neighbours."""
     result = np.zeros(values.shape, bool)
-    for a, b in (((slice(1, None),), (slice(None, -1),)), ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))):
+    for a, b in (((slice(1, None),), (slice(None, -1),)),
+                 ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))):
         different = values[a] != values[b]
         result[a] |= different
         result[b] |= different
     return result
 
-
+# %% ../../nbs/demo/shading.ipynb #5ba0dd4e
 def develop(linear: np.ndarray, exposure: float, rng: np.random.Generator) -> np.ndarray:
     """Return the photo (h, w, 3) uint8: exposure, a soft shoulder, gamma, sensor noise."""
     x = np.maximum(exposure * linear, 0)
@@ -157,10 +165,11 @@ def develop(linear: np.ndarray, exposure: float, rng: np.random.Generator) -> np
     photo += rng.standard_normal(photo.shape, np.float32) * np.float32(1.2)
     return np.clip(np.rint(photo), 0, 255).astype(np.uint8)
 
-
+# %% ../../nbs/demo/shading.ipynb #f4777c6f
 def pinhole_rays(K: np.ndarray, size: tuple):
     """Return the ray function of `photograph` for a pinhole camera."""
     def rays(shift, pixels):
         v, u = np.divmod(pixels, size[1])
-        return np.column_stack([(u + shift[0] - K[0, 2]) / K[0, 0], (v + shift[1] - K[1, 2]) / K[1, 1], np.ones(len(u))])
+        return np.column_stack([(u + shift[0] - K[0, 2]) / K[0, 0], (v + shift[1] - K[1, 2]) / K[1, 1],
+                                np.ones(len(u))])
     return rays

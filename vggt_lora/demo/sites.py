@@ -27,15 +27,17 @@ def tree(build: Build, place, height, rng: np.random.Generator) -> None:
     prism(build, base, 0.5 * height, radius, bark, sides=9, top_radius=0.7 * radius, part="tree")
     for angle in rng.uniform(0, 2 * np.pi) + np.arange(5) * 2 * np.pi / 5:
         tip = crown + [0.2 * height * np.cos(angle), 0.2 * height * np.sin(angle), rng.uniform(-0.05, 0.15) * height]
-        prism(build, base + [0, 0, rng.uniform(0.38, 0.5) * height], 0, 0.5 * radius, bark, sides=5, top_radius=0.15 * radius, top=tip, part="tree")
+        prism(build, base + [0, 0, rng.uniform(0.38, 0.5) * height], 0, 0.5 * radius, bark, sides=5,
+              top_radius=0.15 * radius, top=tip, part="tree")
     clumps = crown + rng.normal(0, 1, (34, 3)) * np.array([0.15, 0.15, 0.13]) * height
     for clump in clumps:
         for _ in range(40):
             middle = clump + rng.normal(0, 0.055, 3) * height
             a, b = np.linalg.qr(rng.normal(size=(3, 2)))[0].T * rng.uniform(0.035, 0.085, (2, 1))
-            build.face([middle - a - b, middle + a - b, middle + a + b, middle - a + b], leaf, "tree", shade=float(rng.uniform(0.55, 1.0)))
+            build.face([middle - a - b, middle + a - b, middle + a + b, middle - a + b], leaf, "tree",
+                       shade=float(rng.uniform(0.55, 1.0)))
 
-
+# %% ../../nbs/demo/sites.ipynb #5f8ebf98
 def person(build: Build, place, facing: float, rng: np.random.Generator) -> None:
     """Add a walking person of prisms."""
     cloth = [Material("plain", tuple(rng.uniform(0.03, 0.3) * rng.uniform(0.6, 1.2, 3))) for _ in range(2)]
@@ -47,13 +49,14 @@ def person(build: Build, place, facing: float, rng: np.random.Generator) -> None
     for sign in (-1, 1):
         foot = base + 0.09 * sign * aside + sign * step * ahead
         prism(build, foot, 0, 0.065, cloth[0], sides=8, top_radius=0.09, top=hip + 0.08 * sign * aside, part="person")
-        prism(build, hip + 0.25 * sign * aside - 0.15 * sign * ahead, 0, 0.04, cloth[1], sides=7, top_radius=0.055, top=neck + 0.19 * sign * aside, part="person")
+        prism(build, hip + 0.25 * sign * aside - 0.15 * sign * ahead, 0, 0.04, cloth[1], sides=7, top_radius=0.055,
+              top=neck + 0.19 * sign * aside, part="person")
     prism(build, hip, 0, 0.16, cloth[1], sides=10, top_radius=0.2, top=neck, part="person")
     prism(build, neck, 0.1, 0.06, skin, sides=8, part="person")
     for low, tall_, a, b in ((0.08, 0.1, 0.075, 0.1), (0.18, 0.1, 0.1, 0.07)):
         prism(build, neck + [0, 0, low], tall_, a, skin, sides=9, top_radius=b, part="person")
 
-
+# %% ../../nbs/demo/sites.ipynb #3e82fa05
 def lamp(build: Build, place) -> None:
     """Add a street lamp."""
     iron, base = Material("plain", (0.06, 0.07, 0.07)), np.array([*place, 0.0])
@@ -62,11 +65,12 @@ def lamp(build: Build, place) -> None:
     prism(build, base + [0, 0, 3.7], 0.4, 0.12, Material("plain", (0.75, 0.73, 0.65)), sides=6, top_radius=0.2)
     prism(build, base + [0, 0, 4.1], 0.2, 0.26, iron, sides=6, top_radius=0.04)
 
-
+# %% ../../nbs/demo/sites.ipynb #cfd482cc
 def bench(build: Build, place, turn: float) -> None:
     """Add a bench of boards on two stone feet."""
     x, y = np.array([np.cos(turn), np.sin(turn), 0]), np.array([-np.sin(turn), np.cos(turn), 0])
-    o, wood, stone = np.array([*place, 0.0]), Material("boards", (0.30, 0.18, 0.10)), Material("stone", (0.45, 0.43, 0.40))
+    o, wood, stone = (np.array([*place, 0.0]), Material("boards", (0.30, 0.18, 0.10)),
+                      Material("stone", (0.45, 0.43, 0.40)))
     for k in (0.15, 1.35):
         box(build, o + k * x, 0.12 * x, 0.4 * y, [0, 0, 0.4], stone)
     for k in range(3):
@@ -100,7 +104,7 @@ def _row(build, start, right, houses, family, rng, depth=9.0, main=None) -> floa
         done += length
     return done
 
-
+# %% ../../nbs/demo/sites.ipynb #d8f7aeb6
 def make_place(family: str, layout: str, seed: int) -> Place:
     """Build a site of one of FAMILIES and LAYOUTS."""
     rng = np.random.default_rng([seed, 505, FAMILIES.index(family), LAYOUTS.index(layout)])
@@ -125,21 +129,25 @@ def make_place(family: str, layout: str, seed: int) -> Place:
     path, looks = _walk_path(layout, width, rng)
     return Place(build, np.array([width / 2, 0, 4.0]), path, looks, (0.1 * width, -6.5, 0.85 * width, -2.0))
 
-
+# %% ../../nbs/demo/sites.ipynb #95964e83
 def _ground(build: Build, layout, width, reach, rng) -> None:
     """Add the ground: road, pavement with a kerb, or a paved yard with a lawn."""
     pick = lambda *choices: Material(*choices[rng.integers(len(choices))])
-    floor = pick(("cobble", (0.30, 0.28, 0.26), (0.12, 0.11, 0.10)), ("asphalt", (0.17, 0.17, 0.175)), ("paving", (0.38, 0.36, 0.33), (0.18, 0.17, 0.15)))
+    floor = pick(("cobble", (0.30, 0.28, 0.26), (0.12, 0.11, 0.10)), ("asphalt", (0.17, 0.17, 0.175)),
+                 ("paving", (0.38, 0.36, 0.33), (0.18, 0.17, 0.15)))
     build.face([(-60, -70, 0), (width + 60, -70, 0), (width + 60, 40, 0), (-60, 40, 0)], floor, "ground", shift=(0, 0))
     if layout == "courtyard":
         lawn = Material("grass", (0.10, 0.17, 0.05))
-        box(build, (0.3 * width, -6.0, 0), (0.4 * width, 0, 0), (0, 2.5, 0), (0, 0, 0.1), Material("stone", (0.45, 0.43, 0.40)), part="ground")
-        build.face([(0.3 * width + 0.15, -5.85, 0.11), (0.7 * width - 0.15, -5.85, 0.11), (0.7 * width - 0.15, -3.65, 0.11), (0.3 * width + 0.15, -3.65, 0.11)], lawn, "ground")
+        box(build, (0.3 * width, -6.0, 0), (0.4 * width, 0, 0), (0, 2.5, 0), (0, 0, 0.1),
+            Material("stone", (0.45, 0.43, 0.40)), part="ground")
+        build.face([(0.3 * width + 0.15, -5.85, 0.11), (0.7 * width - 0.15, -5.85, 0.11),
+                    (0.7 * width - 0.15, -3.65, 0.11), (0.3 * width + 0.15, -3.65, 0.11)], lawn, "ground")
     else:
         slabs = Material("paving", (0.42, 0.40, 0.37), (0.2, 0.19, 0.17))
-        box(build, (-40, -2.2, 0), (width + 40 + (layout == "street") * 40, 0, 0), (0, 2.2, 0), (0, 0, 0.11), slabs, part="ground")
+        box(build, (-40, -2.2, 0), (width + 40 + (layout == "street") * 40, 0, 0), (0, 2.2, 0), (0, 0, 0.11), slabs,
+            part="ground")
 
-
+# %% ../../nbs/demo/sites.ipynb #b11bf53d
 def _things(build: Build, layout, width, rng) -> None:
     """Add trees, lamps and benches."""
     for k, x in enumerate(np.linspace(0.15, 0.85, 3 if layout == "street" else 2) * width):
@@ -152,7 +160,8 @@ def _things(build: Build, layout, width, rng) -> None:
     for _ in range(int(rng.integers(1, 4))):
         x, y, s = rng.uniform(0.1, 0.9) * width, -rng.uniform(0.5, 1.6), rng.uniform(0.5, 0.9)
         a = rng.uniform(-0.4, 0.4)
-        box(build, (x, y, 0.11), (s * np.cos(a), s * np.sin(a), 0), (-s * np.sin(a), s * np.cos(a), 0), (0, 0, 0.9 * s), Material("boards", (0.32, 0.22, 0.12)))
+        box(build, (x, y, 0.11), (s * np.cos(a), s * np.sin(a), 0), (-s * np.sin(a), s * np.cos(a), 0), (0, 0, 0.9 * s),
+            Material("boards", (0.32, 0.22, 0.12)))
 
 # %% ../../nbs/demo/sites.ipynb #4515c9db
 def _walk_path(layout, width, rng):
@@ -185,13 +194,14 @@ class DemoCamera:
     def to_original(self, pixels: np.ndarray) -> np.ndarray:
         """Map pixels (..., 2) of the undistorted photo to the original."""
         focal = np.diag(self.K)[:2]
-        return distort((pixels - self.K[:2, 2]) / focal, self.lens) * np.diag(self.original_K)[:2] + self.original_K[:2, 2]
+        return (distort((pixels - self.K[:2, 2]) / focal, self.lens) * np.diag(self.original_K)[:2]
+                + self.original_K[:2, 2])
 
 
 _LENS = (0.209259, 0.220061, 7.28021e-05, -2.99402e-05, -0.186234, 0.421684, 0.000884047, 0.00052266)  # delivery_area
 _BODIES = ((1.0, (3408.59, 3408.87, 3036.9, 2012.66), 1.0), (0.95, (3430.27, 3429.23, 3031.1, 2021.7), 0.97))  # scale, 6048 x 4032, bend
 
-
+# %% ../../nbs/demo/sites.ipynb #6a6d0981
 def demo_cameras(size: tuple) -> dict:
     """Return {camera id: DemoCamera}; the originals of camera 0 have `size` (height, width)."""
     cameras = {}
@@ -212,7 +222,7 @@ def demo_cameras(size: tuple) -> dict:
         cameras[camera_id] = camera
     return cameras
 
-
+# %% ../../nbs/demo/sites.ipynb #a376b82f
 def demo_walk(place: Place, cameras: dict, frames: int, seed: int) -> list[ToyPhoto]:
     """Return the photos of a walk, in order of names; poses are those that six digits in the text files give back."""
     rng = np.random.default_rng([seed, 606])
@@ -227,11 +237,11 @@ def demo_walk(place: Place, cameras: dict, frames: int, seed: int) -> list[ToyPh
         pose[:3, :3] = quaternion_to_matrix(quaternion)
         pose[:3, 3] = six(-pose[:3, :3] @ centre)
         gap, camera_id = int(k >= frames // 2), int(k % 3 == 2)
-        photos.append(ToyPhoto(k + 1 + gap, camera_id, f"DSC_{first + k + gap:04d}", cameras[camera_id].size, cameras[camera_id].K,
-                               pose, quaternion, float(rng.uniform(0.8, 1.2))))
+        photos.append(ToyPhoto(k + 1 + gap, camera_id, f"DSC_{first + k + gap:04d}", cameras[camera_id].size,
+                               cameras[camera_id].K, pose, quaternion, float(rng.uniform(0.8, 1.2))))
     return photos
 
-
+# %% ../../nbs/demo/sites.ipynb #7028345b
 def with_people(place: Place, count: int, rng: np.random.Generator) -> Panels:
     """Return the site with `count` people somewhere in the free space; its first panels are those of the site."""
     here = copy_build(place.build)
@@ -240,7 +250,7 @@ def with_people(place: Place, count: int, rng: np.random.Generator) -> Panels:
         person(here, (rng.uniform(x0, x1), rng.uniform(y0, y1)), rng.uniform(0, 2 * np.pi), rng)
     return finish(here)
 
-
+# %% ../../nbs/demo/sites.ipynb #e68a2d78
 def copy_build(build: Build) -> Build:
     """Copy a build so that adding to the copy leaves the original alone."""
     return Build(*(list(v) if isinstance(v, list) else v for v in vars(build).values()))

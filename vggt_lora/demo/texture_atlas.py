@@ -30,15 +30,17 @@ def _plaster(s, t):
     ragged = 0.6 + 0.8 * noise(s / 0.05, t / 0.05, 8)
     blot = (np.maximum(np.abs(x), 1.4 * np.abs(y)) < (0.03 + 0.16 * hashed(i, j, 5)) * ragged) & (hashed(i, j, 6) < 0.3)
     light = 0.84 + 0.32 * rough(s, t, 21, (1.7, 0.45, 0.08))
-    return np.where(blot, light * (0.6 + 0.25 * hashed(i, j, 8)), light), 0.55 * blot, 0.25 * (noise(s / 0.9, t / 0.9, 10) - 0.5)
+    return (np.where(blot, light * (0.6 + 0.25 * hashed(i, j, 8)), light), 0.55 * blot,
+            0.25 * (noise(s / 0.9, t / 0.9, 10) - 0.5))
 
-
+# %% ../../nbs/demo/texture_atlas.ipynb #38e8def8
 def _panel(s, t):
     """Large concrete panels with bolts and streaks of rain."""
     x, y = s % 1.4, t % 2.8
     gap = (x < 0.03) | (y < 0.04)
     streak = noise(s / 0.06, t / 3.0, 31) * noise(s / 0.5, t / 0.9, 32)
-    light = 0.95 + 0.12 * hashed(np.floor(s / 1.4), np.floor(t / 2.8), 33) - 0.35 * streak + 0.25 * (rough(s, t, 34, (0.3, 0.06, 0.03)) - 0.5)
+    light = (0.95 + 0.12 * hashed(np.floor(s / 1.4), np.floor(t / 2.8), 33) - 0.35 * streak
+             + 0.25 * (rough(s, t, 34, (0.3, 0.06, 0.03)) - 0.5))
     bolt = (np.hypot(np.abs(x - 0.7) - 0.55, np.abs(y - 1.4) - 1.2) < 0.035)
     return np.where(bolt, 0.5, light), gap, 0.1 * (noise(s, t, 35) - 0.5)
 
@@ -59,7 +61,8 @@ def _seamed(s, t):
 def _grains(size, contrast, warm=0.2):
     """Grains without direction: asphalt, grass, bark, leaves, cloth."""
     def pattern(s, t):
-        return 1 + contrast * (rough(s, t, 61, (size * 12, size * 3, size)) - 0.5) * 2, 0 * s, warm * (noise(s / (size * 5), t / (size * 5), 62) - 0.5)
+        return (1 + contrast * (rough(s, t, 61, (size * 12, size * 3, size)) - 0.5) * 2, 0 * s,
+                warm * (noise(s / (size * 5), t / (size * 5), 62) - 0.5))
     return pattern
 
 # %% ../../nbs/demo/texture_atlas.ipynb #28c2016d
@@ -114,7 +117,7 @@ def atlas() -> tuple[np.ndarray, np.ndarray]:
 
 _PERIODS = np.array([period for _, period in PATTERNS.values()], np.float32)
 
-
+# %% ../../nbs/demo/texture_atlas.ipynb #73456365
 def sample_nearest(
     kind: np.ndarray,  # (n,) index into KINDS
     s: np.ndarray,  # (n,) metres

@@ -30,7 +30,8 @@ def noise(x, y, seed) -> np.ndarray:
 def rough(x, y, seed, sizes=(1.0, 0.3, 0.11)) -> np.ndarray:
     """Return noise summed over features of several sizes (metres), in [0, 1)."""
     weights = np.array([0.5**k for k in range(len(sizes))], np.float32)
-    return sum(w * noise(x / size, y / size, seed + 7 * k) for k, (w, size) in enumerate(zip(weights, sizes))) / weights.sum()
+    return (sum(w * noise(x / size, y / size, seed + 7 * k) for k, (w, size) in enumerate(zip(weights, sizes)))
+            / weights.sum())
 
 # %% ../../nbs/demo/textures.ipynb #224503c7
 def courses(s, t, seed, length, height, joint, shift=0.5) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +53,8 @@ def _masonry(length, height, joint, contrast, mortar, shift=0.5):
     def texture(base, s, t, seed, width, wall_height):
         tone, gap = courses(s, t, seed, length, height, joint, shift)
         light = 1 - contrast / 2 + contrast * tone + 0.35 * (rough(s, t, seed + 1) - 0.5)
-        return np.where(gap[:, None], _tinted(mortar, 0.8 + 0.4 * noise(s / 0.2, t / 0.2, seed + 2)), _tinted(base, light))
+        return np.where(gap[:, None], _tinted(mortar, 0.8 + 0.4 * noise(s / 0.2, t / 0.2, seed + 2)),
+                        _tinted(base, light))
     return texture
 
 
@@ -88,7 +90,8 @@ def _door(base, s, t, seed, width, height):
 def _planks(base, s, t, seed, width, height):
     """Boards with dark gaps, for crates and poles."""
     board = np.floor(t / 0.17)
-    light = 0.55 + 0.8 * hashed(board, np.floor(s / 0.9 + hashed(board, 0 * s, seed)), seed) + 0.3 * (rough(s, t, seed) - 0.5)
+    light = (0.55 + 0.8 * hashed(board, np.floor(s / 0.9 + hashed(board, 0 * s, seed)), seed)
+             + 0.3 * (rough(s, t, seed) - 0.5))
     return _tinted(base, np.where(t - board * 0.17 < 0.025, 0.25, light))
 
 
@@ -105,7 +108,8 @@ TEXTURES = {
 }  # name -> function(base colour, s, t, seed, width, height) -> (n, 3) linear RGB
 
 COLOURS = {
-    "brick": (0.50, 0.24, 0.17), "stone": (0.52, 0.48, 0.40), "plaster": (0.68, 0.58, 0.40), "paving": (0.36, 0.35, 0.33),
+    "brick": (0.50, 0.24, 0.17), "stone": (0.52, 0.48, 0.40), "plaster": (0.68, 0.58, 0.40),
+    "paving": (0.36, 0.35, 0.33),
     "tiles": (0.42, 0.17, 0.12), "trim": (0.66, 0.63, 0.57), "window": (0.72, 0.70, 0.66), "door": (0.24, 0.15, 0.09),
     "planks": (0.34, 0.24, 0.14),
 }  # linear RGB by texture kind

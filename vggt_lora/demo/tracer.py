@@ -91,10 +91,12 @@ def usable_tracer() -> str:
             faults.append(f"{name} ({fault})")
             continue
         if faults:
-            print(f"cannot be imported: {', '.join(faults)}; the demo buildings are rendered with {name}", file=sys.stderr)
+            print(f"cannot be imported: {', '.join(faults)}; the demo buildings are rendered with {name}",
+                  file=sys.stderr)
         return name
-    raise SceneError(f"the demo buildings are rendered with embreex or Open3D, and neither can be imported: {'; '.join(faults)}. Install one: "
-                     "`pip install embreex` needs no system packages; `pip install open3d` needs libusb-1.0-0 libgl1 libegl1 libx11-6 libgomp1 on Debian")
+    raise SceneError("the demo buildings are rendered with embreex or Open3D, and neither can be imported: "
+                     f"{'; '.join(faults)}. Install one: `pip install embreex` needs no system packages; `pip install "
+                     "open3d` needs libusb-1.0-0 libgl1 libegl1 libx11-6 libgomp1 on Debian")
 
 
 def make_tracer(

@@ -60,7 +60,7 @@ def toy_cameras(size: tuple) -> dict:
         cameras[camera_id] = (rows, columns), six(K)
     return cameras
 
-
+# %% ../../nbs/demo/tracks.ipynb #fe284b81
 def walk(
     frames: int,
     size: tuple,  # (height, width) of camera 0
@@ -148,7 +148,7 @@ def visibility(
         visible[near, k] = facing & (np.abs(hit["z"] - z[near]) < 1e-4 * z[near])
     return visible, pixels
 
-
+# %% ../../nbs/demo/tracks.ipynb #21a6bd90
 def find_points(
     surfaces,  # sequence of Surface
     photos,  # sequence of ToyPhoto
@@ -208,7 +208,7 @@ def triangulate(
         xyz += np.linalg.solve(normal, gradient[:, :, None])[:, :, 0]
     return xyz
 
-
+# %% ../../nbs/demo/tracks.ipynb #68cfc04a
 def ray_angles(xyz: np.ndarray, photos, tracked: np.ndarray) -> np.ndarray:
     """Return for each point the widest angle (radians) between two of its rays."""
     centres = np.stack([-p.world_to_cam[:3, :3].T @ p.world_to_cam[:3, 3] for p in photos])
@@ -218,7 +218,7 @@ def ray_angles(xyz: np.ndarray, photos, tracked: np.ndarray) -> np.ndarray:
     both = tracked[:, :, None] & tracked[:, None, :]
     return np.arccos(np.clip(np.where(both, cosine, 1).min((1, 2)), -1, 1))
 
-
+# %% ../../nbs/demo/tracks.ipynb #8a2a09b3
 def reprojection_errors(xyz: np.ndarray, photos, tracked: np.ndarray, keypoints: np.ndarray) -> np.ndarray:
     """Return the mean distance in pixels between keypoints and projections, per point."""
     total = np.zeros(len(xyz))

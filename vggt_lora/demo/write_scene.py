@@ -23,7 +23,8 @@ from ..files.atomic import write_json
 from ..geometry.cameras import transform_points
 
 # %% ../../nbs/demo/write_scene.ipynb #629a4b91
-def write_laser(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto], seed: int, share: float = 0.10, tracer: str | None = None) -> None:
+def write_laser(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto], seed: int, share: float = 0.10,
+                tracer: str | None = None) -> None:
     """Scan from two places; write scans, alignment, ground truth depth and masks."""
     rng, fine = np.random.default_rng([seed, 909]), max(c.original_K[0, 0] for c in shoot.cameras.values())
     known = finish(_scanned(shoot.place.build))
@@ -55,11 +56,12 @@ def write_laser(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto], seed:
     text = alignment_text({f"scan{n}.ply": pose for n, pose in enumerate(poses, 1)})
     (folder / "dslr_scan_eval" / "scan_alignment.mlp").write_text(text, encoding="ascii", newline="\n")
 
-
+# %% ../../nbs/demo/write_scene.ipynb #18d6acdc
 def _scanned(build: Build) -> Build:
     """Copy a build without what was not there on the day of the scan."""
     keep = [k for k, part in enumerate(build.part) if PARTS[part] not in UNSCANNED]
-    return Build(*([values[k] for k in keep] if isinstance(values, list) else values for values in vars(build).values()))
+    return Build(*([values[k] for k in keep] if isinstance(values, list) else values
+                   for values in vars(build).values()))
 
 # %% ../../nbs/demo/write_scene.ipynb #e41873a0
 def on_texture(points: dict, shots: list[RenderedPhoto]) -> np.ndarray:
@@ -67,10 +69,11 @@ def on_texture(points: dict, shots: list[RenderedPhoto]) -> np.ndarray:
     visible = points["visible"].copy()
     for k, shot in enumerate(shots):
         column, row = np.floor(points["pixels"][:, k]).astype(int).T
-        visible[:, k] &= shot.textured[row.clip(0, shot.textured.shape[0] - 1), column.clip(0, shot.textured.shape[1] - 1)]
+        visible[:, k] &= shot.textured[row.clip(0, shot.textured.shape[0] - 1),
+                                       column.clip(0, shot.textured.shape[1] - 1)]
     return visible
 
-
+# %% ../../nbs/demo/write_scene.ipynb #f0000157
 def write_calibration(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto], seed: int) -> None:
     """Make points of the corners in the photos, as structure from motion would; write both calibrations."""
     rng, photos, panels = np.random.default_rng([seed, 303]), shoot.photos, shoot.panels
@@ -84,7 +87,8 @@ def write_calibration(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto],
         return sane & (at >= 0).all(1) & (at < camera(k).original_size[::-1]).all(1)
 
     wanted = points_per_photo(photos[0].size)
-    points = find_points(panels, photos, [s.photo for s in shots], rng, 0, cast, panels.normals, usable, 0.012 * photos[0].size[1], [s.corners for s in shots])
+    points = find_points(panels, photos, [s.photo for s in shots], rng, 0, cast, panels.normals, usable,
+                         0.012 * photos[0].size[1], [s.corners for s in shots])
     points["visible"] = on_texture(points, shots)
     noise = 0.3 * min(1.0, (photos[0].size[1] / 1500) ** 0.5)  # small photos are thought of as shrunk ones
     tracks = make_tracks(points, photos, rng, noise, keep=keep)
@@ -92,8 +96,8 @@ def write_calibration(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto],
     tracks = {name: values[chosen] for name, values in tracks.items()}
     ids = 1 + np.sort(rng.choice(3 * len(tracks["xyz"]) + 1, len(tracks["xyz"]), replace=False))  # with gaps
     lists, places = keypoint_lists(photos, tracks, ids, rng, keep)
-    _write_model(folder / "dslr_calibration_undistorted", {i: (c.size, c.K) for i, c in shoot.cameras.items()}, photos, tracks, ids,
-                 lists, places, "dslr_images_undistorted")
+    _write_model(folder / "dslr_calibration_undistorted", {i: (c.size, c.K) for i, c in shoot.cameras.items()}, photos,
+                 tracks, ids, lists, places, "dslr_images_undistorted")
     bent, error = [], np.zeros(len(ids))
     for k, (photo, keypoints) in enumerate(zip(photos, lists)):
         uv = six(camera(k).to_original(np.array([(x, y) for x, y, _ in keypoints])))
@@ -102,11 +106,12 @@ def write_calibration(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto],
         local = transform_points(photo.world_to_cam, tracks["xyz"][rows])
         at = camera(k).to_original(local[:, :2] / local[:, 2:] * np.diag(photo.K)[:2] + photo.K[:2, 2])
         error[rows] += np.linalg.norm(at - uv[places[rows, k]], axis=1) / tracks["tracked"][rows].sum(1)
-    _write_model(folder / "dslr_calibration_jpg", {i: (c.original_size, c.original_K, c.lens) for i, c in shoot.cameras.items()}, photos,
+    _write_model(folder / "dslr_calibration_jpg",
+                 {i: (c.original_size, c.original_K, c.lens) for i, c in shoot.cameras.items()}, photos,
                  tracks | {"error": error}, ids, bent, places, "dslr_images")
     np.savez(folder / "exact_depth" / "points.npz", ids=ids, xyz=tracks["truth"], outlier=tracks["outlier"])
 
-
+# %% ../../nbs/demo/write_scene.ipynb #ac848f23
 def _thinned(tracked: np.ndarray, wanted: int, rng) -> np.ndarray:
     """Choose points so that photos have about `wanted` each on average."""
     each = tracked.sum() / tracked.shape[1]

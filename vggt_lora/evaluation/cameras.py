@@ -20,7 +20,7 @@ def rotation_angles(
     distance = np.linalg.norm(np.asarray(R, dtype=np.float64) - np.asarray(Q, dtype=np.float64), axis=(-2, -1))
     return np.degrees(2 * np.arcsin(np.minimum(distance / (2 * np.sqrt(2)), 1)))
 
-
+# %% ../../nbs/evaluation/cameras.ipynb #8e8e79fe
 def direction_angles(
     a,  # (..., 3)
     b,  # (..., 3)
@@ -30,7 +30,7 @@ def direction_angles(
     angle = np.degrees(np.arctan2(np.linalg.norm(np.cross(a, b), axis=-1), (a * b).sum(-1)))
     return np.where((np.linalg.norm(a, axis=-1) == 0) | (np.linalg.norm(b, axis=-1) == 0), 180.0, angle)
 
-
+# %% ../../nbs/evaluation/cameras.ipynb #a3ad6ca0
 def pair_errors(
     predicted,  # (S, 3|4, 4) world_to_cam in any world, at any scale
     truth,  # (S, 3|4, 4) world_to_cam
@@ -42,10 +42,12 @@ def pair_errors(
     """
     predicted, truth = np.asarray(predicted, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if predicted.ndim != 3 or predicted.shape[0] != truth.shape[0]:
-        raise ValueError(f"predicted cameras {predicted.shape} and true cameras {truth.shape} are not (S, 4, 4) of the same photos")
+        raise ValueError(f"predicted cameras {predicted.shape} and true cameras {truth.shape} are not (S, 4, 4) of the "
+                         "same photos")
     i, j = np.triu_indices(len(truth), 1)
     moved, really = (compose_poses(poses[j], invert_pose(poses[i])) for poses in (predicted, truth))
-    turned, way = rotation_angles(moved[:, :3, :3], really[:, :3, :3]), direction_angles(moved[:, :3, 3], really[:, :3, 3])
+    turned, way = (rotation_angles(moved[:, :3, :3], really[:, :3, :3]),
+                   direction_angles(moved[:, :3, 3], really[:, :3, 3]))
     way = np.minimum(way, 180 - way) if fold else way
     length = np.linalg.norm(really[:, :3, 3], axis=-1)
     still = length <= 1e-6 * max(length.max(initial=0), 1e-12)

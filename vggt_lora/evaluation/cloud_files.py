@@ -25,7 +25,8 @@ def ply_bytes(
     origin: np.ndarray,  # (3,) what the points are relative to, stated in a comment
 ) -> bytes:
     """Return a cloud as binary PLY; x, y, z are float32 and relative to `origin`."""
-    record = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"), *EXTRA.items()])
+    record = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"),
+                       *EXTRA.items()])
     names = {"<f4": "float", "u1": "uchar", "<i4": "int"}
     rows = np.empty(len(cloud.points), record)
     rows["x"], rows["y"], rows["z"] = (cloud.points - origin).T
@@ -38,7 +39,7 @@ def ply_bytes(
               *(f"property {names[kinds[name].lstrip('|')]} {name}" for name in record.names), "end_header"]
     return "".join(f"{line}\n" for line in header).encode("utf-8") + rows.tobytes()
 
-
+# %% ../../nbs/evaluation/cloud_files.ipynb #37ab7dc6
 def glb_bytes(
     cloud,  # Cloud
     origin: np.ndarray,  # (3,) what the points are relative to; the node's translation takes it back where it is small enough
@@ -51,16 +52,19 @@ def glb_bytes(
     rgba[:, :3] = cloud.colours
     columns = {"POSITION": ((cloud.points - origin).astype("<f4"), 5126, "VEC3"), "COLOR_0": (rgba, 5121, "VEC4")}
     for name in EXTRA:  # floats, because glTF allows no 32-bit integers; glTF has no nan either: -1 stands for unknown
-        columns[f"_{name.upper()}"] = (np.nan_to_num(getattr(cloud, name).astype("<f4"), nan=-1.0, posinf=-1.0), 5126, "SCALAR")
+        columns[f"_{name.upper()}"] = (np.nan_to_num(getattr(cloud, name).astype("<f4"), nan=-1.0, posinf=-1.0), 5126,
+                                       "SCALAR")
     blob, views, accessors = b"", [], []
     for values, kind, shape in columns.values():
-        accessors.append({"bufferView": len(views), "componentType": kind, "count": len(values), "type": shape} | ({"normalized": True} if kind == 5121 else {}))
+        accessors.append({"bufferView": len(views), "componentType": kind, "count": len(values), "type": shape}
+                         | ({"normalized": True} if kind == 5121 else {}))
         views.append({"buffer": 0, "byteOffset": len(blob), "byteLength": values.nbytes, "target": 34962})
         blob += np.ascontiguousarray(values).tobytes()  # each is a multiple of four bytes
     accessors[0] |= {"min": columns["POSITION"][0].min(0).tolist(), "max": columns["POSITION"][0].max(0).tolist()}
     matrix = np.eye(4)
     matrix[:3, :3] = upright(up)
-    about = {"asset": {"version": "2.0", "generator": "vggt_lora", "extras": {"origin": origin.tolist(), "photos": list(cloud.names), "unknown": -1}}, "scene": 0,
+    about = {"asset": {"version": "2.0", "generator": "vggt_lora",
+                       "extras": {"origin": origin.tolist(), "photos": list(cloud.names), "unknown": -1}}, "scene": 0,
              "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0, "matrix": matrix.T.ravel().tolist()}],
              "meshes": [{"primitives": [{"mode": 0, "attributes": {name: k for k, name in enumerate(columns)}}]}],
              "buffers": [{"byteLength": len(blob)}], "bufferViews": views, "accessors": accessors}

@@ -45,7 +45,7 @@ def voxel_numbers(
         number = np.unique(number * len(values) + place, return_inverse=True)[1]
     return number
 
-
+# %% ../../nbs/evaluation/cloud_metrics.ipynb #7d101976
 def voxel_weights(
     points: np.ndarray,  # (n, 3)
     side: float = VOXEL,  # of a voxel, unit of the points
@@ -57,7 +57,7 @@ def voxel_weights(
         weights += 1 / np.bincount(number)[number] if len(points) else 0
     return weights
 
-
+# %% ../../nbs/evaluation/cloud_metrics.ipynb #79c06700
 def voxel_mean(
     points: np.ndarray,  # (n, 3)
     values: np.ndarray,  # (n,) or (n, k)
@@ -125,7 +125,7 @@ class Beams:
             free[part] = before.any(1)
         return free, behind
 
-
+# %% ../../nbs/evaluation/cloud_metrics.ipynb #6f624924
 def observed_space(
     points: np.ndarray,  # (n, 3) world
     beams: list[Beams],  # of all scans; none: everything counts as observed
@@ -147,7 +147,7 @@ class CloudScore:
     missing: np.ndarray  # (m,) distance of each true point to the nearest point of the cloud
     shares: np.ndarray | None = None  # (thresholds, 4, photos): right points and all judged points, found true points and all, in voxels; see photo_scores
 
-
+# %% ../../nbs/evaluation/cloud_metrics.ipynb #d8f7b126
 def f1_score(
     accuracy: float,
     completeness: float,
@@ -157,7 +157,7 @@ def f1_score(
         return 0.0
     return float(2 * accuracy * completeness / (accuracy + completeness))
 
-
+# %% ../../nbs/evaluation/cloud_metrics.ipynb #c01ab633
 def score_cloud(
     points: np.ndarray,  # (n, 3) world
     truth: np.ndarray,  # (m, 3) world
@@ -183,13 +183,17 @@ def score_cloud(
         judged = free | (behind <= t)
         weight, right = voxel_weights(points[judged], voxel), error[judged] <= t
         sums = [(weight * right, weight), (true_weight * reached, true_weight)]
-        accuracy, completeness = (float(part.sum() / whole.sum()) if len(whole) else float("nan") for part, whole in sums)
-        rows.append({"threshold": float(t), "accuracy": accuracy, "completeness": completeness, "f1": f1_score(accuracy, completeness),
+        accuracy, completeness = (float(part.sum() / whole.sum()) if len(whole) else float("nan")
+                                  for part, whole in sums)
+        rows.append({"threshold": float(t), "accuracy": accuracy, "completeness": completeness,
+                     "f1": f1_score(accuracy, completeness),
                      "judged": int(judged.sum()), "unobserved": int((~judged).sum())})
         if photos is not None:
             count = 1 + int(max(number.max(initial=-1) for number in photos))
-            shares.append([np.bincount(number, values, count) for number, pair in zip((photos[0][judged], photos[1]), sums) for values in pair])
-    return CloudScore(rows, error, free | (behind <= max(thresholds)), missing, np.array(shares) if photos is not None else None)
+            shares.append([np.bincount(number, values, count)
+                           for number, pair in zip((photos[0][judged], photos[1]), sums) for values in pair])
+    return CloudScore(rows, error, free | (behind <= max(thresholds)), missing,
+                      np.array(shares) if photos is not None else None)
 
 # %% ../../nbs/evaluation/cloud_metrics.ipynb #7e97b3a0
 def photo_scores(
@@ -201,4 +205,5 @@ def photo_scores(
     with np.errstate(divide="ignore", invalid="ignore"):
         accuracy, completeness = right / judged, found / true
         f1 = 2 * accuracy * completeness / (accuracy + completeness)
-    return {"accuracy": accuracy, "completeness": completeness, "f1": np.where((accuracy == 0) | (completeness == 0), 0.0, f1)}
+    return {"accuracy": accuracy, "completeness": completeness,
+            "f1": np.where((accuracy == 0) | (completeness == 0), 0.0, f1)}

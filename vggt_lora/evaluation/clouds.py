@@ -36,7 +36,7 @@ class CloudTruth:
     kind: str  # what it was made from
     length: float  # median depth of the true points in the photos, scene units
 
-
+# %% ../../nbs/evaluation/clouds.ipynb #d5a698c5
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
     """One judged photo on the network's grid."""
@@ -49,7 +49,7 @@ class View:
     masked: np.ndarray  # (H, W) bool: not what was scanned, or padding
     labels: np.ndarray  # (H, W) uint8 regions, 0 = none
 
-
+# %% ../../nbs/evaluation/clouds.ipynb #6bd6c915
 def region_labels(
     scene,  # Scene
     frame,  # Frame of that scene
@@ -64,9 +64,10 @@ def region_labels(
         return np.zeros(size, np.uint8)
     K, _ = grid_camera(frame, size, plan)
     places = (pixel_centres(size) - K[:2, 2]) / np.diag(K)[:2] * np.diag(frame.K)[:2] + frame.K[:2, 2]
-    return (sample_nearest(np.asarray(Image.open(path)), places, 255).astype(np.int64) + 1).reshape(size).astype(np.uint8)
+    return (sample_nearest(np.asarray(Image.open(path)), places, 255).astype(np.int64)
+            + 1).reshape(size).astype(np.uint8)
 
-
+# %% ../../nbs/evaluation/clouds.ipynb #b1d36bbf
 def make_view(
     scene,  # Scene
     index: int,  # of the frame
@@ -80,7 +81,8 @@ def make_view(
     masked = np.isin(photo_mask(scene, frame, plan.size, plan), LASER_DROPS)
     shown = np.zeros(masked.shape, bool)
     shown[top:bottom, left:right] = True
-    return View(frame, data.K, (top, left, bottom, right), data.image, truth, masked | ~shown, region_labels(scene, frame, plan.size, plan))
+    return View(frame, data.K, (top, left, bottom, right), data.image, truth, masked | ~shown,
+                region_labels(scene, frame, plan.size, plan))
 
 # %% ../../nbs/evaluation/clouds.ipynb #9bfac1c4
 def scan_truth(
@@ -97,26 +99,30 @@ def scan_truth(
         points = points[:: -(-len(points) // most)]
         step = angular_step(points) if len(points) < most else step
         world = transform_points(pose, points.astype(np.float64))
-        beams.append(Beams(pose[:3, 3], world, max(BEAM_ANGLE, step / np.sqrt(2)), BEAM_START, 1.5 * step if step / np.sqrt(2) > BEAM_ANGLE else 0.0))
+        beams.append(Beams(pose[:3, 3], world, max(BEAM_ANGLE, step / np.sqrt(2)), BEAM_START,
+                           1.5 * step if step / np.sqrt(2) > BEAM_ANGLE else 0.0))
         spacing = step * np.linalg.norm(points, axis=1)
         colours, photo, depths, region = (np.full((len(world), *more), fill, kind) for more, fill, kind in
-                                          (((3,), 0, np.uint8), ((), -1, np.int32), ((), np.nan, np.float64), ((), 0, np.uint8)))
+                                          (((3,), 0, np.uint8), ((), -1, np.int32), ((), np.nan, np.float64),
+                                           ((), 0, np.uint8)))
         for k, view in enumerate(views):
             rows = np.flatnonzero(photo < 0)
             rows, pixels, z = _seen(scene, view, world, spacing, rows, occluder)
             inside = (z >= low) & (z <= high)
             rows, (column, row) = rows[inside], np.floor(pixels[inside]).astype(np.int64).T
-            colours[rows], photo[rows], depths[rows], region[rows] = view.image[row, column], k, z[inside], view.labels[row, column]
+            colours[rows], photo[rows], depths[rows], region[rows] = (view.image[row, column], k, z[inside],
+                                                                      view.labels[row, column])
         seen = photo >= 0
-        parts.append((make_cloud(world[seen], colours[seen], photo[seen], region=region[seen], names=tuple(v.frame.name for v in views)), depths[seen]))
+        parts.append((make_cloud(world[seen], colours[seen], photo[seen], region=region[seen],
+                                 names=tuple(v.frame.name for v in views)), depths[seen]))
     cloud = join_clouds([cloud for cloud, _ in parts])
     if not len(cloud):
         raise ConfigError(f"scene {scene.name}: no point of its laser scans is seen by the {len(views)} judged photos")
     how = "mesh" if occluder is not None else "discs"
-    return CloudTruth(cloud, tuple(beams), f"laser scans ({len(cloud):,} points seen by the photos, hidden ones left out by {how})",
-                      float(np.median(np.concatenate([d for _, d in parts]))))
+    return CloudTruth(cloud, tuple(beams), f"laser scans ({len(cloud):,} points seen by the photos, hidden ones left "
+                      f"out by {how})", float(np.median(np.concatenate([d for _, d in parts]))))
 
-
+# %% ../../nbs/evaluation/clouds.ipynb #9bccd221
 def _seen(scene, view: View, world: np.ndarray, spacing: np.ndarray, rows: np.ndarray, occluder):
     """Which of `rows` the photo shows, their pixels and depth."""
     pixels, z = project_points(world[rows], view.frame.world_to_cam, view.K)
@@ -125,7 +131,8 @@ def _seen(scene, view: View, world: np.ndarray, spacing: np.ndarray, rows: np.nd
         inside = (z > 1e-6) & (pixels >= [left, top]).all(1) & (pixels < [right, bottom]).all(1)
     rows, pixels, z = rows[inside], pixels[inside], z[inside]
     if occluder is not None:
-        good = ~occluder.hidden(camera_centre(view.frame.world_to_cam), world[rows], 0.01) if len(rows) else np.zeros(0, bool)
+        good = (~occluder.hidden(camera_centre(view.frame.world_to_cam), world[rows], 0.01) if len(rows)
+                else np.zeros(0, bool))
     else:
         size = view.image.shape[:2]
         flat = np.floor(pixels[:, 1]).astype(np.int64) * size[1] + np.floor(pixels[:, 0]).astype(np.int64)
@@ -147,7 +154,8 @@ def fused_truth(
         raise ConfigError("no judged photo has any true depth: there is nothing to score a cloud against")
     clouds, beams = [], []
     for view in known:
-        cloud = fuse_depth(view.depth[None], view.K[None], view.frame.world_to_cam[None], view.image[None], (view.frame.name,), labels=view.labels[None])
+        cloud = fuse_depth(view.depth[None], view.K[None], view.frame.world_to_cam[None], view.image[None],
+                           (view.frame.name,), labels=view.labels[None])
         clouds.append(cloud)
         pixel = 1 / min(view.K[0, 0], view.K[1, 1])  # radians
         beams.append(Beams(camera_centre(view.frame.world_to_cam), cloud.points, pixel / np.sqrt(2), 0.0, 1.5 * pixel))
@@ -158,7 +166,8 @@ def fused_truth(
 # %% ../../nbs/evaluation/clouds.ipynb #b8fc29a9
 CLOUD_PROTOCOLS = {"known scale": "true cameras, nothing fitted", "fitted scale": "true cameras, one factor per window",
                    "centres": "predicted cameras, a similarity per window on camera centres",
-                   "points": "predicted cameras, a similarity per window on points of the same pixels, the worst fifth left out"}
+                   "points": "predicted cameras, a similarity per window on points of the same pixels, the worst fifth "
+                   "left out"}
 PREDICTED_CAMERAS = ("centres", "points")
 
 
@@ -179,7 +188,8 @@ def align_window(
     depth = predicted[0]
     pairs = np.flatnonzero(trusted & (depth > 0) & np.isfinite(depth))
     if not len(pairs):
-        raise ConfigError(f"scene {sample.scene}: the window of {sample.names[0]} has no pixel with both truth and prediction")
+        raise ConfigError(f"scene {sample.scene}: the window of {sample.names[0]} has no pixel with both truth and "
+                          "prediction")
     pairs = pairs[:: max(1, len(pairs) // most)]
     goal = unproject_depth(truth, K, pose).reshape(-1, 3)[pairs]
     if protocol in PREDICTED_CAMERAS:
@@ -189,9 +199,11 @@ def align_window(
                fit_similarity(camera_centre(own_pose), camera_centre(pose), protocol))
         off = np.linalg.norm(fit.points(own) - goal, axis=1)
         return fit.scale * depth, own_K, fit.cameras(own_pose), fit, float(np.median(off))
-    scale = window_scale(sample, trusted) if protocol == "known scale" else float(np.median(truth.ravel()[pairs] / depth.ravel()[pairs]))
+    scale = (window_scale(sample, trusted) if protocol == "known scale"
+             else float(np.median(truth.ravel()[pairs] / depth.ravel()[pairs])))
     off = np.linalg.norm(unproject_depth(scale * depth, K, pose).reshape(-1, 3)[pairs] - goal, axis=1)
-    return scale * depth, K, pose, Similarity(scale, residual=float(np.sqrt(np.mean(off ** 2))), pairs=len(pairs), how=protocol), float(np.median(off))
+    return (scale * depth, K, pose, Similarity(scale, residual=float(np.sqrt(np.mean(off ** 2))), pairs=len(pairs),
+                                               how=protocol), float(np.median(off)))
 
 # %% ../../nbs/evaluation/clouds.ipynb #cf49c0cd
 @dataclasses.dataclass
@@ -212,7 +224,8 @@ class CloudEvaluation:
             step = row["threshold"] if row["unit"] == "m" else row["relative"]
             groups.setdefault((row["protocol"], row["unit"], step, row["model"]), []).append(row)
         names, protocols = ("accuracy", "completeness", "f1"), list(CLOUD_PROTOCOLS)
-        return [{"protocol": p, "unit": u, "threshold": t, "model": m, "scenes": len(g), **{n: float(np.mean([r[n] for r in g])) for n in names}}
+        return [{"protocol": p, "unit": u, "threshold": t, "model": m, "scenes": len(g),
+                 **{n: float(np.mean([r[n] for r in g])) for n in names}}
                 for (p, u, t, m), g in sorted(groups.items(), key=lambda item: protocols.index(item[0][0]))]
 
 
@@ -264,7 +277,8 @@ def evaluate_clouds(
         for scene, windows in by_scene.items():
             views, pieces, seen = [], {}, set()
             for window in windows:
-                _add_window(result, views, pieces, seen, scene, window, models, cache, protocols, device, autocast, cameras, depth_range, keep_confident, agree)
+                _add_window(result, views, pieces, seen, scene, window, models, cache, protocols, device, autocast,
+                            cameras, depth_range, keep_confident, agree)
                 bar.update()
             if views:
                 _score_scene(result, scene, views, pieces, cache, depth_range, thresholds)
@@ -272,8 +286,9 @@ def evaluate_clouds(
         raise ConfigError("no held-out photo has any known depth: no cloud can be judged")
     return result
 
-
-def _add_window(result, views, pieces, seen, scene, window, models, cache, protocols, device, autocast, cameras, depth_range, keep_confident, agree):
+# %% ../../nbs/evaluation/clouds.ipynb #33a4fdae
+def _add_window(result, views, pieces, seen, scene, window, models, cache, protocols, device, autocast, cameras,
+                depth_range, keep_confident, agree):
     """Predict, align and fuse one window into `pieces`: (model, protocol) -> list of (cloud, similarity, median, cameras)."""
     fresh = [i for i, frame in enumerate(window.frames) if frame not in seen]
     if not fresh:
@@ -285,51 +300,64 @@ def _add_window(result, views, pieces, seen, scene, window, models, cache, proto
         return
     seen.update(window.frames)
     size = tuple(sample.images.shape[-2:])
-    new = [make_view(scene, frame, size, cache, np.where(trusted[i], sample.depth[i].numpy(), 0)) for i, frame in enumerate(window.frames)]
+    new = [make_view(scene, frame, size, cache, np.where(trusted[i], sample.depth[i].numpy(), 0))
+           for i, frame in enumerate(window.frames)]
     photos, masked, labels = (np.stack([getattr(v, f) for v in new]) for f in ("image", "masked", "labels"))
     for name, model in models.items():
         depth, confidence, own = _predict(model, sample, device, autocast, cameras)
         for protocol in protocols:
             aligned, K, pose, fit, median = align_window(protocol, (depth, *own), sample, trusted)
-            cloud = fuse_depth(aligned, K, pose, photos, sample.names, confidence, keep_confident, agree, masked=masked, labels=labels, fresh=fresh)
+            cloud = fuse_depth(aligned, K, pose, photos, sample.names, confidence, keep_confident, agree, masked=masked,
+                               labels=labels, fresh=fresh)
             pieces.setdefault((name, protocol), []).append((cloud, fit, median, pose[fresh], K[fresh]))
     views += [new[i] for i in fresh]
 
-
-def _score_scene(result: CloudEvaluation, scene, views: list[View], pieces: dict, cache: FrameCache, depth_range, thresholds) -> None:
+# %% ../../nbs/evaluation/clouds.ipynb #04794db8
+def _score_scene(result: CloudEvaluation, scene, views: list[View], pieces: dict, cache: FrameCache, depth_range,
+                 thresholds) -> None:
     limits = depth_range if scene.metric else None
     scanned = load_scans(scene) is not None
     truth = scan_truth(scene, views, limits) if scanned else fused_truth(views, cache.supervision)
     result.truths[scene.name], result.clouds[scene.name, "truth", ""] = truth, truth.cloud
     size = views[0].image.shape[:2]
-    result.cameras[scene.name, "truth", ""] = np.stack([v.frame.world_to_cam for v in views]), np.stack([v.K for v in views]), size
+    result.cameras[scene.name, "truth", ""] = (np.stack([v.frame.world_to_cam for v in views]),
+                                               np.stack([v.K for v in views]), size)
     factor = 1.0 if scene.metric else truth.length / 10
     if scanned:
         depth = fused_truth(views, cache.supervision).cloud
-        pieces = pieces | {("truth depth", p): [(depth, Similarity(how="none"), 0.0, None, None)] for p in dict.fromkeys(p for _, p in pieces)}
+        pieces = (pieces | {("truth depth", p): [(depth, Similarity(how="none"), 0.0, None, None)]
+                            for p in dict.fromkeys(p for _, p in pieces)})
     scored: dict = {}
     for (name, protocol), parts in pieces.items():
         cloud = join_clouds([part[0] for part in parts])
         if name != "truth depth" or "truth" not in scored:
-            score = score_cloud(cloud.points, truth.cloud.points, truth.beams, tuple(t * factor for t in thresholds), VOXEL * factor,
-                                (_numbers(cloud, views), _numbers(truth.cloud, views)))
+            score = score_cloud(cloud.points, truth.cloud.points, truth.beams, tuple(t * factor for t in thresholds),
+                                VOXEL * factor, (_numbers(cloud, views), _numbers(truth.cloud, views)))
             scored["truth" if name == "truth depth" else (name, protocol)] = score
         score = scored["truth"] if name == "truth depth" else score
         cloud.error = np.where(score.observed, score.error, np.nan).astype(np.float32)
         if name != "truth depth":
-            result.shares[scene.name, name, protocol] = np.pad(score.shares, ((0, 0), (0, 0), (0, len(views) - score.shares.shape[2])))
+            result.shares[scene.name, name, protocol] = np.pad(score.shares,
+                                                               ((0, 0), (0, 0),
+                                                                (0, len(views) - score.shares.shape[2])))
             result.clouds[scene.name, name, protocol] = cloud
-            result.cameras[scene.name, name, protocol] = *(np.concatenate([part[k] for part in parts]) for k in (3, 4)), size
+            result.cameras[scene.name, name, protocol] = (*(np.concatenate([part[k] for part in parts])
+                                                            for k in (3, 4)), size)
         fits = [part[1] for part in parts]
-        common = {"scene": scene.name, "model": name, "protocol": protocol, "alignment": "none: true depth" if name == "truth depth" else CLOUD_PROTOCOLS[protocol],
-                  "windows": len(parts), "scale": float(np.median([f.scale for f in fits])), "pairs": sum(f.pairs for f in fits),
-                  "residual": float(np.sqrt(np.average([f.residual ** 2 for f in fits], weights=[f.pairs for f in fits]))) if name != "truth depth" else 0.0,
-                  "pair_median": float(np.median([part[2] for part in parts])), "truth": truth.kind, "unit": "m" if scene.metric else "scene units",
+        common = {"scene": scene.name, "model": name, "protocol": protocol,
+                  "alignment": "none: true depth" if name == "truth depth" else CLOUD_PROTOCOLS[protocol],
+                  "windows": len(parts), "scale": float(np.median([f.scale for f in fits])),
+                  "pairs": sum(f.pairs for f in fits),
+                  "residual": float(np.sqrt(np.average([f.residual ** 2 for f in fits],
+                                                       weights=[f.pairs for f in fits]))) if name != "truth depth"
+                                                       else 0.0,
+                  "pair_median": float(np.median([part[2] for part in parts])), "truth": truth.kind,
+                  "unit": "m" if scene.metric else "scene units",
                   "photos": len(views), "points": len(cloud), **cloud.left_out}
         for t, row in zip(thresholds, score.rows):
             result.rows.append({**common, **row, "relative": None if scene.metric else t / 10})
 
-
+# %% ../../nbs/evaluation/clouds.ipynb #997d830a
 def _numbers(cloud: Cloud, views: list[View]) -> np.ndarray:
     """The judged photo (n,) that each point is from."""
     place = {view.frame.name: k for k, view in enumerate(views)}
@@ -354,7 +382,8 @@ def cloud_effects(
     groups: dict = {}
     for row in evaluation.rows:
         step = row["threshold"] if row["unit"] == "m" else row["relative"]
-        groups.setdefault((row["protocol"], row["unit"]), {}).setdefault(step, {}).setdefault(row["scene"], {})[row["model"]] = row[metric]
+        groups.setdefault((row["protocol"], row["unit"]), {}).setdefault(step, {}).setdefault(row["scene"], {})[
+            row["model"]] = row[metric]
     found = []
     for (protocol, unit), steps in groups.items():
         scenes = [s for s in next(iter(steps.values())) if all((s, m, protocol) in evaluation.shares for m in models)]
@@ -366,9 +395,12 @@ def cloud_effects(
         for k, (step, by_scene) in enumerate(steps.items() if scenes else ()):
             base, adapted = (float(np.mean([by_scene[s][m] for s in scenes])) for m in models)
             frames = sum(evaluation.shares[s, models[0], protocol].shape[2] for s in scenes)
-            effect: Effect = drawn_effect(metric, base, adapted, np.mean(drawn, axis=0)[:, :, k], frames, len(scenes), level, HELD)
+            effect: Effect = drawn_effect(metric, base, adapted, np.mean(drawn, axis=0)[:, :, k], frames, len(scenes),
+                                          level, HELD)
             at = f"{100 * step:.3g} {'cm' if unit == 'm' else '% of the depth'}"
-            found.append({"protocol": protocol, "unit": unit, "at": step, **effect.row(), "sentence": in_words(effect, f"{metric.upper() if metric == 'f1' else metric} at {at}, {protocol}")})
+            found.append({"protocol": protocol, "unit": unit, "at": step, **effect.row(),
+                          "sentence": in_words(effect, f"{metric.upper() if metric == 'f1' else metric} at {at}, "
+                                               f"{protocol}")})
     return found
 
 # %% ../../nbs/evaluation/clouds.ipynb #b81f2ef0
@@ -386,10 +418,12 @@ def write_clouds(
     written, about = [], {}
     for key in evaluation.clouds if keys is None else keys:
         cloud, name = evaluation.clouds[key], "_".join(part.replace(" ", "-") for part in key if part)
-        thin = cloud.take(np.linspace(0, len(cloud) - 1, most).round().astype(np.int64)) if most and len(cloud) > most else cloud
+        thin = (cloud.take(np.linspace(0, len(cloud) - 1, most).round().astype(np.int64)) if most and len(cloud) > most
+                else cloud)
         about[name] = {"points": len(thin), "of": len(cloud)}
         for kind in kinds:
             if kind != "glb" or len(thin):
                 written.append(write_cloud(folder / f"{name}.{kind}", thin, (up or {}).get(key[0], (0.0, 0.0, 1.0))))
     rows = json.loads(json.dumps(evaluation.rows).replace("NaN", "null"))
-    return [write_json(folder / "clouds.json", {"rows": rows, "effects": cloud_effects(evaluation), "left_out": evaluation.left_out, "files": about}), *written]
+    return [write_json(folder / "clouds.json", {"rows": rows, "effects": cloud_effects(evaluation),
+                                                "left_out": evaluation.left_out, "files": about}), *written]

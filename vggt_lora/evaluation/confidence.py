@@ -28,7 +28,8 @@ def sparsification(
     mixed = np.random.default_rng(0).permutation(len(error))
     kept = np.maximum(len(error) - np.floor(removed * len(error)).astype(int), 1)
     curves = {}
-    for name, order in (("confidence", mixed[np.argsort(-confidence[mixed], kind="stable")]), ("oracle", np.argsort(error))):
+    for name, order in (("confidence", mixed[np.argsort(-confidence[mixed], kind="stable")]),
+                        ("oracle", np.argsort(error))):
         curves[name] = (np.cumsum(error[order])[kept - 1] / kept) / error.mean()
     return {"removed": removed, **curves}
 
@@ -64,10 +65,12 @@ def calibration(
     expected = alpha / np.asarray(confidence, dtype=np.float64)
     order = np.argsort(expected, kind="stable")
     parts = [part for part in np.array_split(order, groups) if len(part)]
-    return {"expected": np.array([expected[part].mean() for part in parts]), "actual": np.array([np.asarray(error)[part].mean() for part in parts])}
+    return {"expected": np.array([expected[part].mean() for part in parts]),
+            "actual": np.array([np.asarray(error)[part].mean() for part in parts])}
 
 # %% ../../nbs/evaluation/confidence.ipynb #5c55d448
-CONFIDENCE = ("ause", "ause_chance", "rank", "ause_absolute", "ause_absolute_chance", "rank_absolute", "expected_error", "actual_error")
+CONFIDENCE = ("ause", "ause_chance", "rank", "ause_absolute", "ause_absolute_chance", "rank_absolute", "expected_error",
+              "actual_error")
 
 
 def confidence_rows(
@@ -85,20 +88,24 @@ def confidence_rows(
             used = frame["valid"]
             truth, sure = frame["truth"][used], confidence[used]
             error = np.abs(align_depth(frame[model], frame["truth"], used, protocol)[0][used] - truth)
-            rows.append({"protocol": protocol, "model": model, "scene": frame["scene"], "photo": frame["name"], "alignment": alignment_name(protocol),
-                         **_ranked(error / truth, sure), **{f"{k.removesuffix('_chance')}_absolute{'_chance' * k.endswith('_chance')}": v for k, v in _ranked(error, sure).items()},
-                         "expected_error": float((ALPHA / sure).mean()), "actual_error": float((np.abs(frame[model][used] - truth) / frame["unit"]).mean()),
+            rows.append({"protocol": protocol, "model": model, "scene": frame["scene"], "photo": frame["name"],
+                         "alignment": alignment_name(protocol), **_ranked(error / truth, sure),
+                         **{f"{k.removesuffix('_chance')}_absolute{'_chance' * k.endswith('_chance')}": v
+                            for k, v in _ranked(error, sure).items()},
+                         "expected_error": float((ALPHA / sure).mean()),
+                         "actual_error": float((np.abs(frame[model][used] - truth) / frame["unit"]).mean()),
                          "pixels": int(used.sum())})
     return rows
 
-
+# %% ../../nbs/evaluation/confidence.ipynb #1e81593e
 def _ranked(error: np.ndarray, sure: np.ndarray) -> dict:
     """How well the least sure pixels are the worst: ause, ause_chance, rank."""
     from scipy.stats import spearmanr
 
     if not np.isfinite(error).all():
         return dict.fromkeys(("ause", "ause_chance", "rank"), float("nan"))
-    rank = spearmanr(sure, error).statistic if len(sure) > 2 and np.ptp(sure) > 0 and np.ptp(error) > 0 else float("nan")
+    rank = (spearmanr(sure, error).statistic if len(sure) > 2 and np.ptp(sure) > 0 and np.ptp(error) > 0
+            else float("nan"))
     return {"ause": ause(error, sure), "ause_chance": ause_by_chance(error), "rank": float(rank)}
 
 
@@ -109,19 +116,21 @@ def confidence_table(
     table = []
     for model in dict.fromkeys(row["model"] for row in rows):
         group = [row for row in rows if row["model"] == model]
-        line = {"protocol": group[0]["protocol"], "model": model, "alignment": group[0]["alignment"], "frames": len(group)}
+        line = {"protocol": group[0]["protocol"], "model": model, "alignment": group[0]["alignment"],
+                "frames": len(group)}
         for name in CONFIDENCE:
             values = np.array([row[name] for row in group])
             line[name] = float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")
         table.append({**line, "note": confidence_words(line)})
     return table
 
-
+# %% ../../nbs/evaluation/confidence.ipynb #b32594aa
 def confidence_words(
     line: dict,  # of confidence_table
 ) -> str:
     """Say whether confidence ranks relative and absolute errors: it does where AUSE is below that of chance and the rank correlation below 0."""
-    good = {kind: line[f"ause{key}"] < line[f"ause{key}_chance"] and line[f"rank{key}"] < 0 for kind, key in (("relative", ""), ("absolute", "_absolute"))}
+    good = {kind: line[f"ause{key}"] < line[f"ause{key}_chance"] and line[f"rank{key}"] < 0
+            for kind, key in (("relative", ""), ("absolute", "_absolute"))}
     if not np.isfinite([line["ause"], line["rank"]]).all():
         return "not measured"
     if all(good.values()):

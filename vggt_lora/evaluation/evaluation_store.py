@@ -33,16 +33,17 @@ def without_nan(value):
         return [without_nan(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
+# %% ../../nbs/evaluation/evaluation_store.ipynb #2095cd70
 def question(
     data: str = "",  # folder of scenes; empty: what the run held out
     protocol: str = "",  # as it was asked for; empty: the house's
     windows: str = "",  # folder of masks
 ) -> dict:
     """What was asked, with whole paths."""
-    return {"data": str(user_path(data)) if data and data != "demo" else data, "protocol": protocol, "windows": str(user_path(windows)) if windows else ""}
+    return {"data": str(user_path(data)) if data and data != "demo" else data, "protocol": protocol,
+            "windows": str(user_path(windows)) if windows else ""}
 
-
+# %% ../../nbs/evaluation/evaluation_store.ipynb #f6dcdef5
 def place_for(
     run: Path | str,  # a run folder
     asked: dict,  # of question
@@ -50,7 +51,8 @@ def place_for(
     """Choose the folder of an answer: the run's own for its own question, else one below `evaluations/` that no other question has."""
     if not any(asked.values()):
         return Path(run)
-    words = [Path(asked["data"]).name or OWN, asked["protocol"], "masks-" + Path(asked["windows"]).name if asked["windows"] else ""]
+    words = [Path(asked["data"]).name or OWN, asked["protocol"],
+             "masks-" + Path(asked["windows"]).name if asked["windows"] else ""]
     name = "_".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", word).strip("-.")[:60] for word in words if word) or "other"
     for number in range(1, 1000):
         folder = Path(run) / FOLDER / (name if number == 1 else f"{name}-{number}")
@@ -58,7 +60,7 @@ def place_for(
             return folder
     raise ConfigError(f"{Path(run) / FOLDER} holds 999 evaluations called {name}")
 
-
+# %% ../../nbs/evaluation/evaluation_store.ipynb #783c097b
 def read_answer(
     folder: Path,  # of place_for
 ) -> dict | None:
@@ -70,7 +72,8 @@ def _read(path: Path):
     try:
         return read_json(path) if path.is_file() else None
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}; delete it and run nbs/04_evaluate.ipynb on this run again") from None
+        raise ConfigError(f"{path} is damaged: {error}; delete it and run nbs/04_evaluate.ipynb on this "
+                          "run again") from None
 
 # %% ../../nbs/evaluation/evaluation_store.ipynb #bde9fe42
 NAMES = {"absrel": "AbsRel", "d1": "δ<1.25"}  # metrics of which it is said whether they changed
@@ -88,16 +91,19 @@ def answer_of(
     found = []
     for name, aligned in dict.fromkeys((row["protocol"], row["alignment"]) for row in evaluation.rows) if pair else ():
         rows = [row for row in evaluation.rows if row["protocol"] == name]
-        found += [{"protocol": name, **e.row(), "sentence": in_words(e, f"{NAMES[e.metric]} ({name})")} for e in effects(rows, tuple(NAMES), aligned)]
+        found += [{"protocol": name, **e.row(), "sentence": in_words(e, f"{NAMES[e.metric]} ({name})")}
+                  for e in effects(rows, tuple(NAMES), aligned)]
     return without_nan({
-        "asked": asked, "truth": evaluation.truth, "known": float(sum(m["valid"].mean() for m in maps) / len(maps)), "photos": len(maps), "table": evaluation.table(),
+        "asked": asked, "truth": evaluation.truth, "known": float(sum(m["valid"].mean() for m in maps) / len(maps)),
+        "photos": len(maps), "table": evaluation.table(),
         "effects": found, "cameras": evaluation.cameras(), "warnings": evaluation.warnings,
         "regions": [{"protocol": protocol, "region": region, **e.row()} for region, of in regions.items() for e in of],
         "claims": [{"protocol": protocol, **claim} for claim in check_claims(regions)] if pair else [],
         "confidence": confidence_table(confidence_rows(maps, protocol, models)),
-        "frames_left_out": evaluation.left_out, "pixels_left_out": evaluation.pixels_left_out, "frames": evaluation.rows})
+        "frames_left_out": evaluation.left_out, "pixels_left_out": evaluation.pixels_left_out,
+        "frames": evaluation.rows})
 
-
+# %% ../../nbs/evaluation/evaluation_store.ipynb #5742a90e
 def write_answer(
     run: Path | str,  # a run folder
     evaluation,  # Evaluation
@@ -109,12 +115,13 @@ def write_answer(
         return None
     return write_json(folder / "evaluation.json", answer_of(evaluation, asked))
 
-
+# %% ../../nbs/evaluation/evaluation_store.ipynb #e01262e7
 def answers(
     run: Path | str,  # a run folder
 ) -> dict[str, dict]:
     """All answers about a run besides its own, by the name of their folder."""
-    found = {path.parent.name: read_answer(path.parent) for path in sorted((Path(run) / FOLDER).glob("*/evaluation.json"))}
+    found = {path.parent.name: read_answer(path.parent)
+             for path in sorted((Path(run) / FOLDER).glob("*/evaluation.json"))}
     return {name: answer for name, answer in found.items() if answer}
 
 # %% ../../nbs/evaluation/evaluation_store.ipynb #854ad850
@@ -128,7 +135,9 @@ def write_forgetting(
     found = [{"protocol": name, **e.row(), "sentence": in_words(e, f"{NAMES[e.metric]} elsewhere")}
              for name, aligned in dict.fromkeys((row["protocol"], row["alignment"]) for row in table.rows)
              for e in effects([row for row in table.rows if row["protocol"] == name], tuple(NAMES), aligned)]
-    return write_json(Path(run) / "forgetting.json", without_nan({"where": where, "table": table.table(), "effects": found, "drift": dataclasses.asdict(moved)}))
+    return write_json(Path(run) / "forgetting.json",
+                      without_nan({"where": where, "table": table.table(), "effects": found,
+                                   "drift": dataclasses.asdict(moved)}))
 
 
 def read_forgetting(run: Path | str) -> dict | None:
@@ -150,19 +159,27 @@ def later_lines(
         lines.append(f"- Forgetting (the same metrics on scenes outside the fine-tuned domain): {NOT_COMPUTED}.")
     else:
         alarms = forgotten["drift"]["alarms"]
-        lines += [f"- Forgetting, on {forgotten['where']}: {effect['sentence']} (protocol {effect['protocol']})" for effect in forgotten["effects"]]
-        lines += [f"- **Drift there:** {alarm}." for alarm in alarms] or [f"- Drift there, {forgotten['drift']['windows']} window{'s' * (forgotten['drift']['windows'] != 1)}: no alarm."]
+        lines += [f"- Forgetting, on {forgotten['where']}: {effect['sentence']} (protocol {effect['protocol']})"
+                  for effect in forgotten["effects"]]
+        lines += ([f"- **Drift there:** {alarm}." for alarm in alarms]
+                  or [f"- Drift there, {forgotten['drift']['windows']} "
+                      f"window{'s' * (forgotten['drift']['windows'] != 1)}: no alarm."])
     clouds = _read(run / "clouds" / "clouds.json")
-    lines += [f"- Clouds: {NOT_COMPUTED}."] if clouds is None else [f"- Clouds: {effect['sentence']}" for effect in clouds.get("effects", [])
-                                                                    if effect["at"] == (0.1 if effect["unit"] == "m" else 0.01)]
+    lines += [f"- Clouds: {NOT_COMPUTED}."] if clouds is None else [f"- Clouds: {effect['sentence']}"
+                                                                    for effect in clouds.get("effects", [])
+                                                                    if effect["at"]
+                                                                    == (0.1 if effect["unit"] == "m" else 0.01)]
     others = answers(run)
-    lines += [f"- Other data and protocols: {NOT_COMPUTED} when it is given `-p data` or `-p protocol`."] if not others else []
+    lines += ([f"- Other data and protocols: {NOT_COMPUTED} when it is given `-p data` or `-p protocol`."] if not others
+              else [])
     for name, answer in others.items():
-        lines.append(f"- {name} ({FOLDER}/{name}): {answer['photos']} photos, truth {answer['truth']}, known in {100 * answer['known']:.1f} % of the pixels.")
-        lines += [f"  - {effect['sentence']}" for effect in answer["effects"] if effect["metric"] == "absrel"] + [f"  - **Warning:** {warning}" for warning in answer["warnings"]]
+        lines.append(f"- {name} ({FOLDER}/{name}): {answer['photos']} photos, truth {answer['truth']}, known in "
+                     f"{100 * answer['known']:.1f} % of the pixels.")
+        lines += ([f"  - {effect['sentence']}" for effect in answer["effects"] if effect["metric"] == "absrel"]
+                  + [f"  - **Warning:** {warning}" for warning in answer["warnings"]])
     return lines
 
-
+# %% ../../nbs/evaluation/evaluation_store.ipynb #25a17c01
 def renew_report(
     run: Path | str,  # a run folder
 ) -> Path | None:

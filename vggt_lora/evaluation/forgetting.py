@@ -33,7 +33,7 @@ class DriftLimits:
             if not getattr(self, field.name) > 0:
                 raise ConfigError(f"drift limit {field.name} is {getattr(self, field.name)}; expected a number above 0")
 
-
+# %% ../../nbs/evaluation/forgetting.ipynb #6069fb7f
 @dataclasses.dataclass(frozen=True)
 class Drift:
     """Rows of numbers and the alarms they raise."""
@@ -57,7 +57,7 @@ def _listening(model):
     finally:
         handle.remove()
 
-
+# %% ../../nbs/evaluation/forgetting.ipynb #9d9fd9c3
 @torch.no_grad()
 def drift(
     base,  # a VGGT, or base_of(adapted)
@@ -83,28 +83,33 @@ def drift(
         for layer in heard[0]:
             a, b = heard[0][layer], heard[1][layer]
             part = sums.setdefault(layer, np.zeros(4))
-            part += [a.norm(dim=-1).double().mean(), b.norm(dim=-1).double().mean(), (b - a).double().pow(2).sum(), a.double().pow(2).sum()]
+            part += [a.norm(dim=-1).double().mean(), b.norm(dim=-1).double().mean(), (b - a).double().pow(2).sum(),
+                     a.double().pow(2).sum()]
         part = sums.setdefault("confidence", np.zeros(4))
         part[0] += (confidences[1].double().log() - confidences[0].double().log()).mean()
     if not windows:
         raise ConfigError("drift needs at least one window")
     log_factor = sums.pop("confidence")[0] / windows
-    rows = [{"what": "features", "layer": int(layer), "norm_change": float(n[1] / n[0] - 1), "moved": float(np.sqrt(n[2] / n[3]))} for layer, n in sorted(sums.items())]
+    rows = [{"what": "features", "layer": int(layer), "norm_change": float(n[1] / n[0] - 1),
+             "moved": float(np.sqrt(n[2] / n[3]))} for layer, n in sorted(sums.items())]
     rows.append({"what": "confidence", "factor": float(math.exp(log_factor))})
     return Drift(rows, _alarms(rows, limits), windows)
 
-
+# %% ../../nbs/evaluation/forgetting.ipynb #5e41d69d
 def _alarms(rows: list[dict], limits: DriftLimits) -> list[str]:
     found = []
     for row in rows:
         if row["what"] == "confidence":
             if not 1 / limits.factor <= row["factor"] <= limits.factor:
-                found.append(f"confidence became {row['factor']:.2f} times the base's (alarm beyond {limits.factor:g}, either way)")
+                found.append(f"confidence became {row['factor']:.2f} times the base's (alarm beyond {limits.factor:g}, "
+                             "either way)")
             continue
         if not abs(row["norm_change"]) <= limits.norm_change:
-            found.append(f"layer {row['layer']}: the feature norm changed by {100 * row['norm_change']:+.0f} % (alarm beyond {100 * limits.norm_change:g} %)")
+            found.append(f"layer {row['layer']}: the feature norm changed by {100 * row['norm_change']:+.0f} % (alarm "
+                         f"beyond {100 * limits.norm_change:g} %)")
         if not row["moved"] <= limits.moved:
-            found.append(f"layer {row['layer']}: features moved by {100 * row['moved']:.0f} % of their length (alarm beyond {100 * limits.moved:g} %)")
+            found.append(f"layer {row['layer']}: features moved by {100 * row['moved']:.0f} % of their length (alarm "
+                         f"beyond {100 * limits.moved:g} %)")
     return found
 
 # %% ../../nbs/evaluation/forgetting.ipynb #0e8134ae
@@ -124,9 +129,12 @@ def world_samples(
         chosen = np.linspace(0, len(world.images) - 1, frames).round().astype(int)
         depth = torch.from_numpy(world.depth[chosen].astype(np.float32))
         samples.append(Sample(
-            images=torch.from_numpy(world.images[chosen]).permute(0, 3, 1, 2).float().contiguous() / 255, K=torch.from_numpy(world.K[chosen]).float(),
-            world_to_cam=torch.from_numpy(world.world_to_cam[chosen]).double(), depth=depth, valid=depth > 0, weight=(depth > 0).float(),
-            labels=torch.zeros(depth.shape, dtype=torch.uint8), names=tuple(f"world {seed}, photo {k}" for k in chosen), scene=f"world {seed}, {world.kind}", metric=True))
+            images=torch.from_numpy(world.images[chosen]).permute(0, 3, 1, 2).float().contiguous() / 255,
+            K=torch.from_numpy(world.K[chosen]).float(),
+            world_to_cam=torch.from_numpy(world.world_to_cam[chosen]).double(), depth=depth, valid=depth > 0,
+            weight=(depth > 0).float(),
+            labels=torch.zeros(depth.shape, dtype=torch.uint8), names=tuple(f"world {seed}, photo {k}" for k in chosen),
+            scene=f"world {seed}, {world.kind}", metric=True))
     return samples
 
 # %% ../../nbs/evaluation/forgetting.ipynb #e3a777f1

@@ -40,7 +40,7 @@ class Similarity:
     def __str__(self) -> str:
         return f"{self.how}: scale {self.scale:.4g}, rms {self.residual:.3g} over {self.pairs} pairs"
 
-
+# %% ../../nbs/evaluation/fusion.ipynb #de11f1b9
 def fit_similarity(
     source: np.ndarray,  # (n, 3)
     target: np.ndarray,  # (n, 3), row by row the same places
@@ -51,7 +51,8 @@ def fit_similarity(
     """Fit the similarity from source to target (Umeyama 1991); raises ConfigError for fewer than 3 pairs, or pairs on one line."""
     source, target = (np.asarray(a, np.float64).reshape(-1, 3) for a in (source, target))
     if len(source) != len(target) or not (np.isfinite(source).all() and np.isfinite(target).all()):
-        raise ConfigError(f"{how}: expected finite pairs, got {len(source)} and {len(target)} points, or values that are not numbers")
+        raise ConfigError(f"{how}: expected finite pairs, got {len(source)} and {len(target)} points, or values that "
+                          "are not numbers")
     if not 0 <= trim < 1:
         raise ConfigError(f"trim is the share of pairs to drop, from 0 to below 1; got {trim}")
     kept = np.arange(len(source))
@@ -63,7 +64,7 @@ def fit_similarity(
             break
     return Similarity(scale, rotation, shift, float(np.sqrt(np.mean(off[last] ** 2))), len(last), how)
 
-
+# %% ../../nbs/evaluation/fusion.ipynb #5ce8babf
 def _umeyama(source: np.ndarray, target: np.ndarray, how: str, weights: np.ndarray | None = None):
     if len(source) < 3:
         raise ConfigError(f"{how}: a similarity needs at least 3 pairs, there are {len(source)}")
@@ -76,7 +77,8 @@ def _umeyama(source: np.ndarray, target: np.ndarray, how: str, weights: np.ndarr
     for points in (x, y):
         spread = np.linalg.svd(points, compute_uv=False)
         if spread[1] <= 1e-6 * spread[0]:
-            raise ConfigError(f"{how}: all {len(points)} places lie on one line, which leaves the turn about it open; align by depth instead of by centres")
+            raise ConfigError(f"{how}: all {len(points)} places lie on one line, which leaves the turn about it open; "
+                              "align by depth instead of by centres")
     U, D, Vt = np.linalg.svd(y.T @ (share * x) / len(x))
     sign = np.array([1, 1, np.sign(np.linalg.det(U) * np.linalg.det(Vt))])
     rotation = U * sign @ Vt
@@ -105,7 +107,7 @@ class Cloud:
         columns = {f: getattr(self, f)[rows] for f in ("points", "colours", "photo", "confidence", "error", "region")}
         return dataclasses.replace(self, **columns)
 
-
+# %% ../../nbs/evaluation/fusion.ipynb #f681c267
 def make_cloud(
     points: np.ndarray,  # (n, 3) world
     colours: np.ndarray | None = None,  # (n, 3) uint8; default: grey
@@ -122,10 +124,11 @@ def make_cloud(
         colours=np.full((n, 3), 150, np.uint8) if colours is None else np.asarray(colours, np.uint8),
         photo=np.zeros(n, np.int32) if photo is None else np.asarray(photo, np.int32),
         confidence=np.full(n, np.nan, np.float32) if confidence is None else np.asarray(confidence, np.float32),
-        error=np.full(n, np.nan, np.float32), region=np.zeros(n, np.uint8) if region is None else np.asarray(region, np.uint8),
+        error=np.full(n, np.nan, np.float32),
+        region=np.zeros(n, np.uint8) if region is None else np.asarray(region, np.uint8),
         names=tuple(names), left_out=dict(left_out or {}))
 
-
+# %% ../../nbs/evaluation/fusion.ipynb #3310b8e5
 def join_clouds(
     clouds: list[Cloud],
 ) -> Cloud:
@@ -133,9 +136,11 @@ def join_clouds(
     names = tuple(dict.fromkeys(name for cloud in clouds for name in cloud.names))
     place = {name: k for k, name in enumerate(names)}
     photo = [np.array([place[n] for n in c.names], np.int32)[c.photo] if c.names else c.photo for c in clouds]
-    columns = {f: np.concatenate([getattr(c, f) for c in clouds]) for f in ("points", "colours", "confidence", "error", "region")}
+    columns = {f: np.concatenate([getattr(c, f) for c in clouds])
+               for f in ("points", "colours", "confidence", "error", "region")}
     reasons = dict.fromkeys(reason for c in clouds for reason in c.left_out)
-    return Cloud(photo=np.concatenate(photo), names=names, left_out={r: sum(c.left_out.get(r, 0) for c in clouds) for r in reasons}, **columns)
+    return Cloud(photo=np.concatenate(photo), names=names,
+                 left_out={r: sum(c.left_out.get(r, 0) for c in clouds) for r in reasons}, **columns)
 
 # %% ../../nbs/evaluation/fusion.ipynb #25e7443c
 def agreeing_views(
@@ -162,7 +167,7 @@ def agreeing_views(
             votes[i] += vote.reshape(height, width)
     return np.where(depth > 0, votes, 0)
 
-
+# %% ../../nbs/evaluation/fusion.ipynb #eba93d6f
 def fuse_depth(
     depth: np.ndarray,  # (S, H, W) z, scene units; 0 or not finite = unknown
     K: np.ndarray,  # (S, 3, 3) at H x W
@@ -182,7 +187,8 @@ def fuse_depth(
     `left_out` counts the pixels that gave no point under "no depth", "masked", "unsure" and "inconsistent", in this order.
     """
     if not 0 < keep_confident <= 1 or agree < 0 or agree >= len(depth) > 0:
-        raise ConfigError(f"keep_confident is a share above 0 up to 1 and agree a number of other photos below {len(depth)}; got {keep_confident} and {agree}")
+        raise ConfigError("keep_confident is a share above 0 up to 1 and agree a number of other photos below "
+                          f"{len(depth)}; got {keep_confident} and {agree}")
     if keep_confident < 1 and confidence is None:
         raise ConfigError("keep_confident needs the network's confidence")
     wanted = np.zeros(len(depth), bool)
@@ -197,8 +203,10 @@ def fuse_depth(
     depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0)
     drop("no depth", depth == 0)
     drop("masked", np.zeros(depth.shape, bool) if masked is None else masked)
-    drop("unsure", confidence < np.quantile(confidence[keep], 1 - keep_confident) if keep_confident < 1 and keep.any() else np.zeros(depth.shape, bool))
-    drop("inconsistent", agreeing_views(depth, K, world_to_cam, tolerance) < agree if agree else np.zeros(depth.shape, bool))
+    drop("unsure", confidence < np.quantile(confidence[keep], 1 - keep_confident) if keep_confident < 1 and keep.any()
+         else np.zeros(depth.shape, bool))
+    drop("inconsistent", agreeing_views(depth, K, world_to_cam, tolerance) < agree if agree
+         else np.zeros(depth.shape, bool))
     photos = photos if photos.dtype == np.uint8 else np.round(np.clip(photos, 0, 1) * 255).astype(np.uint8)
     points = unproject_depth(depth.astype(np.float64), np.asarray(K, np.float64), np.asarray(world_to_cam, np.float64))
     number = np.broadcast_to(np.arange(len(depth))[:, None, None], depth.shape)

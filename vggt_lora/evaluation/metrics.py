@@ -89,7 +89,7 @@ def log_errors(
     log = np.log(pred) - np.log(truth)
     return {"log_rmse": np.sqrt((log ** 2).mean()), "silog": log.std()}
 
-
+# %% ../../nbs/evaluation/metrics.ipynb #d6fc0567
 def depth_metrics(
     pred,  # (...) depth in the truth's unit
     truth,  # (...) depth, 0 = unknown
@@ -114,8 +114,10 @@ def depth_metrics(
     ratio[good] = np.maximum(p[good] / t[good], t[good] / p[good])
     p = np.where(finite, p, np.nan)
     error = np.abs(p - t)
-    values = {"mae": error.mean(), "rmse": np.sqrt((error ** 2).mean()), "absrel": (error / t).mean(), "sqrel": (error ** 2 / t).mean(),
-              **{f"d{k}": (ratio < 1.25 ** k).mean() for k in (1, 2, 3)}, "inlier": (ratio < tau).mean(), **log_errors(p, t)}
+    values = {"mae": error.mean(), "rmse": np.sqrt((error ** 2).mean()), "absrel": (error / t).mean(),
+              "sqrel": (error ** 2 / t).mean(),
+              **{f"d{k}": (ratio < 1.25 ** k).mean() for k in (1, 2, 3)}, "inlier": (ratio < tau).mean(),
+              **log_errors(p, t)}
     return {**{name: float(value) for name, value in values.items()}, **counts}
 
 # %% ../../nbs/evaluation/metrics.ipynb #5a8921ae

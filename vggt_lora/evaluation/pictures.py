@@ -25,7 +25,7 @@ def spread_out(
     """Choose at most `most` frames, evenly over the order; equal lists give equal choices."""
     return maps[:: max(1, -(-len(maps) // most))][:most]
 
-
+# %% ../../nbs/evaluation/pictures.ipynb #ad9625b2
 def save_pictures(
     path: Path | str,  # pictures.npz
     maps: list[dict],  # of an Evaluation: photo, truth, valid and each model's depth
@@ -35,14 +35,15 @@ def save_pictures(
     arrays = {}
     for number, frame in enumerate(spread_out(maps, most)):
         photo = np.round(255 * np.clip(frame["photo"], 0, 1)).astype(np.uint8)
-        arrays |= {f"{number}/photo": photo, f"{number}/valid": np.asarray(frame["valid"], bool), f"{number}/metric": np.array(bool(frame["metric"])),
+        arrays |= {f"{number}/photo": photo, f"{number}/valid": np.asarray(frame["valid"], bool),
+                   f"{number}/metric": np.array(bool(frame["metric"])),
                    f"{number}/name": np.array(f"{frame['scene']}/{frame['name']}")}
         arrays |= {f"{number}/{name}": np.asarray(frame[name], np.float32) for name in DEPTHS}
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as file:  # a file, not a name: numpy would add to a name that does not end in .npz
             np.savez_compressed(file, **arrays)
 
-
+# %% ../../nbs/evaluation/pictures.ipynb #81f471c1
 def read_pictures(
     path: Path | str,
 ) -> list[dict]:

@@ -33,15 +33,18 @@ class Protocol:
 
     def __post_init__(self):
         known = (*ALIGNMENTS, "pose")
-        for kind, value, choices in (("alignment", self.alignment, known), ("scope", self.scope, SCOPES), ("resolution", self.resolution, RESOLUTIONS)):
+        for kind, value, choices in (("alignment", self.alignment, known), ("scope", self.scope, SCOPES),
+                                     ("resolution", self.resolution, RESOLUTIONS)):
             if value not in choices:
                 raise ConfigError(f"protocol {self.id!r}: " + unknown_name_message(kind, value, choices))
         for name in ("clip", "truth_range"):
             limits = getattr(self, name)
             if limits is not None and not 0 <= limits[0] < limits[1]:
-                raise ConfigError(f"protocol {self.id!r}: {name} is {limits}; expected two rising numbers, not negative")
+                raise ConfigError(f"protocol {self.id!r}: {name} is {limits}; expected two rising numbers, not "
+                                  "negative")
         if self.frames_per_scene < 0 or self.frames_per_scene == 1 or not self.tau > 1:
-            raise ConfigError(f"protocol {self.id!r}: frames_per_scene is {self.frames_per_scene} and tau {self.tau}; expected 0 or at least 2, and above 1")
+            raise ConfigError(f"protocol {self.id!r}: frames_per_scene is {self.frames_per_scene} and tau {self.tau}; "
+                              "expected 0 or at least 2, and above 1")
 
     @property
     def aligned(self) -> str:
@@ -57,10 +60,12 @@ PROTOCOLS = {p.id: p for p in (
     Protocol("median-sequence", "median", scope="sequence"),
     Protocol("pose", "pose"),
     Protocol("robustmvd", "median", clip=(0.1, 100.0), truth_range=(0.1, 100.0), resolution="photo",
-             note="RobustMVD on ETH3D (Schröppel et al. 2022): AbsRel and inlier ratio, mean over frames. Their list of key views and sources is not used: every photo is "
+             note="RobustMVD on ETH3D (Schröppel et al. 2022): AbsRel and inlier ratio, mean over frames. Their list "
+             "of key views and sources is not used: every photo is "
                   "scored, in windows of neighbours in capture order"),
     Protocol("vggt-omega", "scale", scope="sequence", frames_per_scene=10,
-             note="10 frames of each scene seen together, AbsRel and d1. The source says scale-aligned and not how; here by least squares over all pixels of the sequence, "
+             note="10 frames of each scene seen together, AbsRel and d1. The source says scale-aligned and not how; "
+             "here by least squares over all pixels of the sequence, "
                   "and frames are spread evenly over the capture order"),
 )}
 DEFAULT = "median"  # the protocol of a run's first numbers
@@ -75,13 +80,15 @@ def find_protocols(
     wanted,  # an id, a Protocol, several of them, or ids joined by commas
 ) -> tuple[Protocol, ...]:
     """Look protocols up; raises ConfigError with the choices, and for the same id twice."""
-    wanted = [part.strip() for part in wanted.split(",")] if isinstance(wanted, str) else [wanted] if isinstance(wanted, Protocol) else list(wanted)
+    wanted = ([part.strip() for part in wanted.split(",")] if isinstance(wanted, str) else [wanted]
+              if isinstance(wanted, Protocol) else list(wanted))
     for name in wanted:
         if not isinstance(name, Protocol) and name not in PROTOCOLS:
             raise ConfigError(unknown_name_message("protocol", name, PROTOCOLS))
     found = tuple(name if isinstance(name, Protocol) else PROTOCOLS[name] for name in wanted)
     if not found or len({p.id for p in found}) < len(found):
-        raise ConfigError(f"protocols {', '.join(p.id for p in found) or 'none'}: expected at least one, each with an id of its own")
+        raise ConfigError(f"protocols {', '.join(p.id for p in found) or 'none'}: expected at least one, each with an "
+                          "id of its own")
     return found
 
 # %% ../../nbs/evaluation/protocols.ipynb #14e0d0e0

@@ -31,7 +31,7 @@ class Plane:
     offset: float  # d, scene units; the camera's distance from the plane
     mask: np.ndarray  # (H, W) bool, pixels with truth on it
 
-
+# %% ../../nbs/evaluation/regions.ipynb #a0b57b83
 def fit_plane(
     points: np.ndarray,  # (N, 3), at least 3
 ) -> tuple[np.ndarray, float]:
@@ -41,7 +41,7 @@ def fit_plane(
     offset = -float(normal @ middle)
     return (normal, offset) if offset >= 0 else (-normal, -offset)
 
-
+# %% ../../nbs/evaluation/regions.ipynb #4fa389bf
 @functools.cache
 def has_open3d() -> bool:
     """Can Open3D be imported? It is an extra of this package, and needs system libraries."""
@@ -52,7 +52,7 @@ def has_open3d() -> bool:
         return False
     return True
 
-
+# %% ../../nbs/evaluation/regions.ipynb #c08faa2e
 def true_planes(
     truth: np.ndarray,  # (H, W) depth, scene units
     valid: np.ndarray,  # (H, W) bool
@@ -67,15 +67,18 @@ def true_planes(
     if len(rows) < 200:
         return []
     if not has_open3d():
-        raise ConfigError("planes need Open3D, which cannot be imported here; install it with pip install 'vggt_lora[views]'")
+        raise ConfigError("planes need Open3D, which cannot be imported here; install it with pip install "
+                          "'vggt_lora[views]'")
     import open3d as o3d
 
-    points = depth_to_cam_points(np.where(valid, truth, 1.0).astype(np.float64), np.asarray(K, dtype=np.float64))[rows, columns]
+    points = depth_to_cam_points(np.where(valid, truth, 1.0).astype(np.float64),
+                                 np.asarray(K, dtype=np.float64))[rows, columns]
     distance, left, planes = distance or 0.005 * float(np.median(truth[valid])), np.arange(len(rows)), []
     while len(planes) < most and len(left) >= max(least * len(rows), 50):
         o3d.utility.random.seed(seed)
         cloud = o3d.geometry.PointCloud(o3d.utility.Vector3dVector(points[left]))
-        # probability 1: all 300 tries are made; otherwise Open3D's threads race to the end, and the planes of a hard photo differ from call to call
+        # probability 1: all 300 tries are made; otherwise Open3D's threads race to the end, and the planes of a hard
+        # photo differ from call to call
         on = np.asarray(cloud.segment_plane(distance, 3, 300, probability=1.0)[1], dtype=np.int64)
         if len(on) < max(least * len(rows), 50):
             break
@@ -96,7 +99,8 @@ def plane_errors(
     if len(points) < 3 or not np.isfinite(points).all():
         return dict.fromkeys(("normal_deg", "offset_cm", "rmse_cm"), float("nan"))
     normal, offset = fit_plane(points)
-    turned = np.degrees(2 * np.arcsin(np.clip(min(np.linalg.norm(normal - s * plane.normal) for s in (1, -1)) / 2, 0, 1)))
+    turned = np.degrees(2 * np.arcsin(np.clip(min(np.linalg.norm(normal - s * plane.normal) for s in (1, -1)) / 2, 0,
+                                              1)))
     return {"normal_deg": float(turned), "offset_cm": float(100 * abs(points.mean(0) @ plane.normal + plane.offset)),
             "rmse_cm": float(100 * np.sqrt(((points @ normal + offset) ** 2).mean()))}
 
@@ -113,13 +117,14 @@ def depth_edges(
     """Pixels beside a jump between two known neighbours, (H, W) bool."""
     edges, log = np.zeros(depth.shape, bool), np.log(np.where(known & (depth > 0), depth, 1.0))
     known = known & (depth > 0)
-    for one, other in (((slice(None), slice(1, None)), (slice(None), slice(None, -1))), ((slice(1, None),), (slice(None, -1),))):
+    for one, other in (((slice(None), slice(1, None)), (slice(None), slice(None, -1))),
+                       ((slice(1, None),), (slice(None, -1),))):
         there = known[one] & known[other] & (np.abs(log[one] - log[other]) > np.log(jump))
         edges[one] |= there
         edges[other] |= there
     return edges
 
-
+# %% ../../nbs/evaluation/regions.ipynb #9e3183d0
 def edge_errors(
     pred: np.ndarray,  # (H, W) aligned depth
     truth: np.ndarray,  # (H, W)
@@ -141,7 +146,8 @@ def edge_errors(
     asked = binary_dilation(edges, iterations=band) & valid & (far > JUMP * near)
     asked &= np.minimum(truth - near, far - truth) < 0.25 * np.where(asked, far - near, 0)  # the truth itself is at front or back
     share = (pred[asked] - near[asked]) / (far[asked] - near[asked])
-    return {"displacement_px": float(np.minimum(distance[edges], REACH).mean()), "bleeding": float(((share > 0.25) & (share < 0.75)).mean()), "edge_pixels": count}
+    return {"displacement_px": float(np.minimum(distance[edges], REACH).mean()),
+            "bleeding": float(((share > 0.25) & (share < 0.75)).mean()), "edge_pixels": count}
 
 # %% ../../nbs/evaluation/regions.ipynb #72bd540b
 LABELS = {"wall": 1, "window": 2, "edge": 3}  # codes of the region labels; 0: the scene has none
@@ -159,7 +165,8 @@ def window_mask(
         return None
     with open_photo(path) as picture:
         if (picture.height, picture.width) != tuple(plan.source_size):
-            raise SceneError(f"{path}: the mask is {picture.width}x{picture.height}, its photo {plan.source_size[1]}x{plan.source_size[0]}; expected equal sizes")
+            raise SceneError(f"{path}: the mask is {picture.width}x{picture.height}, its photo "
+                             f"{plan.source_size[1]}x{plan.source_size[0]}; expected equal sizes")
         try:
             drawn = np.asarray(picture)
         except (OSError, SyntaxError, ValueError) as error:
@@ -171,7 +178,7 @@ def window_mask(
     mask = drawn[np.ix_(*(np.clip(p, 0, full - 1) for p, full in zip(places, plan.source_size)))]
     return mask & inside[0][:, None] & inside[1][None]
 
-
+# %% ../../nbs/evaluation/regions.ipynb #d3fb2aff
 def world_up(
     maps: list[dict],  # of an Evaluation
     planes: list[list[Plane]] | None = None,  # of true_planes, for each map; default: they are found, as far as Open3D is there
@@ -184,12 +191,14 @@ def world_up(
         chosen = [k for k, frame in enumerate(maps) if frame["scene"] == scene]
         poses, walls = [np.asarray(maps[k]["world_to_cam"], dtype=np.float64) for k in chosen], []
         for k, pose in zip(chosen, poses):
-            of_photo = planes[k] if planes is not None else true_planes(maps[k]["truth"], maps[k]["valid"], maps[k]["K"]) if has_open3d() else []
-            walls += [(plane.normal @ pose[:3, :3], plane.mask.sum() / max(maps[k]["valid"].sum(), 1) / len(chosen)) for plane in of_photo]
+            of_photo = (planes[k] if planes is not None
+                        else true_planes(maps[k]["truth"], maps[k]["valid"], maps[k]["K"]) if has_open3d() else [])
+            walls += [(plane.normal @ pose[:3, :3], plane.mask.sum() / max(maps[k]["valid"].sum(), 1) / len(chosen))
+                      for plane in of_photo]
         found[scene] = -down_direction(poses, walls)
     return found
 
-
+# %% ../../nbs/evaluation/regions.ipynb #29ebb391
 def region_masks(
     frame: dict,  # a map of an Evaluation
     planes: list[Plane],  # of true_planes
@@ -214,7 +223,8 @@ def region_masks(
         masks["wall"] &= ~mask
     masks["wall"] = masks["wall"] & ~masks["edge"]
     masks["rest"] = valid & ~masks["wall"] & ~masks["window"] & ~masks["edge"]
-    bins = {f"{near:g} to {far:g}": valid & (truth >= near) & (truth < far) for near, far in zip(DISTANCES, DISTANCES[1:])}
+    bins = {f"{near:g} to {far:g}": valid & (truth >= near) & (truth < far)
+            for near, far in zip(DISTANCES, DISTANCES[1:])}
     return {"all": valid, **masks, **bins}, by
 
 # %% ../../nbs/evaluation/regions.ipynb #de36de24
@@ -237,18 +247,24 @@ def region_rows(
         used += "masks" in by
         for model in models:
             pred = align_depth(frame[model], frame["truth"], frame["valid"], protocol)[0]
-            common = {"protocol": protocol, "model": model, "scene": frame["scene"], "photo": frame["name"], "alignment": alignment_name(protocol)}
-            rows += [{**common, "region": name, "by": by, **depth_metrics(pred, frame["truth"], mask)} for name, mask in masks.items()]
+            common = {"protocol": protocol, "model": model, "scene": frame["scene"], "photo": frame["name"],
+                      "alignment": alignment_name(protocol)}
+            rows += [{**common, "region": name, "by": by, **depth_metrics(pred, frame["truth"], mask)}
+                     for name, mask in masks.items()]
             pixels = [int(plane.mask.sum()) for plane in planes]
             each = [plane_errors(pred, plane, frame["K"]) for plane in planes]
-            rows.append({**common, "region": "planes", "by": "truth" if has_open3d() else "not measured: no Open3D", "planes": len(planes), "pixels": sum(pixels),
-                         **{k: float(np.average([e[k] for e in each], weights=pixels)) if each else float("nan") for k in PLANE_ERRORS}})
-            rows.append({**common, "region": "depth edges", "by": "truth", **edge_errors(pred, frame["truth"], frame["valid"])})
+            rows.append({**common, "region": "planes", "by": "truth" if has_open3d() else "not measured: no Open3D",
+                         "planes": len(planes), "pixels": sum(pixels),
+                         **{k: float(np.average([e[k] for e in each], weights=pixels)) if each else float("nan")
+                            for k in PLANE_ERRORS}})
+            rows.append({**common, "region": "depth edges", "by": "truth",
+                         **edge_errors(pred, frame["truth"], frame["valid"])})
     if windows and not used:
-        raise ConfigError(f"{windows} holds no mask for any photo measured; expected files such as {maps[0]['name'].rsplit('/', 1)[-1].rpartition('.')[0]}.png")
+        raise ConfigError(f"{windows} holds no mask for any photo measured; expected files such as "
+                          f"{maps[0]['name'].rsplit('/', 1)[-1].rpartition('.')[0]}.png")
     return rows
 
-
+# %% ../../nbs/evaluation/regions.ipynb #f7773e05
 def region_effects(
     rows: list[dict],  # of region_rows, base and adapted
     **options,  # of statistics.paired_effect
@@ -264,7 +280,8 @@ def region_effects(
     return found
 
 # %% ../../nbs/evaluation/regions.ipynb #087d7dc6
-HYPOTHESES = {"all": ("overall", -0.30, -0.20), "wall": ("on walls", -0.35, -0.25), "window": ("in windows", -0.25, -0.15)}  # region -> name, claimed change of MAE
+HYPOTHESES = {"all": ("overall", -0.30, -0.20), "wall": ("on walls", -0.35, -0.25),
+              "window": ("in windows", -0.25, -0.15)}  # region -> name, claimed change of MAE
 
 
 def verdict_on(
@@ -292,5 +309,6 @@ def check_claims(
         verdict = verdict_on(effect, low, high)
         said = in_words(effect, f"MAE {name}") if effect else f"MAE {name}: no photo has this region."
         rows.append({"region": region, "claim_low": low, "claim_high": high, "verdict": verdict,
-                     "sentence": f"Claim: MAE {name} changes by {100 * low:.0f} to {100 * high:.0f} %: {verdict}. {said}"})
+                     "sentence": f"Claim: MAE {name} changes by {100 * low:.0f} to {100 * high:.0f} %: "
+                     f"{verdict}. {said}"})
     return rows

@@ -43,7 +43,8 @@ def window_scale(
 ) -> float:
     """Mean distance of the window's trusted points from its first camera, in scene units (spec section 13.2)."""
     depth = sample.depth.numpy().astype(np.float64)
-    points = unproject_depth(depth, sample.K.numpy().astype(np.float64), relative_to_first(sample.world_to_cam.numpy().astype(np.float64)))
+    points = unproject_depth(depth, sample.K.numpy().astype(np.float64),
+                             relative_to_first(sample.world_to_cam.numpy().astype(np.float64)))
     distance = np.linalg.norm(points, axis=-1)[valid]
     return float(np.clip(distance.sum() / (distance.size + 1e-3), 1e-6, 1e6))
 
@@ -83,8 +84,10 @@ class Evaluation:
 
     def cameras(self) -> list[dict]:
         """Camera numbers of each model over all pairs."""
-        return [{"protocol": CAMERAS, "model": model, **camera_metrics(*(np.array([p[k] for p in self.pairs if p["model"] == model])
-                                                                         for k in ("rotation_error", "translation_error")))}
+        return [{"protocol": CAMERAS, "model": model,
+                 **camera_metrics(*(np.array([p[k] for p in self.pairs if p["model"] == model])
+                                                                         for k in ("rotation_error",
+                                                                                   "translation_error")))}
                 for model in dict.fromkeys(p["model"] for p in self.pairs)]
 
 # %% ../../nbs/evaluation/runner.ipynb #f31c8f3d
@@ -160,21 +163,24 @@ def evaluate_windows(
     protocols, by_name = find_protocols(protocols), {scene.name: scene for scene, _ in items}
     slow = [name for name in cache.sources if name not in AT_PHOTO_SIZE]
     if slow and any(p.resolution == "photo" for p in protocols):
-        raise ConfigError(f"truth of source {', '.join(slow)} is not offered at the photo's size; take truth laser or sparse, or a protocol at the network's size")
+        raise ConfigError(f"truth of source {', '.join(slow)} is not offered at the photo's size; take truth laser or "
+                          "sparse, or a protocol at the network's size")
     result = Evaluation([], [], [], truth=cache.supervision)
     for count in dict.fromkeys(p.frames_per_scene for p in protocols):
         group = [p for p in protocols if p.frames_per_scene == count]
         windows = protocol_windows([window for _, window in items], count)
-        shown = progress_bar(windows, desc="evaluating", unit="window", disable=len(windows) < 10)
-        part = evaluate_samples(models, ((load_sample(by_name[w.scene], w, cache), (by_name[w.scene], w, cache)) for w in shown),
+        shown = progress_bar(windows, desc="evaluating", unit="window", delay=1)
+        part = evaluate_samples(models, ((load_sample(by_name[w.scene], w, cache), (by_name[w.scene], w, cache))
+                                         for w in shown),
                                 group, device, autocast, depth_range)
         result.rows += part.rows
         result.warnings += [w for w in part.warnings if w not in result.warnings]
         if not result.maps:  # maps, pairs and what was left out are those of the first protocol's frames
-            result.maps, result.pairs, result.left_out, result.pixels_left_out = part.maps, part.pairs, part.left_out, part.pixels_left_out
+            result.maps, result.pairs, result.left_out, result.pixels_left_out = (part.maps, part.pairs, part.left_out,
+                                                                                  part.pixels_left_out)
     return result
 
-
+# %% ../../nbs/evaluation/runner.ipynb #f405cc73
 def evaluate_samples(
     models: dict[str, Model],  # name -> model
     samples,  # iterable of (Sample, where) with where = (scene, window, cache), or None for samples that come from no scene
@@ -204,12 +210,14 @@ def evaluate_samples(
         _score_cameras(result, sample, fresh, answers, swapped)
     if not result.maps:
         raise ConfigError("no held-out frame has any known depth: nothing can be measured")
-    result.warnings += [f"{name}: the predicted or the true cameras look swapped (camera-to-world taken for world-to-camera) in {count} windows"
+    result.warnings += [f"{name}: the predicted or the true cameras look swapped (camera-to-world taken for "
+                        f"world-to-camera) in {count} windows"
                         for name, count in swapped.items()] + unit_warnings(result.rows)
     return result
 
 # %% ../../nbs/evaluation/runner.ipynb #507e59d3
-def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[int], answers: dict, unit: float) -> list[int]:
+def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[int], answers: dict,
+               unit: float) -> list[int]:
     """Keep what pictures and regions need of the fresh frames that have truth, and return their numbers."""
     from vggt_lora.scenes.masks import region_labels
 
@@ -223,14 +231,17 @@ def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[i
             labels = region_labels(scene, scene.frames[window.frames[i]], plan)
         result.maps.append({
             "scene": sample.scene, "name": sample.names[i], "photo": sample.images[i].permute(1, 2, 0).numpy(),
-            "truth": sample.depth[i].numpy().astype(np.float64), "valid": trusted[i], "K": sample.K[i].numpy(), "world_to_cam": sample.world_to_cam[i].numpy(),
+            "truth": sample.depth[i].numpy().astype(np.float64), "valid": trusted[i], "K": sample.K[i].numpy(),
+            "world_to_cam": sample.world_to_cam[i].numpy(),
             "metric": sample.metric, "unit": unit, "labels": labels, "plan": plan,
-            "confidence": {name: answer.confidence[i] for name, answer in answers.items() if answer.confidence is not None},
+            "confidence": {name: answer.confidence[i]
+                           for name, answer in answers.items() if answer.confidence is not None},
             **{name: answer.depth[i] for name, answer in answers.items()}})
     return measured
 
-
-def _score(result: Evaluation, sample: Sample, where, protocol: Protocol, depth_range, trusted, measured: list[int], answers: dict) -> None:
+# %% ../../nbs/evaluation/runner.ipynb #4134fd47
+def _score(result: Evaluation, sample: Sample, where, protocol: Protocol, depth_range, trusted, measured: list[int],
+           answers: dict) -> None:
     """Add the rows of one window under one protocol."""
     if protocol.truth_range is not None and sample.metric:
         trusted = trusted_truth(sample, protocol.truth_range)
@@ -239,25 +250,29 @@ def _score(result: Evaluation, sample: Sample, where, protocol: Protocol, depth_
         scene, window, cache = where
         places = [at_photo_size(scene, i, cache.plan(scene, i, truths.shape[1:]), cache.source) for i in window.frames]
     for name, answer in answers.items():
-        scale = pose_scale(answer.world_to_cam, sample.world_to_cam.numpy()) if protocol.alignment == "pose" and answer.world_to_cam is not None else float("nan")
+        scale = (pose_scale(answer.world_to_cam, sample.world_to_cam.numpy()) if protocol.alignment == "pose"
+                 and answer.world_to_cam is not None else float("nan"))
         depth = answer.depth * scale if protocol.alignment == "pose" else answer.depth
         frames = []
         for i in range(len(truths)):
-            meta = {"protocol": protocol.id, "model": name, "scene": sample.scene, "photo": sample.names[i], "sequence": 0}
+            meta = {"protocol": protocol.id, "model": name, "scene": sample.scene, "photo": sample.names[i],
+                    "sequence": 0}
             if places is None:
                 frames.append((depth[i], truths[i], trusted[i], meta))
                 continue
             truth, row, column = places[i]
             limits = protocol.truth_range or depth_range
-            inside = (truth >= limits[0]) & (truth <= limits[1]) if limits is not None and sample.metric else np.ones(len(truth), bool)
+            inside = ((truth >= limits[0]) & (truth <= limits[1]) if limits is not None and sample.metric
+                      else np.ones(len(truth), bool))
             frames.append((depth[i][row, column], truth, inside, meta))
-        for row in evaluate_frames(frames, ["none" if protocol.alignment == "pose" else protocol.alignment], protocol.scope, protocol.clip, protocol.tau, measured):
+        for row in evaluate_frames(frames, ["none" if protocol.alignment == "pose" else protocol.alignment],
+                                   protocol.scope, protocol.clip, protocol.tau, measured):
             del row["sequence"]
             if protocol.alignment == "pose":
                 row |= {"alignment": protocol.aligned, "scale": scale, "alignment_pixels": 0}  # no true depth was looked at
             result.rows.append(row)
 
-
+# %% ../../nbs/evaluation/runner.ipynb #82b08159
 def _score_cameras(result: Evaluation, sample: Sample, fresh: list[int], answers: dict, swapped: dict) -> None:
     """Add the pairs of one window that were not seen in an earlier one."""
     truth = sample.world_to_cam.numpy()
@@ -266,7 +281,8 @@ def _score_cameras(result: Evaluation, sample: Sample, fresh: list[int], answers
             continue
         for (i, j), turned, way in zip(*pair_errors(answer.world_to_cam, truth)):
             if i in fresh or j in fresh:
-                result.pairs.append({"protocol": CAMERAS, "model": name, "scene": sample.scene, "photo": sample.names[i], "other": sample.names[j],
+                result.pairs.append({"protocol": CAMERAS, "model": name, "scene": sample.scene,
+                                     "photo": sample.names[i], "other": sample.names[j],
                                      "rotation_error": float(turned), "translation_error": float(way)})
         if looks_swapped(answer.world_to_cam, truth):
             swapped[name] = swapped.get(name, 0) + 1
@@ -281,10 +297,12 @@ def unit_warnings(
     """Say where predictions are in another unit than the truth, by the factors of the median per image."""
     found = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        factors = [row["scale"] for row in rows if row["model"] == model and row["alignment"] == "median per image" and np.isfinite(row["scale"])]
+        factors = [row["scale"] for row in rows if row["model"] == model and row["alignment"] == "median per image"
+                   and np.isfinite(row["scale"])]
         middle = float(np.median(factors)) if factors else 1.0
         if not 1 / UNIT_FACTOR < middle < UNIT_FACTOR:
-            found.append(f"{model}: predictions had to be multiplied by {middle:.3g} (median over frames) to reach the truth; was the scene's unit forgotten?")
+            found.append(f"{model}: predictions had to be multiplied by {middle:.3g} (median over frames) to reach the "
+                         "truth; was the scene's unit forgotten?")
     return found
 
 # %% ../../nbs/evaluation/runner.ipynb #5ba37cdf

@@ -66,7 +66,8 @@ def percentile_ends(
     shares: tuple[float, float],  # lower and upper share of draws
 ) -> tuple[float, float]:
     """Return the draws at two shares; no mean of neighbours is taken, so the sign of an end is the sign of a draw."""
-    low, high = np.quantile(drawn, shares[0], method="inverted_cdf"), np.quantile(drawn, shares[1], method="inverted_cdf")
+    low, high = (np.quantile(drawn, shares[0], method="inverted_cdf"),
+                 np.quantile(drawn, shares[1], method="inverted_cdf"))
     return float(low), float(high)
 
 
@@ -100,7 +101,7 @@ def higher_is_better(
     """Tell whether a larger value of a metric is the better one."""
     return metric in HIGHER_IS_BETTER or metric.startswith(("auc", "accuracy", "rra", "rta"))
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #42a734d3
 @dataclasses.dataclass(frozen=True)
 class Effect:
     """One metric of two models on the same frames, with an interval and all that it rests on."""
@@ -131,7 +132,8 @@ class Effect:
     @property
     def verdict(self) -> str:
         """better, worse, no measured difference, too few frames (or scenes), or not measured."""
-        low, high = (self.difference_low, self.difference_high) if math.isnan(self.change_low) else (self.change_low, self.change_high)
+        low, high = ((self.difference_low, self.difference_high) if math.isnan(self.change_low)
+                     else (self.change_low, self.change_high))
         if self.frames == 0:
             return "not measured"
         if self.units < smallest_sample(self.level):
@@ -145,7 +147,8 @@ class Effect:
     def row(self) -> dict:
         """All fields and the verdict, NaN as None, as JSON takes it."""
         fields = {**dataclasses.asdict(self), "verdict": self.verdict}
-        return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in fields.items()}
+        return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in fields.items()}
 
 # %% ../../nbs/evaluation/statistics.ipynb #1b55c2be
 def paired_effect(
@@ -183,13 +186,16 @@ def paired_effect(
             note = "the interval is not determined: all frames changed by the same amount"
     if good.any() and not means[0] > 0:
         note = "the base's mean is not above 0, so a relative change does not exist" + (f"; {note}" if note else "")
-    return Effect(metric, *means.tolist(), observed[0].item(), *ends[0].tolist(), observed[1].item(), *ends[1].tolist(), frames=int(good.sum()),
-                  left_out=int((~good).sum()), scenes=len(np.unique(labels)), runs=len(base), unit=unit, method=method, level=level, note=note)
+    return Effect(metric, *means.tolist(), observed[0].item(), *ends[0].tolist(), observed[1].item(), *ends[1].tolist(),
+                  frames=int(good.sum()),
+                  left_out=int((~good).sum()), scenes=len(np.unique(labels)), runs=len(base), unit=unit, method=method,
+                  level=level, note=note)
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #d8e66a05
 def _check_request(base, adapted, labels, unit: str, method: str, level: float) -> None:
     if base.ndim != 2 or base.shape != adapted.shape or base.shape[1:] != labels.shape:
-        raise ConfigError(f"base {base.shape}, adapted {adapted.shape} and scenes {labels.shape} are not (runs, frames) and (frames,) of the same frames")
+        raise ConfigError(f"base {base.shape}, adapted {adapted.shape} and scenes {labels.shape} are not (runs, "
+                          "frames) and (frames,) of the same frames")
     if unit not in UNITS:
         raise ConfigError(unknown_name_message("unit", unit, UNITS))
     if method not in METHODS:
@@ -249,11 +255,12 @@ def paired_values(
             frames = sorted(values) if frames is None else frames
             if sorted(values) != frames:
                 odd = sorted(set(values) ^ set(frames))
-                raise ConfigError(f"{len(odd)} frames are not in every run and model, for instance {'/'.join(odd[0])} (run {number + 1}, model {model})")
+                raise ConfigError(f"{len(odd)} frames are not in every run and model, for instance {'/'.join(odd[0])} "
+                                  f"(run {number + 1}, model {model})")
             columns[side].append([np.nan if values[frame] is None else values[frame] for frame in frames])
     return np.array(columns[0], dtype=float), np.array(columns[1], dtype=float), frames
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #071abc80
 def effects(
     runs: list,  # rows of one run, or a list of such lists: runs with other seeds on the same frames
     metrics: tuple[str, ...] = ("absrel", "d1"),
@@ -284,7 +291,8 @@ def in_words(
     if math.isfinite(effect.change):
         text += f", {100 * effect.change:+.1f} %"
     if math.isfinite(effect.change_low):
-        text += f" ({100 * effect.level:g} % interval {100 * effect.change_low:+.1f} to {100 * effect.change_high:+.1f} %)"
+        text += (f" ({100 * effect.level:g} % interval {100 * effect.change_low:+.1f} to "
+                 f"{100 * effect.change_high:+.1f} %)")
     return f"{text}, {rests}: {effect.verdict}." + (f" Note: {effect.note}." if effect.note else "")
 
 # %% ../../nbs/evaluation/statistics.ipynb #2fc44a7f
@@ -303,10 +311,13 @@ def drawn_effect(
     if drawn.ndim != 2 or len(drawn) != 2:
         raise ConfigError(f"draws must be (2, draws), base and adapted, got {drawn.shape}")
     observed, changes = _changes(np.array([base, adapted], dtype=np.float64)), _changes(drawn)
-    ends = [_ends(changes[k], observed[k], None, "percentile", level) if frames > 1 else (float("nan"), float("nan")) for k in range(2)]
+    ends = [_ends(changes[k], observed[k], None, "percentile", level) if frames > 1 else (float("nan"), float("nan"))
+            for k in range(2)]
     if np.isfinite(ends[0]).all() and not np.isfinite(ends[1]).all():
-        note = f"in some draws the base is 0, so only the difference has an interval, {ends[0][0]:+.3g} to {ends[0][1]:+.3g}" + (f"; {note}" if note else "")
+        note = (f"in some draws the base is 0, so only the difference has an interval, {ends[0][0]:+.3g} to "
+                f"{ends[0][1]:+.3g}" + (f"; {note}" if note else ""))
     if frames < 2:
         note = f"an interval needs at least two frames, here {frames}" + (f"; {note}" if note else "")
-    return Effect(metric, float(base), float(adapted), observed[0].item(), *ends[0], observed[1].item(), *ends[1], frames=frames if np.isfinite([base, adapted]).all() else 0,
+    return Effect(metric, float(base), float(adapted), observed[0].item(), *ends[0], observed[1].item(), *ends[1],
+                  frames=frames if np.isfinite([base, adapted]).all() else 0,
                   left_out=0, scenes=scenes, runs=1, unit="frames", method="percentile", level=level, note=note)

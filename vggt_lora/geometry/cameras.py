@@ -34,7 +34,7 @@ def _apply(matrix, points):
 def quaternion_to_matrix(
     q,  # (…,4) x, y, z, w; any length but zero
 ):  # (…,3,3) rotation
-    """Turn quaternions into rotation matrices with the 2/|q|² formula (spec 6.1)."""
+    """Convert quaternions to rotation matrices with the 2/|q|² formula (spec 6.1)."""
     xp, q = _common(q)
     x, y, z, w = (q[..., i] for i in range(4))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -46,7 +46,7 @@ def quaternion_to_matrix(
 
 # %% ../../nbs/geometry/cameras.ipynb #0d60d745
 def _sqrt_positive(xp, x):
-    """Square root of max(x, 0), with gradient 0 instead of infinity at and below 0."""
+    """Return the square root of max(x, 0), with gradient 0 instead of infinity at and below 0."""
     positive = x > 0
     return xp.where(positive, xp.sqrt(xp.where(positive, x, xp.ones_like(x))), xp.zeros_like(x))
 
@@ -54,7 +54,7 @@ def _sqrt_positive(xp, x):
 def matrix_to_quaternion(
     R,  # (…,3,3) rotation
 ):  # (…,4) x, y, z, w with w >= 0
-    """Turn rotation matrices into quaternions with w >= 0 (spec 6.1; the method of PyTorch3D)."""
+    """Convert rotation matrices to quaternions with w >= 0 (spec 6.1; the method of PyTorch3D)."""
     xp, R = _common(R)
     m = [[R[..., i, j] for j in range(3)] for i in range(3)]
     signs = ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))  # of m00, m11, m22 in 4w², 4x², 4y², 4z²
@@ -91,7 +91,7 @@ def _from_parts(xp, R, t):
 def camera_centre(
     world_to_cam,  # (…,3|4,4)
 ):  # (…,3) world
-    """Give the position of the camera in the world, -Rᵀt."""
+    """Return the position of the camera in the world, -Rᵀt."""
     xp, pose = _common(world_to_cam)
     return -_apply(xp.matrix_transpose(pose[..., :3, :3]), pose[..., None, :3, 3])[..., 0, :]
 
@@ -108,7 +108,7 @@ def transform_points(
     pose,  # (…,3|4,4) from frame A to frame B
     points,  # (…,N,3) in frame A
 ):  # (…,N,3) in frame B
-    """Move points from one frame into another: R X + t."""
+    """Transform points from one frame into another: R X + t."""
     _, pose, points = _common(pose, points)
     return _apply(pose[..., :3, :3], points) + pose[..., None, :3, 3]
 
@@ -127,7 +127,7 @@ def compose_poses(
 def relative_to_first(
     world_to_cam,  # (…,S,3|4,4)
 ):  # (…,S,4,4); the new world is the first camera
-    """Make the first camera the world: E_i E_0⁻¹ (spec 13.2)."""
+    """Express poses relative to the first camera: E_i E_0⁻¹ (spec 13.2)."""
     _, pose = _common(world_to_cam)
     return compose_poses(pose, invert_pose(pose[..., :1, :, :]))
 
@@ -145,7 +145,7 @@ def project_points(
         pixels = _apply(K[..., :2, :], in_camera / z[..., None])
     return pixels, z
 
-
+# %% ../../nbs/geometry/cameras.ipynb #7e65c631
 def depth_to_cam_points(
     depth,  # (…,H,W) z, scene units
     K,  # (…,3,3) house convention; skew is honoured
@@ -160,7 +160,7 @@ def depth_to_cam_points(
     x = (column - K[..., 0, 2] - K[..., 0, 1] * y) / K[..., 0, 0]
     return xp.stack(xp.broadcast_arrays(x * depth, y * depth, depth), axis=-1)
 
-
+# %% ../../nbs/geometry/cameras.ipynb #07fc830d
 def unproject_depth(
     depth,  # (…,H,W) z, scene units; 0 = unknown gives the camera centre, so mask it
     K,  # (…,3,3) house convention
@@ -190,7 +190,7 @@ def crop_intrinsics(
     top,  # rows cut off above, px; negative where rows are added
     left,  # columns cut off at the left, px; negative where columns are added
 ):  # (…,3,3)
-    """Move the principal point by what was cut off at the top and at the left."""
+    """Shift the principal point by the rows and columns that a crop removes."""
     xp, K = _common(K)
     return K - xp.asarray([[0, 0, left], [0, 0, top], [0, 0, 0]], dtype=K.dtype, device=device(K))
 
@@ -200,7 +200,7 @@ def resize_pixels(
     old_size,  # (height, width)
     new_size,  # (height, width)
 ):  # (…,2) at new_size
-    """Move pixel coordinates to another image size, each axis by its own factor."""
+    """Convert pixel coordinates to another image size, each axis by its own factor."""
     xp, pixels = _common(pixels)
     factors = [new_size[1] / old_size[1], new_size[0] / old_size[0]]
     return pixels * xp.asarray(factors, dtype=pixels.dtype, device=device(pixels))
@@ -211,7 +211,7 @@ def crop_pixels(
     top,  # rows cut off above, px; negative where rows are added
     left,  # columns cut off at the left, px; negative where columns are added
 ):  # (…,2)
-    """Move pixel coordinates by what was cut off at the top and at the left."""
+    """Shift pixel coordinates by the rows and columns that a crop removes."""
     xp, pixels = _common(pixels)
     return pixels - xp.asarray([left, top], dtype=pixels.dtype, device=device(pixels))
 
@@ -235,7 +235,7 @@ def encode_pose(
     K,  # (…,3,3) at `size`
     size,  # (height, width) px
 ):  # (…,9) t, quaternion xyzw, fov_h, fov_w in radians
-    """Write cameras as VGGT's nine numbers; the principal point is dropped (spec 6.1)."""
+    """Encode cameras as VGGT's nine numbers; the principal point is dropped (spec 6.1)."""
     xp, pose, K = _common(world_to_cam, K)
     fov_h = 2 * xp.atan((size[0] / 2) / K[..., 1, 1])
     fov_w = 2 * xp.atan((size[1] / 2) / K[..., 0, 0])
@@ -249,7 +249,7 @@ def decode_pose(
     size,  # (height, width) px
     min_fov: float = 1e-3,  # radians; fields of view are clamped to [min_fov, pi - min_fov]
 ):  # world_to_cam (…,4,4), K (…,3,3) at `size`, house convention
-    """Read VGGT's nine numbers as cameras whose principal point is the image centre (spec 6.1)."""
+    """Decode VGGT's nine numbers to cameras with a centred principal point (spec 6.1)."""
     xp, encoding = _common(encoding)
     pose = _from_parts(xp, quaternion_to_matrix(encoding[..., 3:7]), encoding[..., :3])
     fov = xp.clip(encoding[..., 7:9], min_fov, math.pi - min_fov)
@@ -264,7 +264,7 @@ def pinhole_rays(
     pixels: np.ndarray,  # (n, 2) u, v
     K: np.ndarray,  # (3, 3)
 ) -> np.ndarray:
-    """Return x/z, y/z (n, 2) of the rays through places of an undistorted photo."""
+    """Return x/z, y/z (n, 2) of the rays through pixels of an undistorted photo."""
     y = (pixels[:, 1] - K[1, 2]) / K[1, 1]
     return np.column_stack([(pixels[:, 0] - K[0, 2] - K[0, 1] * y) / K[0, 0], y])
 
@@ -273,7 +273,7 @@ def pinhole_pixels(
     rays: np.ndarray,  # (n, 2) x/z, y/z
     K: np.ndarray,  # (3, 3)
 ) -> np.ndarray:
-    """Return the places (n, 2) of rays in an undistorted photo."""
+    """Return the pixels (n, 2) of rays in an undistorted photo."""
     return np.column_stack([rays[:, 0] * K[0, 0] + rays[:, 1] * K[0, 1] + K[0, 2], rays[:, 1] * K[1, 1] + K[1, 2]])
 
 # %% ../../nbs/geometry/cameras.ipynb #3ad4854c
@@ -286,11 +286,11 @@ def pixel_centres(
 
 # %% ../../nbs/geometry/cameras.ipynb #a537c273
 def sample_nearest(
-    values: np.ndarray,  # (h, w) drawn on a picture
-    pixels: np.ndarray,  # (n, 2) u, v in that picture; nan = nowhere
-    outside,  # value for places beyond the picture
+    values: np.ndarray,  # (h, w) one value per pixel of an image
+    pixels: np.ndarray,  # (n, 2) u, v in that image; nan = outside
+    outside,  # value for pixels outside the image
 ) -> np.ndarray:
-    """Return the value of the pixel that holds each place, (n,)."""
+    """Return the value at the nearest pixel of each place, (n,)."""
     height, width = values.shape
     with np.errstate(invalid="ignore"):
         inside = (pixels >= 0).all(1) & (pixels[:, 0] < width) & (pixels[:, 1] < height)
@@ -303,9 +303,12 @@ def sample_nearest(
 def down_direction(
     poses: list,  # world_to_cam (4, 4) of several photos
     walls: list = (),  # (normal (3,) in the world, share of the points) of planes in the scene
-    trust: float = 0.001,  # in the cameras' own y axes, where the rest leaves the direction open
+    trust: float = 0.001,  # weight of the cameras' own y axes, which decide if the rest does not
 ) -> np.ndarray:
-    """Return the unit vector (3,) in the world that points to the ground, as far as level cameras and upright walls can tell."""
+    """Estimate the direction (3,) to the ground, a unit vector in the world.
+
+    It assumes that most cameras are held level and that walls are upright.
+    """
     right, below = (np.array([pose[axis, :3] for pose in poses]) for axis in (0, 1))
     across = np.concatenate([right, np.array([normal for normal, _ in walls]).reshape(-1, 3)])
     weight = np.concatenate([np.full(len(poses), 1 / len(poses)), [share for _, share in walls]])

@@ -35,13 +35,14 @@ class Family:
     blocks: tuple[str, str]  # of the aggregator: inside a frame, across the frames of a window
     depth_head: str  # module that predicts depth
     hub_name: str  # of the published weights
-    licence: str  # what passes on to adapters and merged weights, in one sentence; empty where the base's own page says it
+    licence: str  # sentence that binds adapters and merged weights; empty if the base's own page states it
 
 
 FAMILIES = {
     "vggt": Family("VGGT", 14, ("frame_blocks", "global_blocks"), "depth_head", "facebook/VGGT-1B", ""),
     "omega": Family("VGGT-Ω", 16, ("frame_blocks", "inter_frame_blocks"), "dense_head", "facebook/VGGT-Omega",
-                    "The base is VGGT-Ω under the FAIR Noncommercial Research License: this derivative, too, is for noncommercial research only, outputs included."),
+                    "The base is VGGT-Ω under the FAIR Noncommercial Research License: this derivative, too, is for "
+                    "noncommercial research only, outputs included."),
 }
 
 # %% ../../nbs/model/config.ipynb #37a458e6
@@ -50,7 +51,7 @@ class VGGTConfig:
     """Shape of a network; the defaults are VGGT-1B. Raises ConfigError for values that cannot be built."""
 
     family: str = "vggt"  # "vggt" or "omega", see FAMILIES
-    img_size: int = 518  # pixels, side of the square image that it was made for; of VGGT the position table has its patch grid
+    img_size: int = 518  # pixels, side of the square training image; fixes the grid of VGGT's position table
     patch_size: int = 14  # pixels, side of a square patch; image sides are multiples of it
     embed_dim: int = 1024  # channels C of a token; the heads read 2C
     depth: int = 24  # aggregator layers, each one frame block and one block across frames
@@ -89,29 +90,32 @@ class VGGTConfig:
 
     @classmethod
     def omega_1b(cls) -> "VGGTConfig":
-        """Return the published configuration of VGGT-Ω, `facebook/VGGT-Omega`, made for images of about 512x512 pixels."""
-        return cls(family="omega", img_size=512, patch_size=16, num_register_tokens=16, register_layers=(2, 6, 9, 14, 20),
-                   camera_iterations=1, point_head=False, track_head=False)
+        """Return the published configuration of VGGT-Ω, `facebook/VGGT-Omega`, for 512x512 pixels."""
+        return cls(family="omega", img_size=512, patch_size=16, num_register_tokens=16,
+                   register_layers=(2, 6, 9, 14, 20), camera_iterations=1, point_head=False, track_head=False)
 
     @classmethod
     def omega_small(cls) -> "VGGTConfig":
         """Return a small VGGT-Ω for two CPU cores; no weights of this size exist, so it is always random."""
-        return cls(family="omega", img_size=224, patch_size=16, embed_dim=96, depth=6, num_heads=4, num_register_tokens=6,
-                   register_layers=(2, 3), vit_depth=4, vit_num_heads=4, camera_trunk_depth=2, camera_num_heads=8,
-                   camera_iterations=1, point_head=False, track_head=False, dpt_features=32,
-                   dpt_out_channels=(24, 48, 96, 96), dpt_layers=(1, 2, 4, 5))
+        return cls(family="omega", img_size=224, patch_size=16, embed_dim=96, depth=6, num_heads=4,
+                   num_register_tokens=6, register_layers=(2, 3), vit_depth=4, vit_num_heads=4,
+                   camera_trunk_depth=2, camera_num_heads=8, camera_iterations=1, point_head=False, track_head=False,
+                   dpt_features=32, dpt_out_channels=(24, 48, 96, 96), dpt_layers=(1, 2, 4, 5))
 
     @classmethod
     def omega_golden(cls) -> "VGGTConfig":
         """Return the configuration for which outputs of the official code of VGGT-Ω are known."""
-        return cls(family="omega", img_size=96, patch_size=16, embed_dim=48, depth=5, num_heads=4, num_register_tokens=6,
-                   register_layers=(1, 3), vit_depth=2, vit_num_heads=3, camera_trunk_depth=2, camera_num_heads=6,
-                   camera_iterations=1, point_head=False, track_head=False, dpt_features=24,
-                   dpt_out_channels=(24, 32, 48, 64), dpt_layers=(0, 1, 2, 4))
+        return cls(family="omega", img_size=96, patch_size=16, embed_dim=48, depth=5, num_heads=4,
+                   num_register_tokens=6, register_layers=(1, 3), vit_depth=2, vit_num_heads=3,
+                   camera_trunk_depth=2, camera_num_heads=6, camera_iterations=1, point_head=False, track_head=False,
+                   dpt_features=24, dpt_out_channels=(24, 32, 48, 64), dpt_layers=(0, 1, 2, 4))
 
     @classmethod
     def tiny(cls) -> "VGGTConfig":
-        """Return the configuration of the base that ships with the package, for two CPU cores; same classes, same key names."""
+        """Return the configuration of the base that ships with the package, for two CPU cores.
+
+        It has the same classes and key names as VGGT-1B.
+        """
         return cls(img_size=224, embed_dim=128, depth=6, num_heads=4, vit_depth=6, vit_num_heads=4,
                    camera_trunk_depth=2, camera_num_heads=8, point_head=False, track_head=False, dpt_features=32,
                    dpt_out_channels=(24, 48, 96, 96), dpt_layers=(1, 2, 4, 5))
@@ -133,7 +137,7 @@ class VGGTConfig:
         cls,
         fields: dict,  # as from `to_dict`; fields that are absent keep their default
     ) -> "VGGTConfig":
-        """Build a configuration from JSON values; raises ConfigError for a name that is no field."""
+        """Build a configuration from JSON values; raises ConfigError for an unknown field."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in names:
@@ -142,31 +146,32 @@ class VGGTConfig:
 
     @property
     def names(self) -> Family:
-        """Names that depend on the family."""
+        """Return the names that depend on the family."""
         return FAMILIES[self.family]
 
     @property
     def head_modules(self) -> dict[str, str]:
-        """Field that switches a head -> name of its module in the network."""
-        return {"camera_head": "camera_head", "depth_head": self.names.depth_head, "point_head": "point_head", "track_head": "track_head"}
+        """Return for each head's field the name of its module in the network."""
+        return {"camera_head": "camera_head", "depth_head": self.names.depth_head, "point_head": "point_head",
+                "track_head": "track_head"}
 
     @property
     def grid(self) -> int:
-        """Patches along a side of the stored position table."""
+        """Return the patches along a side of the stored position table."""
         return self.img_size // self.patch_size
 
     @property
     def patch_start(self) -> int:
-        """Index of the first patch token of a frame: after the camera token and the registers."""
+        """Return the index of a frame's first patch token, after the camera token and registers."""
         return 1 + self.num_register_tokens
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the heads that can run: camera, depth, point as far as they are built."""
+        """Return the heads that are built and can run, of camera, depth and point."""
         return tuple(name for name in ("camera", "depth", "point") if getattr(self, f"{name}_head"))
 
 # %% ../../nbs/model/config.ipynb #fab127e4
-RANDOM = {"random": VGGTConfig.tiny, "random-omega": VGGTConfig.omega_small}  # names of bases without weights, for trials
+RANDOM = {"random": VGGTConfig.tiny, "random-omega": VGGTConfig.omega_small}  # bases without weights, for trials
 
 # %% ../../nbs/model/config.ipynb #0ab972c3
 def _check_types(config: VGGTConfig) -> None:
@@ -195,7 +200,7 @@ def _check_widths(config: VGGTConfig) -> None:
             raise ConfigError(f"VGGTConfig: {sentence}")
 
     require(config.img_size % config.patch_size == 0,
-            f"img_size {config.img_size} is no multiple of patch_size {config.patch_size}")
+            f"img_size {config.img_size} is not a multiple of patch_size {config.patch_size}")
     for width, heads, name in ((config.embed_dim, config.num_heads, "num_heads"),
                                (config.embed_dim, config.vit_num_heads, "vit_num_heads"),
                                (2 * config.embed_dim, config.camera_num_heads, "camera_num_heads")):
@@ -203,15 +208,17 @@ def _check_widths(config: VGGTConfig) -> None:
     head_width = config.embed_dim // config.num_heads
     require(head_width % 4 == 0, f"embed_dim / num_heads = {head_width} must be a multiple of 4 (2-D rotary embedding)")
     require(float(config.mlp_ratio * config.embed_dim).is_integer(),
-            f"mlp_ratio {config.mlp_ratio} times embed_dim {config.embed_dim} is no whole number")
+            f"mlp_ratio {config.mlp_ratio} times embed_dim {config.embed_dim} is not a whole number")
     require(config.dpt_features % 8 == 0,
             f"dpt_features {config.dpt_features} must be a multiple of 8 (its half carries the uv embedding)")
     require(all(channels % 4 == 0 for channels in config.dpt_out_channels),
             f"dpt_out_channels {config.dpt_out_channels} must be multiples of 4 (uv embedding)")
     omega = config.family == "omega"
-    require(not (omega and (config.point_head or config.track_head)), "VGGT-Ω has neither a point head nor a track head")
+    require(not (omega and (config.point_head or config.track_head)),
+            "VGGT-Ω has neither a point head nor a track head")
     require(omega or not config.register_layers, "register_layers belong to the family 'omega'")
-    require(omega or config.storage_tokens == config.num_register_tokens, "VGGT has as many storage tokens as register tokens")
+    require(omega or config.storage_tokens == config.num_register_tokens,
+            "VGGT has as many storage tokens as register tokens")
     require(all(isinstance(layer, int) and 0 <= layer < config.depth for layer in config.register_layers),
             f"register_layers {config.register_layers} name a layer that depth {config.depth} does not have")
     require(all(a <= b for a, b in zip(config.dpt_layers, config.dpt_layers[1:])),

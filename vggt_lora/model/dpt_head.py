@@ -102,7 +102,7 @@ def resize_maps(
     resized = [F.interpolate(piece, size=size, mode="bilinear", align_corners=True) for piece in pieces]
     return resized[0] if len(resized) == 1 else torch.cat(resized)
 
-
+# %% ../../nbs/model/dpt_head.ipynb #96d80ec9
 class FusionBlock(nn.Module):
     """Add a refined finer map to the coarse one, refine the sum, and resize it."""
 
@@ -127,7 +127,7 @@ class FusionBlock(nn.Module):
         """Return the fused map at the wanted size."""
         fused = coarse if finer is None else coarse + self.resConfUnit1(finer)
         size = size or (2 * coarse.shape[-2], 2 * coarse.shape[-1])
-        # a 1x1 convolution and a resize whose weights sum to 1 commute: first the one on the small map, and the large input of the other need not be kept
+        # a 1x1 convolution commutes with a resize whose weights sum to 1; on the small map it keeps less memory
         return resize_maps(self.out_conv(self.resConfUnit2(fused)), size)
 
 # %% ../../nbs/model/dpt_head.ipynb #359f6dd2
@@ -162,10 +162,14 @@ class Scratch(nn.Module):
         between = features if output_dim is None else features // 2
         self.output_conv1 = nn.Conv2d(features, between, 3, padding=1)
         if output_dim is not None:
-            self.output_conv2 = nn.Sequential(nn.Conv2d(between, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, output_dim, 1))
+            self.output_conv2 = nn.Sequential(nn.Conv2d(between, 32, 3, padding=1), nn.ReLU(),
+                                              nn.Conv2d(32, output_dim, 1))
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
-        """Fuse four maps (F, channels, h, w), fine to coarse, into one of twice the finest size (VGGT-Ω: of the finest size)."""
+        """Fuse four maps (F, channels, h, w), fine to coarse.
+
+        The result has twice the finest size (VGGT-Ω: the finest size).
+        """
         first, second, third, fourth = (getattr(self, f"layer{i}_rn")(level) for i, level in enumerate(levels, 1))
         fused = self.refinenet4(fourth, size=tuple(third.shape[-2:]))
         fused = self.refinenet3(fused, third, size=tuple(second.shape[-2:]))
@@ -190,8 +194,8 @@ class DPTHead(nn.Module):
         width, channels = 2 * config.embed_dim, config.dpt_out_channels
         self.config, self.output_dim, self.activation, self.down_ratio = config, output_dim, activation, down_ratio
         self.frames_chunk: int | None = None  # frames handled at once; None: config.frame_chunk
-        self.body_dtype: torch.dtype | None = None  # bfloat16: everything up to the last resize in autocast; None: in the dtype of the weights
-        self.recompute = False  # keep no activations of a group of frames: make them again in the backward pass
+        self.body_dtype: torch.dtype | None = None  # autocast up to the last resize; None: the weights' dtype
+        self.recompute = False  # gradient checkpointing of each group of frames
         self.norm = nn.LayerNorm(width, eps=1e-5)
         self.projects = nn.ModuleList(nn.Conv2d(width, out, 1) for out in channels)
         self.resize_layers = nn.ModuleList([
@@ -207,7 +211,7 @@ class DPTHead(nn.Module):
         outputs: dict[int, torch.Tensor],  # layer -> (B, S, N, 2C); those of dpt_layers are read
         image_size: tuple[int, int],  # (height, width) in pixels
     ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
-        """Return values (B, S, H, W, c) and confidence (B, S, H, W); or feature maps (B, S, features, h, w)."""
+        """Return values (B, S, H, W, c) and confidence (B, S, H, W), or feature maps (B, S, features, h, w)."""
         tokens = [outputs[layer][:, :, self.config.patch_start:] for layer in self.config.dpt_layers]
         groups = zip(*(level.split(self.frames_chunk or self.config.frame_chunk, dim=1) for level in tokens))
         if self.recompute and torch.is_grad_enabled():
@@ -228,21 +232,22 @@ class DPTHead(nn.Module):
             with torch.autocast(tokens[0].device.type, self.body_dtype):
                 fused = self.scratch(self._levels(tokens, image_size)).to(tokens[0].dtype)
         if self.output_dim is None:
-            return resize_maps(fused, tuple(side // self.down_ratio for side in image_size)).unflatten(0, (batch, frames))
+            size = tuple(side // self.down_ratio for side in image_size)
+            return resize_maps(fused, size).unflatten(0, (batch, frames))
         values, confidence = activate_map(self._raw(fused, image_size), self.activation)
         return values.unflatten(0, (batch, frames)), confidence.unflatten(0, (batch, frames))
 
     def _raw(self, fused: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
-        """Return what the activations are applied to, (F, output_dim, H, W)."""
+        """Return the head's output before the activations, (F, output_dim, H, W)."""
         fused = resize_maps(fused, tuple(side // self.down_ratio for side in image_size))
         return self.scratch.output_conv2(add_uv(fused, image_size[1] / image_size[0]))
 
     def _levels(self, tokens: list[torch.Tensor], image_size: tuple[int, int]) -> list[torch.Tensor]:
-        """Lay tokens out as pictures, (B * s, channels, h, w), and bring them to their four resolutions."""
+        """Turn tokens into maps (B * s, channels, h, w) at their four resolutions."""
         grid = tuple(side // self.config.patch_size for side in image_size)
         levels = []
         for level, project, resize in zip(tokens, self.projects, self.resize_layers):
-            # channels stay side by side in memory, also for a single frame, which torch would lay out otherwise: convolutions want them so
+            # channels-last memory layout, also for a single frame: convolutions are fastest on it
             maps = project(self.norm(level.flatten(0, 1)).unflatten(1, grid).permute(0, 3, 1, 2))
             if self.output_dim is not None:  # the tracker's feature maps carry no uv embedding
                 maps = add_uv(maps, image_size[1] / image_size[0])

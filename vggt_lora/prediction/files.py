@@ -49,11 +49,13 @@ def camera_records(
     height, width = geometry.depth.shape[1:]
     rows = []
     for name, written, K, pose, plan in zip(names, output_names(names), geometry.K, geometry.world_to_cam, plans):
-        of_photo = resize_intrinsics(crop_intrinsics(K, *(-side for side in plan.offset)), plan.resized_size, plan.source_size)
-        rows.append({"photo": name, "image": f"images/{written}", "depth": f"depth/{written[:-4]}.npz", "K": K.tolist(), "world_to_cam": pose.tolist(),
+        of_photo = resize_intrinsics(crop_intrinsics(K, *(-side for side in plan.offset)), plan.resized_size,
+                                     plan.source_size)
+        rows.append({"photo": name, "image": f"images/{written}", "depth": f"depth/{written[:-4]}.npz", "K": K.tolist(),
+                     "world_to_cam": pose.tolist(),
                      "photo_size": list(plan.source_size[::-1]), "photo_K": of_photo.tolist()})
-    return {"axes": "OpenCV: x right, y down, z forward; pixel i covers [i, i+1)", "unit": "metre" if geometry.metric else "arbitrary",
-            "size": [width, height], "cameras": rows}
+    return {"axes": "OpenCV: x right, y down, z forward; pixel i covers [i, i+1)",
+            "unit": "metre" if geometry.metric else "arbitrary", "size": [width, height], "cameras": rows}
 
 # %% ../../nbs/prediction/files.ipynb #5dba165a
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ class ModelPoints:
     row: np.ndarray  # (m,) of its point
     pixel: np.ndarray  # (m, 2)
 
-
+# %% ../../nbs/prediction/files.ipynb #e696d960
 def model_points(
     geometry: Geometry,
     images: np.ndarray,  # (N, H, W, 3) uint8
@@ -84,7 +86,8 @@ def model_points(
     owner, rest = np.divmod(rows, height * width)
     v, u = np.divmod(rest, width)
     xyz = np.concatenate([np.zeros((0, 3))] + [
-        unproject_depth(geometry.depth[i].astype(np.float64), geometry.K[i], geometry.world_to_cam[i])[v[owner == i], u[owner == i]] for i in range(count)])
+        unproject_depth(geometry.depth[i].astype(np.float64), geometry.K[i],
+                        geometry.world_to_cam[i])[v[owner == i], u[owner == i]] for i in range(count)])
     seen = []
     for j in range(count):
         pixels, z = project_points(xyz, geometry.world_to_cam[j], geometry.K[j])
@@ -95,7 +98,8 @@ def model_points(
         same = np.abs(geometry.depth[j][row, column] - z[which]) <= tolerance * z[which]
         which = which[(same & good[j][row, column]) | (owner[which] == j)]
         seen.append((np.full(len(which), j), which, pixels[which]))
-    return ModelPoints(xyz, images.reshape(-1, 3)[rows], geometry.confidence.reshape(-1)[rows], *(np.concatenate(part) for part in zip(*seen)))
+    return ModelPoints(xyz, images.reshape(-1, 3)[rows], geometry.confidence.reshape(-1)[rows],
+                       *(np.concatenate(part) for part in zip(*seen)))
 
 # %% ../../nbs/prediction/files.ipynb #43c97412
 def write_colmap(
@@ -111,7 +115,8 @@ def write_colmap(
     tracks = [pycolmap.Track() for _ in points.xyz]
     for i, (name, K, pose) in enumerate(zip(names, geometry.K, geometry.world_to_cam)):
         params = [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]
-        model.add_camera_with_trivial_rig(pycolmap.Camera(model="PINHOLE", width=width, height=height, params=params, camera_id=i + 1))
+        model.add_camera_with_trivial_rig(pycolmap.Camera(model="PINHOLE", width=width, height=height, params=params,
+                                                          camera_id=i + 1))
         mine = np.flatnonzero(points.photo == i)
         for place, row in enumerate(points.row[mine]):
             tracks[row].add_element(i + 1, place)
@@ -134,7 +139,8 @@ def write_depth(
     """Write depth, confidence and camera as .npz, and depth as a 16-bit PNG with its scale."""
     depth = np.where(inside, geometry.depth[i], 0).astype(np.float32)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(f"{stem}.npz", depth=depth, confidence=geometry.confidence[i].astype(np.float32), K=geometry.K[i], world_to_cam=geometry.world_to_cam[i])
+    np.savez_compressed(f"{stem}.npz", depth=depth, confidence=geometry.confidence[i].astype(np.float32),
+                        K=geometry.K[i], world_to_cam=geometry.world_to_cam[i])
     scale = float(max(depth.max(), 1e-12)) / 65535
     about = PngInfo()
     about.add_text("depth_scale", repr(scale))
@@ -179,8 +185,8 @@ def cloud_of(
     least = np.quantile(geometry.confidence[~masked], 1 - keep_confident) if (~masked).any() else 0.0
     rng, parts = np.random.default_rng(seed), []
     for i, name in enumerate(names):
-        one = fuse_depth(geometry.depth[i:i + 1], geometry.K[i:i + 1], geometry.world_to_cam[i:i + 1], images[i:i + 1], (name,), geometry.confidence[i:i + 1],
-                         masked=masked[i:i + 1])
+        one = fuse_depth(geometry.depth[i:i + 1], geometry.K[i:i + 1], geometry.world_to_cam[i:i + 1], images[i:i + 1],
+                         (name,), geometry.confidence[i:i + 1], masked=masked[i:i + 1])
         sure = one.confidence >= least
         left_out = {**one.left_out, "unsure": int((~sure).sum())}
         rows = np.flatnonzero(sure)
@@ -213,6 +219,7 @@ def write_files(
     write_json(folder / "cameras.json", camera_records(names, geometry, plans))
     write_json(folder / "scene.json", {"unit": "metre" if geometry.metric else "arbitrary"})
     least = np.quantile(geometry.confidence[~masked], 1 - keep_confident) if (~masked).any() else 0.0
-    write_colmap(folder / "sparse", written, geometry, model_points(geometry, images, ~masked & (geometry.confidence >= least)))
+    write_colmap(folder / "sparse", written, geometry,
+                 model_points(geometry, images, ~masked & (geometry.confidence >= least)))
     for ending in ("ply", "glb") if len(cloud) else ():
         write_cloud(folder / f"cloud.{ending}", cloud, up)

@@ -112,7 +112,8 @@ def compose(
     inner: Similarity,
 ) -> Similarity:
     """Return the similarity that applies `inner`, then `outer`."""
-    return Similarity(outer.scale * inner.scale, outer.rotation @ inner.rotation, outer.points(inner.translation[None])[0])
+    return Similarity(outer.scale * inner.scale, outer.rotation @ inner.rotation,
+                      outer.points(inner.translation[None])[0])
 
 
 def inverse(
@@ -145,7 +146,8 @@ def close_loop(
 
     def placed(values):
         steps = [np.zeros(7), *values.reshape(-1, 7)]
-        return [Similarity(p.scale * np.exp(s[0]), Rotation.from_rotvec(s[1:4]).as_matrix() @ p.rotation, p.translation + unit * s[4:]) for p, s in zip(places, steps)]
+        return [Similarity(p.scale * np.exp(s[0]), Rotation.from_rotvec(s[1:4]).as_matrix() @ p.rotation,
+                           p.translation + unit * s[4:]) for p, s in zip(places, steps)]
 
     def missed(values):
         now, found = placed(values), []
@@ -182,5 +184,6 @@ def sees_again(
     K = closing.K.copy()
     K[:, :2] /= step  # a sixty-fourth of the width is enough to count by
     small = depth[:, step // 2::step, step // 2::step]
-    shares = [agreeing_views(small[[i, j]], K[[i, j]], closing.world_to_cam[[i, j]], tolerance)[0].mean() for i in range(half) for j in range(half, len(depth))]
+    shares = [agreeing_views(small[[i, j]], K[[i, j]], closing.world_to_cam[[i, j]], tolerance)[0].mean()
+              for i in range(half) for j in range(half, len(depth))]
     return max(shares) >= least

@@ -28,7 +28,7 @@ class ScaleFit:
     outliers: int  # ratios more than 20 % away from it
     how: str  # points, cameras, or none
 
-
+# %% ../../nbs/prediction/known.ipynb #b337f13c
 def point_ratios(
     window: WindowPrediction,
     photos: Photos,  # of a scene
@@ -47,7 +47,7 @@ def point_ratios(
         found.append(z[seen][good] / predicted[good])
     return np.concatenate(found)
 
-
+# %% ../../nbs/prediction/known.ipynb #4f02b85d
 def camera_ratios(
     window: WindowPrediction,
     photos: Photos,
@@ -59,13 +59,14 @@ def camera_ratios(
     apart = (real > 1e-9) & (said > 1e-9)
     return real[apart] / said[apart]
 
-
+# %% ../../nbs/prediction/known.ipynb #3ab6f133
 def fit_scale(
     window: WindowPrediction,
     photos: Photos,
 ) -> ScaleFit:
     """Fit a window's scale to known cameras: by points, else by the cameras' distances, else 1."""
-    for how, ratios, least in (("points", point_ratios(window, photos), FEWEST_POINTS), ("cameras", camera_ratios(window, photos), 1)):
+    for how, ratios, least in (("points", point_ratios(window, photos), FEWEST_POINTS),
+                               ("cameras", camera_ratios(window, photos), 1)):
         if len(ratios) >= least:
             scale = float(np.median(ratios))
             return ScaleFit(scale, len(ratios), int((np.abs(np.log(ratios / scale)) > np.log(1.2)).sum()), how)
@@ -82,4 +83,5 @@ def camera_differences(
     focal = np.concatenate([w.K[:, 0, 0] / photos.K[list(w.frames), 0, 0] - 1 for w in windows])
     found = camera_metrics(rotation, translation)
     kept = {name: found[name] for name in ("pairs", "rotation_median", "translation_median", "auc_30")}
-    return {name: None if value != value else value for name, value in kept.items()} | {"focal_median": float(np.median(np.abs(focal)))}
+    return ({name: None if value != value else value for name, value in kept.items()}
+            | {"focal_median": float(np.median(np.abs(focal)))})

@@ -47,7 +47,8 @@ def adapter_folder(
     if any((folder / place / "adapter_config.json").is_file() for place in (".", "adapter")):
         return folder
     if folder.is_dir() and (folder / "checkpoints").is_dir():
-        raise WeightsError(f"{folder}: this run holds no adapter yet; finish it with resume=True, output={str(folder)!r}")
+        raise WeightsError(f"{folder}: this run holds no adapter yet; finish it with resume=True, "
+                           f"output={str(folder)!r}")
     if folder.exists() or name in SHIPPED or not REPOSITORY.fullmatch(name) or name.endswith(READABLE):
         return None
     return _fetched(name)
@@ -67,7 +68,7 @@ def _fetched(name: str):
         raise WeightsError(f"cannot fetch {name!r} from the hub: {type(fault).__name__}: {str(fault).splitlines()[0]} "
                            "(check the name and the network; gated repositories need `hf auth login`)") from None
 
-
+# %% ../../nbs/prediction/network.ipynb #c0a31276
 def load_network(
     name: str,  # run folder, PEFT folder, folder or file of weights, hub name, or "tiny"
     base: str = "",  # another name or place of an adapter's base
@@ -78,13 +79,16 @@ def load_network(
         if base:
             raise ConfigError(f"base={base!r} is for adapters, and {name!r} is a whole network; leave base empty")
         model = VGGT.from_pretrained(name, camera_head=True, depth_head=True, point_head=False)
-        return Network(model.requires_grad_(False), name, name, False, f"{model.load_report.sha256}-{model.load_report.size}")
+        return Network(model.requires_grad_(False), name, name, False,
+                       f"{model.load_report.sha256}-{model.load_report.size}")
     source = trained(folder, base or None)
     try:
         model = load_adapter(load_base(source), source.adapter)
     except WeightsError as fault:
-        raise WeightsError(f"{name}: its base {source.base!r} cannot be used: {fault}; give its place with base=") from None
-    digest = f"{source.about.get('base_fingerprint', '')[:16]}+{file_hash(source.adapter / 'adapter_model.safetensors')}"
+        raise WeightsError(f"{name}: its base {source.base!r} cannot be used: {fault}; give its place "
+                           "with base=") from None
+    digest = (
+        f"{source.about.get('base_fingerprint', '')[:16]}+{file_hash(source.adapter / 'adapter_model.safetensors')}")
     return Network(model.requires_grad_(False).eval(), name, source.base, True, digest)
 
 # %% ../../nbs/prediction/network.ipynb #c7d13fa1
@@ -115,7 +119,7 @@ class _LiveBytes(TorchDispatchMode):
         if not self.holders[key]:
             self.live -= size
 
-
+# %% ../../nbs/prediction/network.ipynb #b1d8f5d2
 def forward_bytes(
     shape,  # VGGTConfig
     frames: int,  # photos in a window
@@ -144,8 +148,9 @@ def check_memory(
     free = free_memory(device)[0] if free is None else free
     weights, results = forward_bytes(shape, frames, size)
     if weights + results <= free:
-        return f"a window of {frames} photos of {size[0]} x {size[1]} needs about {(weights + results) / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+        return (f"a window of {frames} photos of {size[0]} x {size[1]} needs about {(weights + results) / 1e9:.2f} GB, "
+                f"{free / 1e9:.1f} GB are free")
     fits = next((n for n in range(frames - 1, 0, -1) if weights + results * n / frames <= free), 0)
     remedy = f"give frames={fits}" if fits else "take smaller photos (image_size) or a machine with more"
-    raise ConfigError(f"a window of {frames} photos of {size[0]} x {size[1]} needs about {(weights + results) / 1e9:.2f} GB of memory, "
-                      f"{free / 1e9:.2f} GB are free; {remedy}")
+    raise ConfigError(f"a window of {frames} photos of {size[0]} x {size[1]} needs about "
+                      f"{(weights + results) / 1e9:.2f} GB of memory, {free / 1e9:.2f} GB are free; {remedy}")

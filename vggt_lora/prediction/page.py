@@ -39,10 +39,12 @@ def cloud_layers(
         return {"photo": cloud.colours}
     height, rank = cloud.points @ np.asarray(up), np.argsort(np.argsort(cloud.confidence)) / max(len(cloud) - 1, 1)
     low, high = np.quantile(height, [0.02, 0.98])
-    layers = {"photo": cloud.colours, "confidence": coloured(rank, 0, 1, "viridis"), "height": coloured(height, low, high),
+    layers = {"photo": cloud.colours, "confidence": coloured(rank, 0, 1, "viridis"),
+              "height": coloured(height, low, high),
               "which photo": coloured(cloud.photo / max(len(cloud.names) - 1, 1), 0, 1, "hsv")}
     if np.isfinite(cloud.error).any():
-        layers["error"] = coloured(np.nan_to_num(cloud.error, nan=0.0), 0, float(np.nanquantile(cloud.error, 0.95)), "magma")
+        layers["error"] = coloured(np.nan_to_num(cloud.error, nan=0.0), 0, float(np.nanquantile(cloud.error, 0.95)),
+                                   "magma")
     if cloud.region.any():
         layers["region"] = coloured(cloud.region, 0, float(cloud.region.max()), "tab10")
     return layers
@@ -57,7 +59,8 @@ def _inline(
     image, buffer = Image.fromarray(picture), io.BytesIO()
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image.save(buffer, "JPEG", quality=80)
-    return tag("img", src="data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), alt=about, title=about)
+    return tag("img", src="data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), alt=about,
+               title=about)
 
 
 def photo_rows(
@@ -81,7 +84,8 @@ def photo_rows(
     return rows
 
 # %% ../../nbs/prediction/page.ipynb #c0d0ef8a
-STYLE_OF_VIEW = Markup("<style>figure img { width: 31%; margin-right: 1%; } figure.chosen { outline: 3px solid #d55e00; } .cloud-view { margin: 1rem 0; }</style>")
+STYLE_OF_VIEW = Markup("<style>figure img { width: 31%; margin-right: 1%; } figure.chosen { outline: 3px solid "
+                       "#d55e00; } .cloud-view { margin: 1rem 0; }</style>")
 
 
 def prediction_page(
@@ -98,7 +102,9 @@ def prediction_page(
 ) -> str:
     """Make the page, self-contained: it opens from a disk without a network."""
     viewed = [ViewedCloud(name, cloud.points, cloud_layers(cloud, up)) for name, cloud in clouds.items() if len(cloud)]
-    view = view_markup(view_data(viewed, cameras, up)) if viewed else tag("p", "No pixel was sure enough to become a point: the cloud is empty.", class_="alarm")
-    return page(title, STYLE_OF_VIEW, tag("p", lead, class_="lead"), view, section("Numbers", facts(numbers), *([table(*rows)] if rows else [])),
+    view = (view_markup(view_data(viewed, cameras, up)) if viewed
+            else tag("p", "No pixel was sure enough to become a point: the cloud is empty.", class_="alarm"))
+    return page(title, STYLE_OF_VIEW, tag("p", lead, class_="lead"), view,
+                section("Numbers", facts(numbers), *([table(*rows)] if rows else [])),
                 section("To know", tag("ul", [tag("li", note) for note in notes])) if notes else None,
                 section("Photos and depth", *photos), section("How it was made", facts(made)), policy=POLICY_WITH_VIEW)

@@ -124,7 +124,8 @@ def open_photos(
     names, paths, scene = listed(source, known_cameras)
     for name in wanted:
         if name not in names:
-            raise SceneError(f"{source}: holds no photo {name!r}; it has {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
+            raise SceneError(f"{source}: holds no photo {name!r}; it has "
+                             f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
     chosen = [k for k in range(len(names)) if not wanted or names[k] in wanted]
     opened, left_out = {}, {}
     for k in progress_bar(chosen, desc="photos", unit="photo", disable=len(chosen) < 20):
@@ -135,15 +136,19 @@ def open_photos(
             continue
         longest = max(photo.size)  # what is kept until the common size is known needs no more pixels than this
         size = photo.height, photo.width
-        photo.thumbnail((2 * long_side, 2 * long_side), Image.Resampling.BICUBIC, reducing_gap=3.0) if longest > 4 * long_side else None
+        photo.thumbnail((2 * long_side, 2 * long_side), Image.Resampling.BICUBIC,
+                        reducing_gap=3.0) if longest > 4 * long_side else None
         opened[k] = size, photo
     if not opened:
-        raise SceneError(f"{source}: none of its {len(chosen)} photos can be read; the first: {next(iter(left_out.values()))}")
+        raise SceneError(f"{source}: none of its {len(chosen)} photos can be read; the first: "
+                         f"{next(iter(left_out.values()))}")
     target = common_size([size for size, _ in opened.values()], long_side, patch)
     plans = {k: plan_for(size, target, patch) for k, (size, _) in opened.items()}
     K = pose = None
     if scene is not None:
         K = np.stack([plans[k].intrinsics(scene.frames[k].K) for k in opened])
         pose = np.stack([scene.frames[k].world_to_cam for k in opened])
-    return Photos(tuple(names[k] for k in opened), tuple(paths[k] for k in opened), np.stack([on_grid(photo, plans[k]) for k, (_, photo) in opened.items()]),
-                  np.stack([content_mask(plan) for plan in plans.values()]), tuple(plans.values()), left_out, scene, K, pose)
+    return Photos(tuple(names[k] for k in opened), tuple(paths[k] for k in opened),
+                  np.stack([on_grid(photo, plans[k]) for k, (_, photo) in opened.items()]),
+                  np.stack([content_mask(plan) for plan in plans.values()]), tuple(plans.values()), left_out, scene, K,
+                  pose)

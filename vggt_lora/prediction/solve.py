@@ -18,8 +18,8 @@ import torch
 from ..evaluation.fusion import Similarity
 from ..files.atomic import atomic_path
 from .files import Geometry
-from .join import (Link, WindowPrediction, chain, close_loop, closing_window, link_windows, owner_of, robust_similarity, sees_again,
-                                       windows_of)
+from .join import (Link, WindowPrediction, chain, close_loop, closing_window, link_windows,
+                                       owner_of, robust_similarity, sees_again, windows_of)
 from ..geometry.cameras import decode_pose, unproject_depth
 from .known import ScaleFit, camera_differences, fit_scale
 from .photos import Photos
@@ -62,7 +62,8 @@ def kept_window(
     **how,  # device and precision
 ) -> WindowPrediction:
     """Take a window from the store, or predict it and keep it there."""
-    path = store / f"{key}-{'_'.join(map(str, (frames[0], frames[-1], len(frames))))}.npz" if store is not None else None
+    path = (store / f"{key}-{'_'.join(map(str, (frames[0], frames[-1], len(frames))))}.npz" if store is not None
+            else None)
     if path is not None and path.is_file():
         with np.load(path) as kept:
             return WindowPrediction(frames, *(kept[name] for name in ("depth", "confidence", "world_to_cam", "K")))
@@ -85,7 +86,7 @@ class Solved:
     scales: tuple[ScaleFit, ...] = ()  # of the windows, where cameras are known
     differences: dict | None = None  # predicted against known cameras
 
-
+# %% ../../nbs/prediction/solve.ipynb #825f67a9
 def solve(
     model,
     photos: Photos,
@@ -108,7 +109,7 @@ def solve(
         return _on_known_cameras(windows, photos)
     return _joined(windows, plan, photos, one if loop and len(plan) > 2 else None)
 
-
+# %% ../../nbs/prediction/solve.ipynb #e7e0b6e2
 def _gathered(windows, places: list[Similarity], count: int) -> Geometry:
     """Take each photo from the window in which it stands nearest to the middle, moved to the common world."""
     owner = owner_of([w.frames for w in windows], count)
@@ -128,9 +129,10 @@ def _on_known_cameras(windows, photos: Photos) -> Solved:
     scales = tuple(fit_scale(w, photos) for w in windows)
     scaled = _gathered(windows, [Similarity(fit.scale) for fit in scales], len(photos))
     geometry = dataclasses.replace(scaled, K=photos.K, world_to_cam=photos.world_to_cam, metric=photos.scene.metric)
-    return Solved(geometry, tuple(windows), scales=scales, differences=camera_differences(windows, photos) if len(photos) > 1 else None)
+    return Solved(geometry, tuple(windows), scales=scales,
+                  differences=camera_differences(windows, photos) if len(photos) > 1 else None)
 
-
+# %% ../../nbs/prediction/solve.ipynb #b082ea70
 def _joined(windows, plan, photos: Photos, one) -> Solved:
     """Chain windows, and close the loop where the closing window shows one."""
     links = [link_windows(windows[k], windows[k + 1], photos.inside, (k, k + 1)) for k in range(len(windows) - 1)]
@@ -138,7 +140,8 @@ def _joined(windows, plan, photos: Photos, one) -> Solved:
     closing = one(closing_window(plan)) if one is not None else None
     if closing is not None and sees_again(closing, photos.inside):
         last = len(windows) - 1
-        back = [link_windows(windows[last], closing, photos.inside, (last, last + 1)), link_windows(windows[0], closing, photos.inside, (0, last + 1))]
+        back = [link_windows(windows[last], closing, photos.inside, (last, last + 1)),
+                link_windows(windows[0], closing, photos.inside, (0, last + 1))]
         unit = float(np.median(windows[0].depth))
         start = [*places, chain([*links, back[0]])[-1]]
         places_now = close_loop(start, [*links, *back], unit)[:-1]
@@ -156,7 +159,9 @@ def align_to(
     """Bring a geometry into the world of another one by their points at the same pixels; returns it and the median distance, share of the depth."""
     rows = np.flatnonzero(inside)
     rows = rows[:: max(1, len(rows) // most)]
-    own, goal = (unproject_depth(g.depth.astype(np.float64), g.K, g.world_to_cam).reshape(-1, 3)[rows] for g in (geometry, reference))
+    own, goal = (unproject_depth(g.depth.astype(np.float64), g.K, g.world_to_cam).reshape(-1, 3)[rows]
+                 for g in (geometry, reference))
     fit, _, error = robust_similarity(own, goal, reference.depth.reshape(-1)[rows].astype(np.float64))
     moved = (geometry.depth * fit.scale).astype(np.float32)
-    return dataclasses.replace(geometry, depth=moved, world_to_cam=fit.cameras(geometry.world_to_cam), metric=reference.metric), error
+    return (dataclasses.replace(geometry, depth=moved, world_to_cam=fit.cameras(geometry.world_to_cam),
+                                metric=reference.metric), error)

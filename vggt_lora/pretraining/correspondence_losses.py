@@ -24,13 +24,15 @@ def patch_places(
     middle = patch // 2
     z = depth[..., middle::patch, middle::patch].flatten(2)  # (B, S, P)
     v, u = torch.meshgrid(torch.arange(middle, height, patch), torch.arange(middle, width, patch), indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)], -1).reshape(-1, 3).to(depth) + torch.tensor([0.5, 0.5, 0.0]).to(depth)
+    pixels = (torch.stack([u, v, torch.ones_like(u)], -1).reshape(-1, 3).to(depth)
+              + torch.tensor([0.5, 0.5, 0.0]).to(depth))
     local = (pixels @ K.inverse().transpose(-1, -2)) * z[..., None]
     motion = pose[:, :1] @ pose.inverse()
     there = local @ motion[..., :3, :3].transpose(-1, -2) + motion[..., None, :3, 3]
     image = there @ K[:, :1].transpose(-1, -2)
     places = image[..., :2] / image[..., 2:].clamp_min(1e-9)
-    inside = (z > 0) & (image[..., 2] > 0.05) & (places >= 0).all(-1) & (places[..., 0] < width) & (places[..., 1] < height)
+    inside = ((z > 0) & (image[..., 2] > 0.05) & (places >= 0).all(-1) & (places[..., 0] < width)
+              & (places[..., 1] < height))
     column, row = (places[..., k].floor().clamp(0, side - 1).long() for k, side in ((0, width), (1, height)))
     first = depth[:, 0].flatten(1).gather(1, (row * width + column).flatten(1)).view_as(row)
     seen = inside & ((first - image[..., 2]).abs() < tolerance * image[..., 2])
@@ -61,13 +63,15 @@ class Guide(nn.Module):
         counted[:, 0] = False
         names = ("match", "place", "found") + (("point", "pointed") if pointers else ())
         if not counted.any():
-            return dict.fromkeys(names, 0 * (early.sum() + late.sum() + sum(part.sum() for pair in pointers for part in pair)))
+            return dict.fromkeys(names,
+                                 0 * (early.sum() + late.sum() + sum(part.sum() for pair in pointers for part in pair)))
         feature = F.normalize(early, dim=-1)
         scores = self.sharpness.clamp(max=4.6).exp() * torch.einsum("bspc,bqc->bspq", feature, feature[:, 0])[counted]
         column, row = (places[counted][:, k].mul(grid[1 - k]).floor().clamp(0, grid[1 - k] - 1).long() for k in (0, 1))
         target = row * grid[1] + column
         error = (self.place(F.layer_norm(late, late.shape[-1:]))[counted] + 0.5 - places[counted]).abs().mean()
-        terms = {"match": F.cross_entropy(scores, target), "place": error, "found": (scores.argmax(-1) == target).float().mean()}
+        terms = {"match": F.cross_entropy(scores, target), "place": error,
+                 "found": (scores.argmax(-1) == target).float().mean()}
         if pointers:
             found = [pointing(query, key, counted, target) for query, key in pointers]
             terms |= {name: torch.stack(part).mean() for name, part in zip(("point", "pointed"), zip(*found))}
@@ -91,11 +95,13 @@ class Guide(nn.Module):
         asked = number[..., 0] >= 5
         if not asked.any():
             return dict.fromkeys(("carry", "flow"), 0 * sum(part.sum() for part in (*added, *cameras)))
-        carry = [(head(part)[counted] + 0.5 - places[counted]).abs().mean() for head, part in zip(self.carry, added, strict=True)]
-        flow = [(head(F.layer_norm(part, part.shape[-1:]))[asked] - moved[asked]).abs().mean() for head, part in zip(self.flow, cameras, strict=True)]
+        carry = [(head(part)[counted] + 0.5 - places[counted]).abs().mean()
+                 for head, part in zip(self.carry, added, strict=True)]
+        flow = [(head(F.layer_norm(part, part.shape[-1:]))[asked] - moved[asked]).abs().mean()
+                for head, part in zip(self.flow, cameras, strict=True)]
         return {"carry": torch.stack(carry).mean(), "flow": torch.stack(flow).mean()}
 
-
+# %% ../../nbs/pretraining/correspondence_losses.ipynb #0352355d
 def pointing(
     query: torch.Tensor,  # (B, heads, S * N, head_width), N = special tokens, then P patches
     key: torch.Tensor,  # the same shape

@@ -50,7 +50,8 @@ def fresh_model(config: VGGTConfig, seed: int = 0) -> VGGT:
         for name, parameter in model.named_parameters():
             if name.endswith("gamma"):
                 parameter.fill_(0.3)
-        for token in (model.aggregator.camera_token, model.aggregator.register_token, patches.cls_token, patches.register_tokens):
+        for token in (model.aggregator.camera_token, model.aggregator.register_token, patches.cls_token,
+                      patches.register_tokens):
             token.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
         last = model.camera_head.pose_branch.fc2
         last.weight.mul_(0.1)
@@ -66,7 +67,7 @@ def pose_angles(predicted: torch.Tensor, truth: torch.Tensor) -> tuple[np.ndarra
     along = F.cosine_similarity(predicted[:, :3, 3], truth[:, :3, 3], dim=-1).clamp(-1, 1)
     return cosine.acos().rad2deg().numpy(), along.acos().rad2deg().numpy()
 
-
+# %% ../../nbs/pretraining/pretrain.ipynb #bd230221
 @torch.no_grad()
 def judge(
     model: VGGT,
@@ -98,7 +99,8 @@ def judge(
         turns, ways = [*turns, *turn], [*ways, *way]
     model.train()
     return {"absrel": float(np.mean(absrel)), "d1": float(np.mean(within)), "rotation_deg": float(np.median(turns)),
-            "direction_deg": float(np.median(ways)), "absrel_flat": float(np.mean(flat)), "rotation_deg_still": float(np.median(still)), "frames": len(absrel), "pairs": len(turns)}
+            "direction_deg": float(np.median(ways)), "absrel_flat": float(np.mean(flat)),
+            "rotation_deg_still": float(np.median(still)), "frames": len(absrel), "pairs": len(turns)}
 
 # %% ../../nbs/pretraining/pretrain.ipynb #592ca1b8
 def rate_at(config: PretrainConfig, step: int, muon: bool) -> float:
@@ -113,7 +115,8 @@ def optimisers(model: VGGT, config: PretrainConfig) -> list:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ("blocks." in n or "trunk." in n)]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
-    return [torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+    return [torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay,
+                             adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.98))]
 
 
@@ -127,30 +130,38 @@ def held_out_worlds(config: PretrainConfig) -> list:
 
 def stone_worlds(config: PretrainConfig) -> list:
     """Streets of stone: a style that no training world has."""
-    return [stored_world(config.world_folder / "stone", 2_000_000 + k, styles=("stone",), kind="site") for k in range(config.held_out // 2)]
+    return [stored_world(config.world_folder / "stone", 2_000_000 + k, styles=("stone",), kind="site")
+            for k in range(config.held_out // 2)]
 
 # %% ../../nbs/pretraining/pretrain.ipynb #7c107c84
-def ask(guide: Guide, model: VGGT, embedded, state, batch: dict, config: PretrainConfig, step: int) -> tuple[torch.Tensor, dict]:
+def ask(guide: Guide, model: VGGT, embedded, state, batch: dict, config: PretrainConfig,
+        step: int) -> tuple[torch.Tensor, dict]:
     """The guide's questions that are asked at a step: their weighted sum, and each."""
     start, width = model.config.patch_start, model.config.embed_dim
     grid = tuple(side // model.config.patch_size for side in state.image_size)
-    places, seen = patch_places(batch["depth"] * batch["valid"], batch["K"], batch["world_to_cam"], model.config.patch_size)
+    places, seen = patch_places(batch["depth"] * batch["valid"], batch["K"], batch["world_to_cam"],
+                                model.config.patch_size)
     outputs = {layer: output.float() for layer, output in state.outputs.items()}
-    weights = {"match": config.match_weight, "place": config.place_weight if step < config.late_from else config.late_place_weight}
+    weights = {"match": config.match_weight,
+               "place": config.place_weight if step < config.late_from else config.late_place_weight}
     pointers = []
     if step >= config.point_from:
         weights["point"] = config.point_weight
-        pointers = [tuple(part.float() for part in model.aggregator.pointers(state, layer)) for layer in config.pointing_layers]
-    terms = guide(embedded.tokens[:, :, start:].float(), outputs[model.config.depth - 1][:, :, start:], places, seen, grid, pointers)
+        pointers = [tuple(part.float() for part in model.aggregator.pointers(state, layer))
+                    for layer in config.pointing_layers]
+    terms = guide(embedded.tokens[:, :, start:].float(), outputs[model.config.depth - 1][:, :, start:], places, seen,
+                  grid, pointers)
     if step >= config.carry_from:
         weights |= {"carry": config.carry_weight, "flow": config.flow_weight}
         patches = [outputs[layer][:, :, start:] for layer in config.pointing_layers]
         added = [both[..., width:] - both[..., :width] for both in patches]  # after the global block, less before it
-        terms |= guide.carried(added, [outputs[layer][:, :, 0] for layer in model.config.dpt_layers[2:]], places, seen, grid)
+        terms |= guide.carried(added, [outputs[layer][:, :, 0] for layer in model.config.dpt_layers[2:]], places, seen,
+                               grid)
     return sum(weight * terms[name] for name, weight in weights.items()), terms
 
-
-def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, config: PretrainConfig, step: int, share: float) -> tuple[tuple, dict]:
+# %% ../../nbs/pretraining/pretrain.ipynb #307e25ae
+def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, config: PretrainConfig, step: int,
+               share: float) -> tuple[tuple, dict]:
     """Gradients of a part of the batch, by torch.autograd.grad: several threads may ask at once."""
     batch = {name: value.to(config.device) for name, value in batch.items()}
     with torch.autocast(config.device, torch.bfloat16, enabled=config.device == "cuda"):
@@ -166,13 +177,15 @@ def _gradients(model: VGGT, guide: Guide | None, trained: list, batch: dict, con
     return gradients, {n: share * float(v.detach()) for n, v in terms.items()}
 
 # %% ../../nbs/pretraining/pretrain.ipynb #66cfe24f
-def train_step(model: VGGT, guide: Guide | None, optimizers: list, batch: dict, config: PretrainConfig, step: int = 0) -> dict:
+def train_step(model: VGGT, guide: Guide | None, optimizers: list, batch: dict, config: PretrainConfig,
+               step: int = 0) -> dict:
     """One step; return the loss and its parts. On the CPU the windows are shared out among `workers` threads."""
     trained = [p for m in (model, guide) if m is not None for p in m.parameters() if p.requires_grad]
     windows = len(batch["images"])
     parts = [p for p in torch.arange(windows).tensor_split(min(config.workers, windows)) if len(p)]
     with ThreadPoolExecutor(len(parts)) as pool:
-        results = list(pool.map(lambda part: _gradients(model, guide, trained, {n: v[part] for n, v in batch.items()}, config, step, len(part) / windows), parts))
+        results = list(pool.map(lambda part: _gradients(model, guide, trained, {n: v[part] for n, v in batch.items()},
+                                                        config, step, len(part) / windows), parts))
     for parameter, *gradients in zip(trained, *(gradients for gradients, _ in results)):
         found = [g for g in gradients if g is not None]
         parameter.grad = sum(found[1:], found[0]) if found else None
@@ -193,8 +206,8 @@ def _begin_guide(model: VGGT, optimizers: list, config: PretrainConfig) -> Guide
 # %% ../../nbs/pretraining/pretrain.ipynb #f08c6058
 def _save(path: Path, model, guide, optimizers, step: int, seconds: float) -> None:
     with atomic_path(path) as temporary:
-        torch.save({"model": model.state_dict(), "guide": guide and guide.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
-                    "seconds": seconds}, temporary)
+        torch.save({"model": model.state_dict(), "guide": guide and guide.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers], "step": step, "seconds": seconds}, temporary)
 
 
 def _note(path: Path, **values) -> None:
@@ -205,7 +218,8 @@ def _note(path: Path, **values) -> None:
 def _curve(path: Path, step: int) -> None:
     """Drop what a killed run noted after its last checkpoint."""
     if path.is_file():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+                and json.loads(line)["step"] <= step]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
@@ -281,7 +295,8 @@ def camera_data(model: VGGT, config: PretrainConfig) -> tuple[dict, tuple[int, i
         made = pool.map(lambda k: camera_tokens(model, config, k), range(config.camera_batches))
         for part in tqdm(made, total=config.camera_batches, desc="camera tokens", mininterval=5):
             groups.setdefault(part[0].shape[1], []).append(part)
-    return {frames: [torch.cat(column) for column in zip(*parts)] for frames, parts in groups.items()}, size_at(config, config.steps)
+    return ({frames: [torch.cat(column) for column in zip(*parts)] for frames, parts in groups.items()},
+            size_at(config, config.steps))
 
 # %% ../../nbs/pretraining/pretrain.ipynb #d411021f
 def fresh_head(model: VGGT, tokens: torch.Tensor, seed: int) -> None:
@@ -298,8 +313,10 @@ def head_optimisers(head, config: PretrainConfig) -> list:
     """Muon for the matrices of the trunk, AdamW for the rest; the first norm stays."""
     trained = {n: p for n, p in head.named_parameters() if not n.startswith("token_norm")}
     matrices = {n: p for n, p in trained.items() if p.ndim == 2 and n.startswith("trunk.")}
-    return [torch.optim.Muon(list(matrices.values()), lr=config.camera_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], lr=config.camera_lr, weight_decay=config.weight_decay)]
+    return [torch.optim.Muon(list(matrices.values()), lr=config.camera_lr, weight_decay=config.weight_decay,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], lr=config.camera_lr,
+                              weight_decay=config.weight_decay)]
 
 # %% ../../nbs/pretraining/pretrain.ipynb #5539035a
 def finish_camera(model: VGGT, config: PretrainConfig) -> VGGT:
@@ -321,22 +338,26 @@ def finish_camera(model: VGGT, config: PretrainConfig) -> VGGT:
     for step in tqdm(range(config.camera_steps), desc="camera head", mininterval=5):
         tokens, poses, K = list(data.values())[int(torch.multinomial(sizes, 1, generator=draw))]
         chosen = torch.randint(len(tokens), (64,), generator=draw)
-        noisy = tokens[chosen] + config.camera_noise * spread * torch.randn(tokens[chosen].shape, generator=draw).to(tokens)
+        noisy = (tokens[chosen] + config.camera_noise * spread
+                 * torch.randn(tokens[chosen].shape, generator=draw).to(tokens))
         valid = torch.ones(64, tokens.shape[1], 4, 4, dtype=torch.bool, device=tokens.device)
         loss = camera_loss(head(noisy), poses[chosen], K[chosen], valid, size).total
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = config.camera_lr * min(1, (step + 1) / 50, (config.camera_steps - step) / (0.7 * config.camera_steps))
+            optimizer.param_groups[0]["lr"] = (config.camera_lr
+                                               * min(1, (step + 1) / 50,
+                                                     (config.camera_steps - step) / (0.7 * config.camera_steps)))
             optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.clip)
         for optimizer in optimizers:
             optimizer.step()
-    _note(config.folder / "curve.jsonl", step=config.steps, seconds=round(_seconds(config) + time.monotonic() - started, 1), finished="camera head")
+    _note(config.folder / "curve.jsonl", step=config.steps,
+          seconds=round(_seconds(config) + time.monotonic() - started, 1), finished="camera head")
     with atomic_path(done) as temporary:
         torch.save(model.state_dict(), temporary)
     return model.eval()
 
-
+# %% ../../nbs/pretraining/pretrain.ipynb #507bddb5
 def _seconds(config: PretrainConfig) -> float:
     """Seconds that the run has taken so far."""
     return json.loads((config.folder / "curve.jsonl").read_text(encoding="utf-8").splitlines()[-1])["seconds"]
@@ -345,7 +366,8 @@ def _seconds(config: PretrainConfig) -> float:
 def read_curve(folder: Path | str) -> list[dict]:
     """Measurements on the held-out worlds, step by step."""
     lines = [json.loads(line) for line in (Path(folder) / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{"step": line["step"], **{n: round(v, 5) for n, v in line["held_out"].items()}} for line in lines if "held_out" in line]
+    return [{"step": line["step"], **{n: round(v, 5) for n, v in line["held_out"].items()}} for line in lines
+            if "held_out" in line]
 
 
 def training_record(config: PretrainConfig, model: VGGT) -> dict:
@@ -353,7 +375,8 @@ def training_record(config: PretrainConfig, model: VGGT) -> dict:
     settings = {n: v for n, v in dataclasses.asdict(config).items() if n not in ("output", "worlds")}
     gpu = torch.cuda.get_device_name() if config.device == "cuda" else ""
     machine = gpu or f"{os.cpu_count()} cores ({platform.machine()}), no GPU"
-    return {"config": settings, "parameters": sum(p.numel() for p in model.parameters()), "hours": round(_seconds(config) / 3600, 2),
+    return {"config": settings, "parameters": sum(p.numel() for p in model.parameters()),
+            "hours": round(_seconds(config) / 3600, 2),
             "machine": machine, "torch": torch.__version__, "curve": read_curve(config.folder),
             "measured": {"held-out worlds": judge(model, held_out_worlds(config)),
                          "stone streets (style never seen)": judge(model, stone_worlds(config))}}

@@ -62,7 +62,8 @@ class PretrainConfig:
     device: str = "cpu"  # cpu or cuda
 
     def __post_init__(self):
-        for name in ("steps", "threads", "workers", "images", "first_worlds", "most_worlds", "check_every", "save_every", "held_out"):
+        for name in ("steps", "threads", "workers", "images", "first_worlds", "most_worlds", "check_every",
+                     "save_every", "held_out"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 1 <= self.decay_steps <= self.steps:
@@ -92,7 +93,7 @@ def _world(folder: Path, seed: int, **settings):
         _worlds[key] = stored_world(folder, seed, **settings)
     return _worlds[key]
 
-
+# %% ../../nbs/pretraining/pretrain_data.ipynb #2b559aed
 def window_of(world, frames: list, size: tuple[int, int], zoom: float = 1.0, mirror: bool = False) -> dict:
     """Some photos of a world at `size`, through a lens `zoom` times longer: images, K, world_to_cam, depth, valid."""
     images = torch.from_numpy(world.images[frames]).permute(0, 3, 1, 2).float() / 255
@@ -112,23 +113,24 @@ def window_of(world, frames: list, size: tuple[int, int], zoom: float = 1.0, mir
         flip = torch.diag(torch.tensor([-1.0, 1, 1, 1], dtype=poses.dtype))
         images, depth, poses = images.flip(-1), depth.flip(-1), flip @ poses @ flip
         K[:, 0, 2] = size[1] - K[:, 0, 2]
-    return {"images": images, "K": K.float(), "world_to_cam": poses, "depth": depth, "valid": (depth > 0) & (depth < 150)}
+    return {"images": images, "K": K.float(), "world_to_cam": poses, "depth": depth,
+            "valid": (depth > 0) & (depth < 150)}
 
-
+# %% ../../nbs/pretraining/pretrain_data.ipynb #8473b984
 def recolour(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Change light, contrast and tint of a window."""
     gain = torch.tensor(rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, (1, 3, 1, 1)), dtype=torch.float32)
     images = (images.clamp_min(1e-4) ** float(rng.uniform(0.75, 1.35)) * gain).clamp(0, 1)
     return images.mean(1, keepdim=True).expand_as(images) if rng.random() < 0.05 else images
 
-
+# %% ../../nbs/pretraining/pretrain_data.ipynb #ab67c151
 def size_at(config: PretrainConfig, step: int) -> tuple[int, int]:
     """Height and width of the photos of a step: small ones first, which cost little."""
     if step < config.coarse_steps:
         return 84, 126
     return (112, 168) if step < config.coarse_steps + config.small_steps else (154, 224)
 
-
+# %% ../../nbs/pretraining/pretrain_data.ipynb #bd3a554f
 def batch_at(config: PretrainConfig, step: int) -> dict:
     """The batch of a step: the same for the same settings and step."""
     rng = np.random.default_rng([config.seed, 77, step])

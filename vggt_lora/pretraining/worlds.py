@@ -36,7 +36,8 @@ class World:
     kind: str  # one of PLACES, with the style of facades
 
 # %% ../../nbs/pretraining/worlds.ipynb #ef28269a
-_PATTERNS = ("plaster", "boards", "paving", "brick", "panel", "plain", "trim", "cobble", "asphalt", "tiles", "slate", "grass")
+_PATTERNS = ("plaster", "boards", "paving", "brick", "panel", "plain", "trim", "cobble", "asphalt", "tiles", "slate",
+             "grass")
 
 
 def any_material(rng: np.random.Generator) -> Material:
@@ -44,14 +45,14 @@ def any_material(rng: np.random.Generator) -> Material:
     colour = rng.uniform(0.05, 0.75) * (0.6 + 0.4 * rng.random(3))
     return Material(_PATTERNS[rng.integers(len(_PATTERNS))], tuple(colour), tuple(colour * rng.uniform(0.3, 1.3)))
 
-
+# %% ../../nbs/pretraining/worlds.ipynb #40552471
 def turned_box(build: Build, place, size, angle: float, rng: np.random.Generator) -> None:
     """Add a box that stands on `place` (3,), turned by `angle` about the vertical."""
     x, y = np.array([np.cos(angle), np.sin(angle), 0]), np.array([-np.sin(angle), np.cos(angle), 0])
     corner = np.asarray(place, float) - 0.5 * (size[0] * x + size[1] * y)
     box(build, corner, size[0] * x, size[1] * y, (0, 0, size[2]), any_material(rng))
 
-
+# %% ../../nbs/pretraining/worlds.ipynb #e15cd3a1
 def make_room(rng: np.random.Generator) -> tuple[Build, dict]:
     """Build a furnished room; return it and where a photographer can be."""
     build = Build()
@@ -64,15 +65,18 @@ def make_room(rng: np.random.Generator) -> tuple[Build, dict]:
         for _ in range(int(rng.integers(0, 4))):  # doors, pictures, windows: thin boxes before the wall
             s, low, tall = rng.uniform(0.1, 0.9), rng.choice([0.0, rng.uniform(0.7, 1.4)]), rng.uniform(0.4, 1.9)
             middle = a + s * (b - a)
-            turned_box(build, middle + [0, 0, low], (rng.uniform(0.4, 1.6), 0.08, min(tall, h - low - 0.1)), np.arctan2(*(b - a)[1::-1]), rng)
+            turned_box(build, middle + [0, 0, low], (rng.uniform(0.4, 1.6), 0.08, min(tall, h - low - 0.1)),
+                       np.arctan2(*(b - a)[1::-1]), rng)
     build.face(corners, any_material(rng), "ground")
     build.face([c + np.array([0, 0, h]) for c in map(np.array, corners[::-1])], Material("plaster", (0.7, 0.69, 0.66)))
     for _ in range(int(rng.integers(3, 12))):
         place = (rng.uniform(0.3, w - 0.3), rng.uniform(0.3, d - 0.3), 0)
-        turned_box(build, place, rng.uniform((0.3, 0.3, 0.3), (1.8, 0.9, min(2.2, h))), rng.choice([0, np.pi / 2, rng.uniform(0, np.pi)]), rng)
-    return build, {"low": (0.6, 0.6, 0.9), "high": (w - 0.6, d - 0.6, min(1.9, h - 0.4)), "focus": (w / 2, d / 2, h / 2), "step": 0.25, "inside": True}
+        turned_box(build, place, rng.uniform((0.3, 0.3, 0.3), (1.8, 0.9, min(2.2, h))),
+                   rng.choice([0, np.pi / 2, rng.uniform(0, np.pi)]), rng)
+    return (build, {"low": (0.6, 0.6, 0.9), "high": (w - 0.6, d - 0.6, min(1.9, h - 0.4)),
+                    "focus": (w / 2, d / 2, h / 2), "step": 0.25, "inside": True})
 
-
+# %% ../../nbs/pretraining/worlds.ipynb #bfd04a8f
 def make_boxes(rng: np.random.Generator) -> tuple[Build, dict]:
     """Build a yard of boxes and posts; return it and where a photographer can be."""
     build, reach = Build(), rng.uniform(3, 9)
@@ -80,37 +84,43 @@ def make_boxes(rng: np.random.Generator) -> tuple[Build, dict]:
     for _ in range(int(rng.integers(5, 22))):
         place = (*rng.normal(0, 0.6 * reach, 2), 0)
         if rng.random() < 0.25:
-            prism(build, place, rng.uniform(0.8, 6), rng.uniform(0.08, 0.7), any_material(rng), sides=12, top_radius=rng.uniform(0.05, 0.7))
+            prism(build, place, rng.uniform(0.8, 6), rng.uniform(0.08, 0.7), any_material(rng), sides=12,
+                  top_radius=rng.uniform(0.05, 0.7))
         else:
             turned_box(build, place, rng.uniform(0.4, 1, 3) * rng.uniform(0.6, 6), rng.uniform(0, np.pi), rng)
     if rng.random() < 0.6:  # something large behind
         angle = rng.uniform(0, 2 * np.pi)
-        turned_box(build, (2.2 * reach * np.cos(angle), 2.2 * reach * np.sin(angle), 0), (rng.uniform(10, 40), 5, rng.uniform(5, 15)), angle + np.pi / 2, rng)
-    return build, {"low": (-3 * reach, -3 * reach, 0.7), "high": (3 * reach, 3 * reach, 3.5), "focus": (0, 0, rng.uniform(0.5, 2)),
-                   "radius": (1.4 * reach, 2.8 * reach), "step": 0.08 * reach}
+        turned_box(build, (2.2 * reach * np.cos(angle), 2.2 * reach * np.sin(angle), 0),
+                   (rng.uniform(10, 40), 5, rng.uniform(5, 15)), angle + np.pi / 2, rng)
+    return build, {"low": (-3 * reach, -3 * reach, 0.7), "high": (3 * reach, 3 * reach, 3.5),
+                   "focus": (0, 0, rng.uniform(0.5, 2)), "radius": (1.4 * reach, 2.8 * reach), "step": 0.08 * reach}
 
-
+# %% ../../nbs/pretraining/worlds.ipynb #ca75b393
 def make_site(style: str, rng: np.random.Generator) -> tuple[Build, dict]:
     """Build a street, corner or courtyard; return it and where a photographer can be."""
     layout = LAYOUTS[rng.integers(len(LAYOUTS))]
     place = make_place(style, layout, int(rng.integers(10_000, 2**31)))
     width = 2 * place.focus[0]
     side = (0.1, 0.9) if layout != "courtyard" else (0.25, 0.75)
-    return place.build, {"low": (side[0] * width, -16.0 if layout != "courtyard" else -11.0, 1.2), "high": (side[1] * width, -4.0, rng.choice([2.0, 4.5])),
+    return place.build, {"low": (side[0] * width, -16.0 if layout != "courtyard" else -11.0, 1.2),
+                         "high": (side[1] * width, -4.0, rng.choice([2.0, 4.5])),
                          "focus": (rng.uniform(0.25, 0.75) * width, 0, rng.uniform(2, 5)), "step": 0.6}
 
 # %% ../../nbs/pretraining/worlds.ipynb #a2b5d53c
 def _view(caster: Caster, centre, rotation, K, size) -> bool:
     """Tell whether a photo from here would show something, and no back of a wall."""
-    v, u = (g.ravel() for g in np.meshgrid(np.linspace(2, size[0] - 2, 9), np.linspace(2, size[1] - 2, 13), indexing="ij"))
+    v, u = (g.ravel() for g in np.meshgrid(np.linspace(2, size[0] - 2, 9), np.linspace(2, size[1] - 2, 13),
+                                           indexing="ij"))
     directions = np.column_stack([(u - K[0, 2]) / K[0, 0], (v - K[1, 2]) / K[1, 1], np.ones(len(u))]) @ rotation
     index, z = caster.rays(np.asarray(centre, float), directions)
     hit = index >= 0
     front = np.einsum("ni,ni->n", caster.panels.normals[index[hit]], directions[hit]) < 0
-    return bool(hit.mean() > 0.55 and len(np.unique(index[hit])) >= 5 and front.mean() > 0.97 and z[hit].min() > 0.5 and 1.2 < np.median(z[hit]) < 40)
+    return bool(hit.mean() > 0.55 and len(np.unique(index[hit])) >= 5 and front.mean() > 0.97 and z[hit].min() > 0.5
+                and 1.2 < np.median(z[hit]) < 40)
 
-
-def take_walk(caster: Caster, where: dict, photos: int, K: np.ndarray, size: tuple, rng: np.random.Generator, tries: int = 400) -> np.ndarray:
+# %% ../../nbs/pretraining/worlds.ipynb #8fe5d698
+def take_walk(caster: Caster, where: dict, photos: int, K: np.ndarray, size: tuple, rng: np.random.Generator,
+              tries: int = 400) -> np.ndarray:
     """Return world-to-camera matrices (photos, 4, 4) of a walk; raises SceneError if the place lets nobody stand."""
     low, high, focus = (np.asarray(where[name], float) for name in ("low", "high", "focus"))
 
@@ -166,7 +176,8 @@ def make_world(
     kind = kind or PLACES[rng.choice(len(PLACES), p=SHARES)]
     for _ in range(20):  # some places have no room for a walk
         style = styles[rng.integers(len(styles))]
-        build, where = make_room(rng) if kind == "room" else make_boxes(rng) if kind == "boxes" else make_site(style, rng)
+        build, where = (make_room(rng) if kind == "room" else make_boxes(rng) if kind == "boxes"
+                        else make_site(style, rng))
         focal = 0.5 * size[1] / np.tan(np.radians(rng.uniform(48, 84)) / 2)
         K = np.array([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1.0]])
         caster = Caster(finish(build))
@@ -177,11 +188,13 @@ def make_world(
             continue
     else:
         raise SceneError(f"world {seed}: no place with a walk of {photos} photos found")
-    light = Light((rng.uniform(-0.9, 0.9), -rng.uniform(0.1, 0.9), rng.uniform(0.4, 1.0)), float(rng.uniform(0, 1)), rng.uniform(0.2, 0.7))
+    light = Light((rng.uniform(-0.9, 0.9), -rng.uniform(0.1, 0.9), rng.uniform(0.4, 1.0)), float(rng.uniform(0, 1)),
+                  rng.uniform(0.2, 0.7))
     bright = rng.uniform(0.8, 1.3) * (2.0 if kind == "room" else 1.0)
     images, depths = [], []
     for pose in poses:
-        linear, index, depth = photograph(caster, pose[:3, :3], -pose[:3, :3].T @ pose[:3, 3], pinhole_rays(K, size), size, K[0, 0], light)
+        linear, index, depth = photograph(caster, pose[:3, :3], -pose[:3, :3].T @ pose[:3, 3], pinhole_rays(K, size),
+                                          size, K[0, 0], light)
         images.append(develop(linear, bright * rng.uniform(0.8, 1.25), rng))
         depths.append(np.where(index < 0, 0, depth).astype(np.float32))
     name = kind if kind != "site" else f"site, {style}"

@@ -14,9 +14,9 @@ import sys
 import threading
 from pathlib import Path
 
-from ..core import ConfigError, SceneError, unknown_name_message, user_path
+from ..core import ConfigError, SceneError, user_path
 from ..files.atomic import temporary_folder
-from ..settings import command
+from ..settings import check_values, command, setting
 
 # %% ../../nbs/scenes/reconstruct.ipynb #6da403ef
 CAMERAS = {"one": "SINGLE", "each folder": "PER_FOLDER", "each photo": "PER_IMAGE"}  # how many lenses the photos share
@@ -27,26 +27,27 @@ MATCHING = ("exhaustive", "sequential")  # every photo with every other, or each
 class ReconstructConfig:
     """Settings of a reconstruction; a bad value raises ConfigError before any work."""
 
-    photos: str = ""  # folder of JPEG or PNG files, also in folders below it
-    scene: str = ""  # folder to write; it must not exist
-    camera: str = "one"  # lenses: one (same zoom throughout), each folder, or each photo
-    matching: str = "exhaustive"  # exhaustive (up to about 200 photos), or sequential for a long walk
-    neighbours: int = 10  # sequential: photos that each one is compared with
-    long_side: int = 2000  # px at which features are looked for; more finds more and takes longer
-    least: int = 3  # photos that have to find their place
-    threads: int = 0  # 0: all cores
-    seed: int = 0  # of the random choices inside
+    photos: str = setting("", "folder of JPEG or PNG files, also in folders below it")
+    scene: str = setting("", "folder to write; it must not exist")
+    camera: str = setting(
+        "one", "lenses: one (same zoom throughout), each folder, or each photo", choices=tuple(CAMERAS)
+    )
+    matching: str = setting(
+        "exhaustive", "exhaustive (up to about 200 photos), or sequential for a long walk", choices=MATCHING
+    )
+    neighbours: int = setting(10, "sequential: photos that each one is compared with", range=(1, 10_000))
+    long_side: int = setting(
+        2000, "long side in px at which features are looked for; more finds more and takes longer", range=(100, 100_000)
+    )
+    least: int = setting(3, "photos that must be placed, else the reconstruction fails", range=(2, 100_000))
+    threads: int | None = setting(None, "threads; None: all cores", range=(1, 10_000))
+    seed: int = setting(0, "seed of the random choices", range=(0, 2**31 - 1))
 
     def __post_init__(self):
+        check_values(self)
         for name in ("photos", "scene"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is missing: photos is the folder of photographs, scene the folder to write")
-        for name, choices in (("camera", CAMERAS), ("matching", MATCHING)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(unknown_name_message(name, getattr(self, name), choices))
-        for name, least in (("neighbours", 1), ("long_side", 100), ("least", 2), ("threads", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 # %% ../../nbs/scenes/reconstruct.ipynb #04da9583
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")

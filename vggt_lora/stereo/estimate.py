@@ -42,8 +42,10 @@ class DenseSettings:
     unfit: float = 0.3  # smallest confidence that is kept under mask value 1 (colours unfit: glass), where one more photo has to confirm; 1: nothing is
 
     def __post_init__(self):
-        for name, low, high in (("views", 1, 64), ("checks", 1, 64), ("step", 0.1, 4), ("most_planes", 8, 4096), ("near", 0.01, 1), ("far", 1, 100),
-                                ("reprojection", 0.01, 100), ("relative", 1e-6, 1), ("agreeing", 1, 64), ("confidence", 0, 1), ("unfit", 0, 1)):
+        for name, low, high in (("views", 1, 64), ("checks", 1, 64), ("step", 0.1, 4), ("most_planes", 8, 4096),
+                                ("near", 0.01, 1), ("far", 1, 100),
+                                ("reprojection", 0.01, 100), ("relative", 1e-6, 1), ("agreeing", 1, 64),
+                                ("confidence", 0, 1), ("unfit", 0, 1)):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"dense depth: {name} is {value}; expected a value from {low} to {high}")
@@ -68,7 +70,7 @@ class SweepFrame:
         weights = np.array([0.299, 0.587, 0.114], np.float32) / 255
         return torch.from_numpy(load_image(self.frame.image_path, self.plan) @ weights).to(device)
 
-
+# %% ../../nbs/stereo/estimate.ipynb #9b3be07b
 def main_frame(
     frame,  # Frame
     size: tuple,  # (height, width) of the grid
@@ -78,13 +80,15 @@ def main_frame(
     size = tuple(int(n) for n in size)
     plan = plan or ImagePlan(tuple(frame.size), size, (0, 0), size, "squash")
     if tuple(plan.source_size) != tuple(frame.size) or tuple(plan.size) != size:
-        raise ConfigError(f"the plan turns {tuple(plan.source_size)} into {tuple(plan.size)} (height, width), but frame "
-                          f"{frame.name} is {tuple(frame.size)} and the grid {size}; make the plan with plan_image(frame.size, ...)")
+        raise ConfigError(f"the plan turns {tuple(plan.source_size)} into {tuple(plan.size)} (height, width), "
+                          "but frame "
+                          f"{frame.name} is {tuple(frame.size)} and the grid {size}; make the plan with "
+                          "plan_image(frame.size, ...)")
     if min(size) < 32:
         raise ConfigError(f"dense depth needs at least 32 pixels a side, not {size} (height, width)")
     return SweepFrame(frame, plan)
 
-
+# %% ../../nbs/stereo/estimate.ipynb #2f0a249d
 def neighbour_frame(
     shot: SweepFrame,
     other,  # Frame
@@ -96,7 +100,9 @@ def neighbour_frame(
     alike = abs(np.log(sizes[0, 0] / sizes[0, 1] * sizes[1, 1] / sizes[1, 0])) < 0.05
     if alike and plan.mode == "squash":
         return SweepFrame(other, dataclasses.replace(plan, source_size=tuple(other.size)))
-    if alike and not any(side % plan.patch for side in plan.size) and plan_image(shot.frame.size, mode=plan.mode, patch=plan.patch, target=plan.size) == plan:
+    if alike and not any(side % plan.patch for side in plan.size) and plan_image(shot.frame.size, mode=plan.mode,
+                                                                                 patch=plan.patch,
+                                                                                 target=plan.size) == plan:
         return SweepFrame(other, plan_image(other.size, mode=plan.mode, patch=plan.patch, target=plan.size))
     scale = np.sqrt(np.prod(shot.plan.resized_size) / np.prod(other.size))
     size = tuple(max(32, round(side * scale)) for side in other.size)
@@ -130,18 +136,23 @@ def estimate(
         coarse = [warper_of(shot, other, device, True) for other in others]
         planes = plane_steps(coarse, *depths, step=settings.step, most=settings.most_planes)
         down = down_direction([one.frame.world_to_cam for one in (shot, *others)]) if down is None else down
-        ground = inverse_depth_on_plane(shot.frame.world_to_cam[:3, :3] @ down, np.diag([0.5, 0.5, 1]) @ shot.K, tuple(side // 2 for side in shot.plan.size), device)
-        first = to_full_size(sweep(half_size(reference), coarse, planes, leans=() if ground is None else (ground,)), shot.plan.size)
+        ground = inverse_depth_on_plane(shot.frame.world_to_cam[:3, :3] @ down, np.diag([0.5, 0.5, 1]) @ shot.K,
+                                        tuple(side // 2 for side in shot.plan.size), device)
+        first = to_full_size(sweep(half_size(reference), coarse, planes, leans=() if ground is None else (ground,)),
+                             shot.plan.size)
         del coarse
-        inverse, error = refine(reference, [warper_of(shot, other, device, False) for other in others], first, float(planes[1] - planes[0]))
+        inverse, error = refine(reference, [warper_of(shot, other, device, False) for other in others], first,
+                                float(planes[1] - planes[0]))
         return inverse.cpu().numpy(), error.cpu().numpy(), len(planes)
 
 # %% ../../nbs/stereo/estimate.ipynb #83c78af9
 def estimate_key(shot: SweepFrame, others: list[SweepFrame], depths: tuple, settings: DenseSettings, down=None) -> str:
     """Return the hash of all that an estimate depends on."""
     def facts(one):
-        return [photo_hash(one.frame.image_path), dataclasses.asdict(one.plan), one.frame.K.tolist(), one.frame.world_to_cam.tolist()]
+        return [photo_hash(one.frame.image_path), dataclasses.asdict(one.plan), one.frame.K.tolist(),
+                one.frame.world_to_cam.tolist()]
 
     swept = [settings.step, settings.most_planes]
-    text = json.dumps([VERSION, [facts(one) for one in (shot, *others)], list(depths), None if down is None else list(down), swept])
+    text = json.dumps([VERSION, [facts(one) for one in (shot, *others)], list(depths),
+                       None if down is None else list(down), swept])
     return hashlib.sha256(text.encode()).hexdigest()

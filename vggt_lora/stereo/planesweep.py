@@ -32,9 +32,10 @@ def pixel_centres(size, device="cpu"):
     import torch
 
     height, width = size
-    return torch.arange(width, dtype=torch.float32, device=device) + 0.5, torch.arange(height, dtype=torch.float32, device=device)[:, None] + 0.5
+    return (torch.arange(width, dtype=torch.float32, device=device) + 0.5,
+            torch.arange(height, dtype=torch.float32, device=device)[:, None] + 0.5)
 
-
+# %% ../../nbs/stereo/planesweep.ipynb #e9ed3c1e
 class Warper:
     """Look a second picture up through the frame's pixels, at given inverse depths."""
 
@@ -60,7 +61,8 @@ class Warper:
     def locate(self, inverse):
         """Return u, v and z/z' (n, h, w) for inverse depths (n, 1, 1) or (n, h, w); z/z' <= 0 is behind the camera."""
         ratio = (self.base[2] + inverse * self.offset[2]).reciprocal_()
-        return (self.base[0] + inverse * self.offset[0]).mul_(ratio), (self.base[1] + inverse * self.offset[1]).mul_(ratio), ratio
+        return (self.base[0] + inverse * self.offset[0]).mul_(ratio), (self.base[1] + inverse * self.offset[1]).mul_(
+            ratio), ratio
 
     def __call__(self, inverse):
         """Return the values (n, h, w), bilinear, and where they are to be trusted (n, h, w) bool."""
@@ -73,7 +75,8 @@ class Warper:
         grid = torch.stack([u.mul_(2 / width).sub_(1), v.mul_(2 / height).sub_(1)], -1)
         # one tall picture instead of a batch: a batch would copy the image once for every plane
         tall = grid.reshape(1, -1, grid.shape[2], 2)
-        values = torch.nn.functional.grid_sample(self.image[None, None], tall, mode="bilinear", padding_mode="border", align_corners=False)
+        values = torch.nn.functional.grid_sample(self.image[None, None], tall, mode="bilinear", padding_mode="border",
+                                                 align_corners=False)
         return values.view(inside.shape), inside
 
 # %% ../../nbs/stereo/planesweep.ipynb #9f55ed28
@@ -91,7 +94,7 @@ def window_sum(values, radius: int):
         down += across[..., k:k + height, :]
     return down
 
-
+# %% ../../nbs/stereo/planesweep.ipynb #e7f0920a
 class WindowNcc:
     """Normalised cross-correlation of warped pictures with the frame, averaged over window sizes."""
 
@@ -163,8 +166,8 @@ def depth_range(
     z = xyz @ frame.world_to_cam[2, :3] + frame.world_to_cam[2, 3]
     z = z[np.isfinite(z) & (z > 0)]
     if not len(z):
-        raise SceneError(f"scene {scene.name}, frame {frame.name}: no sparse point in front of the camera, so nothing bounds its depth; "
-                         "expected a reconstruction with points3D")
+        raise SceneError(f"scene {scene.name}, frame {frame.name}: no sparse point in front of the camera, so nothing "
+                         "bounds its depth; expected a reconstruction with points3D")
     low, high = np.quantile(z, [0.01, 0.99])
     return float(near * low), float(far * high)
 
@@ -201,10 +204,11 @@ def match_volume(
 
     volume = torch.empty(*ncc.reference.shape, len(planes), device=planes.device)
     for start in range(0, len(planes), chunk):
-        volume[:, :, start:start + chunk] = match(ncc, warpers, planes[start:start + chunk].view(-1, 1, 1), best).permute(1, 2, 0)
+        volume[:, :, start:start + chunk] = match(ncc, warpers, planes[start:start + chunk].view(-1, 1, 1),
+                                                  best).permute(1, 2, 0)
     return volume
 
-
+# %% ../../nbs/stereo/planesweep.ipynb #a3d4d6e2
 def semi_global(
     cost,  # (h, w, n), the lower the better
     grey,  # (h, w) in [0, 1]: jumps are cheaper across its edges
@@ -254,7 +258,7 @@ def inverse_depth_on_plane(
     slope = slope / slope.max()
     return torch.where(slope > least, slope, 0 * slope)
 
-
+# %% ../../nbs/stereo/planesweep.ipynb #5670b67a
 def add_slanted(
     cost,  # (h, w, n) in [0, 1], changed in place
     reference,  # (h, w) grey in [0, 1]
@@ -319,7 +323,8 @@ def to_full_size(values, size: tuple):
     import torch
 
     even = torch.nn.functional.interpolate(values[None, None], scale_factor=2.0, mode="bilinear", align_corners=False)
-    return torch.nn.functional.pad(even, (0, size[1] - even.shape[3], 0, size[0] - even.shape[2]), mode="replicate")[0, 0]
+    return torch.nn.functional.pad(even, (0, size[1] - even.shape[3], 0, size[0] - even.shape[2]),
+                                   mode="replicate")[0, 0]
 
 
 def sweep(

@@ -17,14 +17,14 @@ def window_shifts(radius: int, step: int) -> list[tuple[int, int]]:
     reach = sorted({0} | {sign * k for sign in (-1, 1) for k in range(1, radius + 1, step)})
     return [(down, right) for down in reach for right in reach]
 
-
+# %% ../../nbs/stereo/refinement.ipynb #257153dc
 def padded(values, radius: int):
     """Repeat the border of (h, w) by `radius` pixels."""
     import torch
 
     return torch.nn.functional.pad(values[None, None], (radius,) * 4, mode="replicate")[0, 0]
 
-
+# %% ../../nbs/stereo/refinement.ipynb #4436c567
 class SoftNcc:
     """Normalised cross-correlation over the neighbours of like grey value."""
 
@@ -42,13 +42,15 @@ class SoftNcc:
         self.shifts = window_shifts(radius, step)
         around, here = padded(reference, radius), torch.nn.functional.pad(torch.ones_like(reference), (radius,) * 4)
         neighbours = [self._shifted(around, shift) for shift in self.shifts]
-        weights = [torch.exp(-(n - reference) ** 2 / (2 * colour ** 2) - (down ** 2 + right ** 2) / (2 * radius ** 2)) * self._shifted(here, (down, right))
+        weights = [torch.exp(-(n - reference) ** 2 / (2 * colour ** 2) - (down ** 2 + right ** 2) / (2 * radius ** 2))
+                   * self._shifted(here, (down, right))
                    for n, (down, right) in zip(neighbours, self.shifts)]
         total = sum(weights)
         self.weights = [w / total for w in weights]
         self.products = [w * n for w, n in zip(self.weights, neighbours)]
         self.mean = sum(self.products)
-        self.variance = (sum(p * n for p, n in zip(self.products, neighbours)) - self.mean ** 2).clamp_(min=0) + self.noise
+        self.variance = ((sum(p * n for p, n in zip(self.products, neighbours)) - self.mean ** 2).clamp_(min=0)
+                         + self.noise)
 
     def _shifted(self, around, shift):
         height, width = self.reference.shape
@@ -148,12 +150,13 @@ def plane_fit(
             unlike = (colours[part] - grey) / colour
             weight = weights[part] * torch.exp(-0.5 * unlike * unlike) / (1 + miss * miss) ** 2
             lift = weight * (around[part] - inverse)
-            terms = (weight, weight * right, weight * down, lift, weight * right ** 2, weight * down ** 2, weight * (right * down), lift * right, lift * down)
+            terms = (weight, weight * right, weight * down, lift, weight * right ** 2, weight * down ** 2,
+                     weight * (right * down), lift * right, lift * down)
             sums = [total + term for total, term in zip(sums, terms)]
         value, slope_x, slope_y = (a + b for a, b in zip((inverse, 0.0, 0.0), _solve_plane(sums)))
     return value, sums[0]
 
-
+# %% ../../nbs/stereo/refinement.ipynb #784b2dba
 def _solve_plane(sums):
     """Return height at the middle and slopes of the weighted plane; a little ridge keeps slopes 0 where nothing says otherwise."""
     total = sums[0] + 1e-12

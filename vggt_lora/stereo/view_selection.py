@@ -48,7 +48,7 @@ class Neighbour:
 
 _FOUND: WeakKeyDictionary = WeakKeyDictionary()  # scene -> {(frame, settings): neighbours}
 
-
+# %% ../../nbs/stereo/view_selection.ipynb #b16b1787
 def find_neighbours(
     scene,  # Scene
     frame,  # Frame of that scene
@@ -63,7 +63,7 @@ def find_neighbours(
         known[key] = _chosen(scene, *key)
     return list(known[key])
 
-
+# %% ../../nbs/stereo/view_selection.ipynb #1021c0e4
 def _candidates(scene, frame, fewest_shared: int, smallest_angle: float, least_overlap: float) -> list[tuple]:
     """Return (index, value of each of the frame's points, median angle, overlap) of every photo that qualifies."""
     own = np.unique(frame.point_rows)
@@ -84,7 +84,7 @@ def _candidates(scene, frame, fewest_shared: int, smallest_angle: float, least_o
             found.append((index, values, len(shared), float(np.median(angles)), float(overlap)))
     return found
 
-
+# %% ../../nbs/stereo/view_selection.ipynb #b076125b
 def _chosen(scene, frame, count: int, *limits) -> list[Neighbour]:
     left, chosen, total = _candidates(scene, frame, *limits), [], 0.0
     while left and len(chosen) < count:

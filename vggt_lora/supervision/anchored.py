@@ -61,9 +61,10 @@ def fit_field(
         field = spsolve((diags(strength + 1e-6) + smooth).tocsc(), force)
         pull = 1 / np.maximum(1, np.abs(target - middle - field[cells]) / settings.outlier)
     rows, columns = ((np.arange(side) + 0.5) / stride - 0.5 for side in (height, width))
-    return middle + map_coordinates(field.reshape(grid), np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
+    return (middle + map_coordinates(field.reshape(grid), np.meshgrid(rows, columns, indexing="ij"), order=1,
+                                     mode="nearest"))
 
-
+# %% ../../nbs/supervision/anchored.ipynb #3dcb0983
 def _stiffness(guide: np.ndarray, edge: float):
     """Return the Laplacian (n, n) of the grid, its links weakened where the guide (rows, columns) jumps."""
     from scipy.sparse import coo_matrix, diags
@@ -73,7 +74,8 @@ def _stiffness(guide: np.ndarray, edge: float):
         first, second = number[one].ravel(), number[other].ravel()
         links = np.arange(len(first))
         signs = np.concatenate([np.ones(len(links)), -np.ones(len(links))])
-        difference = coo_matrix((signs, (np.tile(links, 2), np.concatenate([first, second]))), (len(links), guide.size)).tocsr()
+        difference = coo_matrix((signs, (np.tile(links, 2), np.concatenate([first, second]))),
+                                (len(links), guide.size)).tocsr()
         total = total + difference.T @ diags(np.exp(-((guide[one] - guide[other]).ravel() / edge) ** 2)) @ difference
     return total
 
@@ -108,11 +110,12 @@ def anchored_depth(
     inside = np.zeros(size, bool)
     inside[top:bottom, left:right] = True  # padding is no part of the photo
     new &= inside
-    counts = {"pixels": new.size, "anchors": int(anchors.sum()), "bent": int((new & ~on_ground).sum()), "on the ground plane": int((new & on_ground).sum())}
+    counts = {"pixels": new.size, "anchors": int(anchors.sum()), "bent": int((new & ~on_ground).sum()),
+              "on the ground plane": int((new & on_ground).sum())}
     return DepthMap(np.where(new, np.exp(log_depth), known.depth).astype(np.float32), known.valid | new,
                     np.where(new, settings.weight, known.weight).astype(np.float32), counts)
 
-
+# %% ../../nbs/supervision/anchored.ipynb #2c6867a0
 def anchored_inputs(scene: Scene, log_base: np.ndarray) -> list:
     """List what `anchored_depth` reads beside the photo, its camera and what is known of it."""
     ground = scene_ground(scene)

@@ -30,15 +30,18 @@ def read_colmap_array(
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise SceneError(f"{path}: cannot be read ({error.strerror}); expected a file such as stereo/depth_maps/NAME.JPG.geometric.bin") from error
+        raise SceneError(f"{path}: cannot be read ({error.strerror}); expected a file such as "
+                         "stereo/depth_maps/NAME.JPG.geometric.bin") from error
     header = HEADER.match(data)
     if not header:
-        raise SceneError(f"{path}: begins with {data[:24]!r}; expected width&height&channels& and then float32 values, as COLMAP writes them")
+        raise SceneError(f"{path}: begins with {data[:24]!r}; expected width&height&channels& and then float32 values, "
+                         "as COLMAP writes them")
     width, height, channels = (int(number) for number in header.groups())
     expected, found = 4 * width * height * channels, len(data) - header.end()
     if min(width, height, channels) < 1 or found != expected:
         what = "it is truncated, copy it again" if found < expected else "it is damaged, or of another kind"
-        raise SceneError(f"{path}: announces {width}x{height} with {channels} channel(s), which takes {expected} bytes, but {found} follow; {what}")
+        raise SceneError(f"{path}: announces {width}x{height} with {channels} channel(s), which takes {expected} "
+                         f"bytes, but {found} follow; {what}")
     values = np.frombuffer(data, "<f4", offset=header.end()).reshape(channels, height, width)
     return values[0].copy() if channels == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
 
@@ -54,7 +57,8 @@ def find_depth_map(
     """Return the path of a frame's depth map; raises DepthAbsent where there is none, SceneError where several fit."""
     if kind not in KINDS:
         raise ConfigError(unknown_name_message("kind of depth map", kind, KINDS))
-    folder = next((f for f in (Path(workspace) / "stereo" / "depth_maps", Path(workspace) / "depth_maps", Path(workspace)) if f.is_dir()), None)
+    folder = next((f for f in (Path(workspace) / "stereo" / "depth_maps", Path(workspace) / "depth_maps",
+                               Path(workspace)) if f.is_dir()), None)
     if folder is None:
         raise DepthAbsent(f"{workspace}: no such folder; expected a dense workspace of COLMAP with stereo/depth_maps")
     exact = folder / f"{name}.{kind}.bin"
@@ -64,11 +68,13 @@ def find_depth_map(
     if len(found) == 1:
         return found[0]
     if found:
-        raise SceneError(f"{folder}: {len(found)} depth maps fit the photo {name}: {', '.join(str(f.relative_to(folder)) for f in found)}")
+        raise SceneError(f"{folder}: {len(found)} depth maps fit the photo {name}: "
+                         f"{', '.join(str(f.relative_to(folder)) for f in found)}")
     others = [f for f in sorted(folder.rglob("*.bin"))]
     wrong_kind = [f for f in others if f.name.startswith(f"{Path(name).name}.")]
     hint = f"; there is {wrong_kind[0].name}" if wrong_kind else f"; there are {len(others)} others"
-    raise DepthAbsent(f"{exact}: no such depth map{hint}. COLMAP writes geometric maps with patch_match_stereo --PatchMatchStereo.geom_consistency true")
+    raise DepthAbsent(f"{exact}: no such depth map{hint}. COLMAP writes geometric maps with patch_match_stereo "
+                      "--PatchMatchStereo.geom_consistency true")
 
 # %% ../../nbs/supervision/colmap.ipynb #a7ea971a
 def find_workspace(
@@ -80,19 +86,21 @@ def find_workspace(
     if len(found) == 1:
         return found[0]
     if found:
-        raise SceneError(f"{root}: holds {len(found)} dense workspaces, {', '.join(str(f.relative_to(root)) for f in found)}; open the scene from one of them "
+        raise SceneError(f"{root}: holds {len(found)} dense workspaces, "
+                         f"{', '.join(str(f.relative_to(root)) for f in found)}; open the scene from one of them "
                          "after moving the others away, or pass workspace= to colmap_dense_depth")
-    raise DepthAbsent(f"{root}: holds no dense COLMAP workspace; looked for stereo/depth_maps in it, in dense and in dense/*. "
-                      "COLMAP makes one with image_undistorter and patch_match_stereo")
+    raise DepthAbsent(f"{root}: holds no dense COLMAP workspace; looked for stereo/depth_maps in it, in dense and in "
+                      "dense/*. COLMAP makes one with image_undistorter and patch_match_stereo")
 
 
 @lru_cache(maxsize=8)
 def _cameras(folder: Path, stamp: tuple) -> dict:
     model = read_model(folder)
-    return {image.name: (pinhole_matrix(model.cameras[image.camera_id], str(folder)), model.cameras[image.camera_id].size, image.world_to_cam)
+    return {image.name: (pinhole_matrix(model.cameras[image.camera_id], str(folder)),
+                         model.cameras[image.camera_id].size, image.world_to_cam)
             for image in model.images}
 
-
+# %% ../../nbs/supervision/colmap.ipynb #021e13c7
 def check_camera(
     workspace: Path,
     frame,  # Frame
@@ -109,11 +117,13 @@ def check_camera(
     scaled = np.diag([frame.size[1] / size[1], frame.size[0] / size[0], 1]) @ K
     remedy = f"open the scene from {workspace} itself, or compute the stereo anew"
     if np.abs(scaled - frame.K).max() > 0.005 * frame.K[0, 0]:
-        raise SceneError(f"{workspace}: its camera of {frame.name} is {np.round(scaled[:2].ravel()[[0, 4, 2, 5]], 1).tolist()} (fx, fy, cx, cy at the photo's "
+        raise SceneError(f"{workspace}: its camera of {frame.name} is "
+                         f"{np.round(scaled[:2].ravel()[[0, 4, 2, 5]], 1).tolist()} (fx, fy, cx, cy at the photo's "
                          f"size), the scene's {np.round(frame.K[:2].ravel()[[0, 4, 2, 5]], 1).tolist()}; {remedy}")
     apart = np.abs(pose - frame.world_to_cam)
     if apart[:3, :3].max() > 0.005 or apart[:3, 3].max() > 0.005 * max(np.linalg.norm(frame.world_to_cam[:3, 3]), 1e-9):
-        raise SceneError(f"{workspace}: its pose of {frame.name} is not the scene's, so its depth has another unit or world; {remedy}")
+        raise SceneError(f"{workspace}: its pose of {frame.name} is not the scene's, so its depth has another unit or "
+                         f"world; {remedy}")
     return True
 
 # %% ../../nbs/supervision/colmap.ipynb #dee31b6f
@@ -131,8 +141,9 @@ def colmap_dense_depth(
     """
     size = tuple(int(n) for n in size)
     if plan is not None and (tuple(plan.source_size) != tuple(frame.size) or tuple(plan.size) != size):
-        raise ConfigError(f"the plan turns {tuple(plan.source_size)} into {tuple(plan.size)} (height, width), but frame "
-                          f"{frame.name} is {tuple(frame.size)} and the grid {size}; make the plan with plan_image(frame.size, ...)")
+        raise ConfigError(f"the plan turns {tuple(plan.source_size)} into {tuple(plan.size)} (height, width), "
+                          f"but frame {frame.name} is {tuple(frame.size)} and the grid {size}; make the plan with "
+                          "plan_image(frame.size, ...)")
     workspace = find_workspace(scene.root) if workspace is None else Path(workspace)
     try:
         path = find_depth_map(workspace, frame.name, kind)
@@ -140,15 +151,18 @@ def colmap_dense_depth(
         if not any((workspace / "stereo" / "depth_maps").rglob(f"*.{kind}.bin")):
             raise
         empty = np.zeros(size, np.float32)
-        return DepthMap(empty, empty > 0, empty, {"pixels": empty.size, "valid": 0, "unknown": empty.size, "padding": 0, "masked": 0})
+        return DepthMap(empty, empty > 0, empty, {"pixels": empty.size, "valid": 0, "unknown": empty.size, "padding": 0,
+                                                  "masked": 0})
     check_camera(workspace, frame)
     held = read_colmap_array(path)
     if held.ndim != 2:
         raise SceneError(f"{path}: has {held.shape[2]} channels; expected a depth map with one")
     if abs(held.shape[1] / frame.size[1] / (held.shape[0] / frame.size[0]) - 1) > 0.01:
-        raise SceneError(f"{path}: is {held.shape[1]}x{held.shape[0]}, the photo {frame.name} {frame.size[1]}x{frame.size[0]}; expected the same shape: "
-                         "open the scene from the dense workspace itself (its sparse model and images)")
-    resized, offset, box = (size, (0, 0), (0, 0, *size)) if plan is None else (plan.resized_size, plan.offset, plan.content_box)
+        raise SceneError(f"{path}: is {held.shape[1]}x{held.shape[0]}, the photo {frame.name} "
+                         f"{frame.size[1]}x{frame.size[0]}; expected the same shape: open the scene from the dense "
+                         "workspace itself (its sparse model and images)")
+    resized, offset, box = ((size, (0, 0), (0, 0, *size)) if plan is None
+                            else (plan.resized_size, plan.offset, plan.content_box))
     rows, columns = (np.floor((np.arange(n) + 0.5 + shift) * old / full).astype(int)
                      for n, shift, old, full in zip(size, offset, held.shape, resized))
     depth = held[np.clip(rows, 0, held.shape[0] - 1)][:, np.clip(columns, 0, held.shape[1] - 1)]
@@ -157,6 +171,6 @@ def colmap_dense_depth(
     known = np.isfinite(depth) & (depth > 0)
     masked = np.isin(photo_mask(scene, frame, size, plan), SPARSE_DROPS) & known & content
     valid = known & content & ~masked
-    counts = {"pixels": valid.size, "valid": int(valid.sum()), "unknown": int((content & ~known).sum()), "padding": int((~content).sum()),
-              "masked": int(masked.sum())}
+    counts = {"pixels": valid.size, "valid": int(valid.sum()), "unknown": int((content & ~known).sum()),
+              "padding": int((~content).sum()), "masked": int(masked.sum())}
     return DepthMap(np.where(valid, depth, 0).astype(np.float32), valid, valid.astype(np.float32), counts)

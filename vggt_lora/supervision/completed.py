@@ -34,8 +34,8 @@ class CompletionSettings:
     confidence: float = 0.1  # smallest confidence that is kept
 
     def __post_init__(self):
-        for name, low, high in (("edges", 0, 1e5), ("reach", 1e-3, 10), ("doubt", 0, 1), ("members", 0, 64), ("on_plane", 1e-6, 1),
-                                ("trust", 0, 1e3), ("confidence", 1e-3, 1)):
+        for name, low, high in (("edges", 0, 1e5), ("reach", 1e-3, 10), ("doubt", 0, 1), ("members", 0, 64),
+                                ("on_plane", 1e-6, 1), ("trust", 0, 1e3), ("confidence", 1e-3, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"completion: {name} is {getattr(self, name)}; expected a value from {low} to {high}")
 
@@ -58,7 +58,8 @@ def photo_graph(
         ones.append(number[one].ravel())
         others.append(number[other].ravel())
         costs.append((np.hypot(down, right) * (1 + edges * change)).ravel())
-    return csr_matrix((np.concatenate(costs), (np.concatenate(ones), np.concatenate(others))), (height * width, height * width))
+    return csr_matrix((np.concatenate(costs), (np.concatenate(ones), np.concatenate(others))),
+                      (height * width, height * width))
 
 
 def nearest_seed(
@@ -116,7 +117,8 @@ def anchor_models(
         return models, np.zeros(len(depth), bool)
     off = np.abs(rays @ planes.T * depth[:, None] - 1)
     agrees = np.where(off < on_plane, np.exp(-(2 * off / on_plane) ** 2), 0).astype(np.float32)
-    votes, near = np.zeros_like(agrees), cKDTree(pixels).query(pixels, min(around, len(depth)))[1].reshape(len(depth), -1)
+    votes, near = (np.zeros_like(agrees),
+                   cKDTree(pixels).query(pixels, min(around, len(depth)))[1].reshape(len(depth), -1))
     for column in near.T:
         votes += agrees[column]
     votes[agrees == 0] = 0
@@ -160,7 +162,7 @@ class Completion:
     measured: np.ndarray  # (h, w) bool, the pixels whose depth was there before
     sky: np.ndarray  # (h, w) bool, of sky_of
 
-
+# %% ../../nbs/supervision/completed.ipynb #68a26687
 def complete(
     photo: np.ndarray,  # (h, w, 3) uint8
     rays: np.ndarray,  # (h * w, 3) x/z, y/z, 1 of the pixel centres
@@ -180,7 +182,8 @@ def complete(
     models, flat = anchor_models(rays[seeds], depth[seeds], places, planes, settings.on_plane)
     way, source = nearest_seed(graph, seeds)
     inverse = np.einsum("ni,ni->n", models[source], rays)
-    error = expected_error(way / max(shape), spread_of(graph, seeds, models, rays, inverse, settings.members), flat[source])
+    error = expected_error(way / max(shape), spread_of(graph, seeds, models, rays, inverse, settings.members),
+                           flat[source])
     near, far = depth[seeds].min() / 1.5, depth[seeds].max() * 1.5  # a plane carried beyond all that was seen is made up
     lost = (way > settings.reach * max(shape)) | (inverse * far < 1) | (inverse * near > 1) | sky.ravel()
     if lost.any():
@@ -204,7 +207,7 @@ def scene_planes(scene) -> list:
         _planes[scene] = find_planes(scene)
     return _planes[scene]
 
-
+# %% ../../nbs/supervision/completed.ipynb #ae4bde27
 def complete_depth(
     scene,  # Scene
     frame,  # Frame of that scene
@@ -231,5 +234,6 @@ def complete_depth(
     depth[box], weight[box], valid[box] = np.where(keep, made.depth, 0), np.where(keep, made.confidence, 0), keep
     completed = int((keep & ~made.measured).sum())
     counts = {"pixels": valid.size, "measured": int(made.measured.sum()), "completed": completed,
-              "unknown": int(valid.size - valid.sum()), "masked": int((masked & ~made.measured).sum()), "sky": int(made.sky.sum()), "planes": len(models)}
+              "unknown": int(valid.size - valid.sum()), "masked": int((masked & ~made.measured).sum()),
+              "sky": int(made.sky.sum()), "planes": len(models)}
     return DepthMap(depth, valid, weight, counts)

@@ -85,7 +85,7 @@ class DenseJob:
 
 _DOWN: WeakKeyDictionary = WeakKeyDictionary()  # scene -> direction
 
-
+# %% ../../nbs/supervision/dense.ipynb #c879b3c1
 def scene_down(
     scene,  # Scene
 ) -> tuple[float, float, float]:
@@ -96,7 +96,7 @@ def scene_down(
         _DOWN[scene] = tuple(round(float(part), 3) for part in down)  # a thousandth of a radian is enough, and has a name
     return _DOWN[scene]
 
-
+# %% ../../nbs/supervision/dense.ipynb #755a4af6
 def dense_jobs(
     scene,  # Scene
     shots: list[SweepFrame],
@@ -114,24 +114,27 @@ def dense_jobs(
             others = around(shot, settings.views)
             depths = depth_range(scene, shot.frame, settings.near, settings.far) if others else None
             down = scene_down(scene) if others else None
-            made[name] = DenseJob(shot, others, depths, down, estimate_key(shot, others, depths, settings, down)) if others else None
+            made[name] = (DenseJob(shot, others, depths, down, estimate_key(shot, others, depths, settings, down))
+                          if others else None)
         return made[name]
 
     owns = {(shot.frame.name, shot.plan): job(shot) for shot in shots}
     asked = max(settings.views, settings.checks)  # the choice is greedy, so the matched ones come first
-    return {name: [own, *(j for other in around(own.shot, asked) if (j := job(other)))] if own else [] for name, own in owns.items()}
+    return {name: [own, *(j for other in around(own.shot, asked) if (j := job(other)))] if own else []
+            for name, own in owns.items()}
 
-
+# %% ../../nbs/supervision/dense.ipynb #caf2977f
 @contextlib.contextmanager
 def cache_errors(cache: Path):
     """Turn errors of the disk into one that says what to do; what is in the cache stays good."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"the cache of dense depth, {cache}, cannot be written ({error.strerror or error}): free some space, or name a folder with room in the "
+        raise ConfigError(f"the cache of dense depth, {cache}, cannot be written ({error.strerror or error}): free "
+                          "some space, or name a folder with room in the "
                           "environment variable VGGT_LORA_CACHE; what was computed so far is kept") from error
 
-
+# %% ../../nbs/supervision/dense.ipynb #45b86917
 def compute_jobs(
     jobs: list[DenseJob],
     settings: DenseSettings,
@@ -144,12 +147,14 @@ def compute_jobs(
     from vggt_lora.progress import progress_bar
 
     missing = sum(not (cache and (cache / f"{job.key}.npz").is_file()) for job in jobs)
-    with progress_bar(total=missing, desc=f"dense depth of {name}", unit="photo", disable=not progress or missing < 2) as bar:
+    with progress_bar(total=missing, desc=f"dense depth of {name}", unit="photo",
+                      disable=not progress or missing < 2) as bar:
         for job in jobs:
             arrays = read_arrays(cache / f"{job.key}.npz") if cache else None
             absent = arrays is None
             if absent:
-                inverse, error, planes = estimate(job.shot, job.others, job.depths, settings, device, np.array(job.down))
+                inverse, error, planes = estimate(job.shot, job.others, job.depths, settings, device,
+                                                  np.array(job.down))
                 arrays = {"inverse": inverse, "error": error, "planes": np.array(planes)}
                 if cache:
                     with cache_errors(cache):
@@ -169,12 +174,12 @@ class DenseEstimate:
     neighbours: int  # photos whose depth it was compared with
     planes: int  # that were swept
 
-
+# %% ../../nbs/supervision/dense.ipynb #b17f6d54
 def cache_folder(cache: Path | str | None) -> Path | None:
     """Return the folder that `cache` means: "default" is dense_folder()."""
     return dense_folder() if cache == "default" else Path(cache) if cache else None
 
-
+# %% ../../nbs/supervision/dense.ipynb #e042d8cd
 def dense_estimate(
     scene,  # Scene
     frame,  # Frame of that scene
@@ -204,8 +209,8 @@ def dense_estimate(
         confidence = confidence_of(count, torch.from_numpy(own["error"]).to(device), bends(mean))
         top, left, bottom, right = main.plan.content_box
         confidence[:top], confidence[bottom:], confidence[:, :left], confidence[:, right:] = 0, 0, 0, 0
-    return DenseEstimate((1 / mean).cpu().numpy(), confidence.cpu().numpy(), count.cpu().numpy().astype(np.uint8), own["error"],
-                         len(around), int(own["planes"]))
+    return DenseEstimate((1 / mean).cpu().numpy(), confidence.cpu().numpy(), count.cpu().numpy().astype(np.uint8),
+                         own["error"], len(around), int(own["planes"]))
 
 # %% ../../nbs/supervision/dense.ipynb #ea24a27b
 def in_the_pane(
@@ -219,7 +224,7 @@ def in_the_pane(
 
     return depth <= (1 + slack) * maximum_filter(np.where(firm, depth, 0), 2 * radius + 1)
 
-
+# %% ../../nbs/supervision/dense.ipynb #6601e7ef
 def dense_depth(
     scene,  # Scene
     frame,  # Frame of that scene
@@ -244,7 +249,8 @@ def dense_depth(
     weight = np.where(valid, found.confidence, 0).astype(np.float32)
     if valid.any():
         weight /= weight[valid].mean()
-    counts = {"pixels": valid.size, "valid": int(valid.sum()), "unconfirmed": int((~confirmed).sum()), "doubtful": int((confirmed & ~sure).sum()),
+    counts = {"pixels": valid.size, "valid": int(valid.sum()), "unconfirmed": int((~confirmed).sum()),
+              "doubtful": int((confirmed & ~sure).sum()),
               "masked": int((sure & ~valid).sum()), "neighbours": found.neighbours, "planes": found.planes}
     return DepthMap(np.where(valid, found.depth, 0).astype(np.float32), valid, weight, counts)
 
@@ -259,10 +265,12 @@ def prepare_dense(
 ) -> int:
     """Compute what the cache lacks for the dense depth of these photos, and return how many estimates that were."""
     if not cache:
-        raise ConfigError("dense depth of many photos needs a cache folder, or every photo would be computed once per neighbour")
+        raise ConfigError("dense depth of many photos needs a cache folder, or every photo would be computed once per "
+                          "neighbour")
     jobs = dense_jobs(scene, [main_frame(frame, plan.size, plan) for frame, plan in wanted], settings)
     each = {job.key: job for group in jobs.values() for job in group}
-    return sum(computed for _, _, computed in compute_jobs(list(each.values()), settings, device, cache_folder(cache), progress, scene.name))
+    return sum(computed for _, _, computed in compute_jobs(list(each.values()), settings, device, cache_folder(cache),
+                                                           progress, scene.name))
 
 
 def dense_depths(
@@ -274,7 +282,8 @@ def dense_depths(
     """Return {frame name: DepthMap} for all frames of a scene (or those that have a plan), computed once each and cached."""
     if (size is None) == (plans is None):
         raise ConfigError("dense_depths takes either size or plans")
-    wanted = [(f, main_frame(f, size, None).plan if plans is None else plans[f.name]) for f in scene.frames if plans is None or f.name in plans]
+    wanted = [(f, main_frame(f, size, None).plan if plans is None else plans[f.name]) for f in scene.frames
+              if plans is None or f.name in plans]
     prepare_dense(scene, wanted, **options)
     return {frame.name: dense_depth(scene, frame, plan.size, plan, **options) for frame, plan in wanted}
 
@@ -288,5 +297,6 @@ def sparsification(
     error = np.minimum(np.nan_to_num(error, nan=1.0), 1.0).astype(float)
     shares = np.arange(1, steps + 1) / steps
     count = np.maximum((shares * len(error)).astype(int), 1)
-    curve, best = (np.cumsum(one)[count - 1] / count for one in (error[np.argsort(-confidence, kind="stable")], np.sort(error)))
+    curve, best = (np.cumsum(one)[count - 1] / count
+                   for one in (error[np.argsort(-confidence, kind="stable")], np.sort(error)))
     return shares, curve, best, float((curve - best).mean())

@@ -52,7 +52,8 @@ def zbuffer_min(
     flat, rows = flat[order], rows[order]
     first = np.ones(len(flat), bool)
     first[1:] = flat[1:] != flat[:-1]
-    fates = {"landed": int(first.sum()), "hidden": int((~first).sum()), "outside": int((finite & ~behind & ~inside).sum()),
+    fates = {"landed": int(first.sum()), "hidden": int((~first).sum()),
+             "outside": int((finite & ~behind & ~inside).sum()),
              "behind": int(behind.sum()), "not_finite": int((~finite & ~behind).sum())}
     return flat[first], rows[first], fates
 

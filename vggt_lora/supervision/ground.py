@@ -44,7 +44,7 @@ def find_ground(
     sign = np.sign(normal @ down)
     return Plane(sign * normal, sign * offset, rows[inside])
 
-
+# %% ../../nbs/supervision/ground.ipynb #87491c55
 def _level_candidates(points, down, least: float, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw planes through three points each and return normals (m, 3) and offsets (m,) of those that are level."""
     rng = np.random.default_rng(seed)

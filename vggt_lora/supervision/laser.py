@@ -33,14 +33,19 @@ def read_ground_truth(
     if found != expected:
         with open(path, "rb") as file:
             photo = file.read(3) == b"\xff\xd8\xff"
-        raise SceneError(f"{path}: has {found:,} bytes, expected {expected:,} (32-bit floats of the {size[1]}x{size[0]} original); "
-                         + ("it is a JPEG photo: ETH3D's dslr_depth archive holds raw depth under this name" if photo else
-                            "it is cut short, download it again" if found < expected else "it belongs to another camera"))
+        raise SceneError(f"{path}: has {found:,} bytes, expected {expected:,} (32-bit floats of the "
+                         f"{size[1]}x{size[0]} original); "
+                         + ("it is a JPEG photo: ETH3D's dslr_depth archive holds raw depth under this name" if photo
+                            else
+                            "it is cut short, download it again" if found < expected else "it belongs to "
+                            "another camera"))
     depth = np.fromfile(path, "<f4")
     if np.isnan(depth.min()):  # a NaN comes through min
-        raise SceneError(f"{path}: {np.isnan(depth).sum():,} values are not a number; expected depths in scene units, inf where unknown")
+        raise SceneError(f"{path}: {np.isnan(depth).sum():,} values are not a number; expected depths in scene units, "
+                         "inf where unknown")
     if depth.min() <= 0:
-        raise SceneError(f"{path}: {(depth <= 0).sum():,} depths are zero or negative; expected depths above 0, inf where unknown")
+        raise SceneError(f"{path}: {(depth <= 0).sum():,} depths are zero or negative; expected depths above 0, inf "
+                         "where unknown")
     return depth.reshape(size)
 
 # %% ../../nbs/supervision/laser.ipynb #ac6c4494
@@ -65,7 +70,8 @@ def carried_depth(
         known, z = known[sound], z[sound]
     rays = original.rays(np.column_stack([known % original.size[1], known // original.size[1]]) + 0.5)
     if frame.photo_mask_path is not None:
-        sound = sample_nearest(read_own_mask(frame.photo_mask_path, frame.size), pinhole_pixels(rays, frame.K), 0) != ABSENT
+        sound = (sample_nearest(read_own_mask(frame.photo_mask_path, frame.size), pinhole_pixels(rays, frame.K),
+                                0) != ABSENT)
         rays, z = rays[sound], z[sound]
     masked = total - len(z)
     u, v = pinhole_pixels(rays, K).T
@@ -74,8 +80,8 @@ def carried_depth(
     flat = v[inside].astype(np.int64) * size[1] + u[inside].astype(np.int64)
     depth, front = zbuffer_mean(flat, z[inside], size[0] * size[1])
     valid = depth > 0
-    counts = {"observed": total, "landed": int(valid.sum()), "pooled": int(front.sum() - valid.sum()), "hidden": int((~front).sum()),
-              "outside": int((~inside).sum()), "masked": masked}
+    counts = {"observed": total, "landed": int(valid.sum()), "pooled": int(front.sum() - valid.sum()),
+              "hidden": int((~front).sum()), "outside": int((~inside).sum()), "masked": masked}
     return DepthMap(depth.reshape(size), valid.reshape(size), valid.reshape(size).astype(np.float32), counts)
 
 # %% ../../nbs/supervision/laser.ipynb #649d75c5
@@ -85,7 +91,7 @@ def has_laser(
     """Tell whether `laser_depth` knows anything of a scene."""
     return any(frame.depth_path is not None for frame in scene.frames) or scan_files(scene) is not None
 
-
+# %% ../../nbs/supervision/laser.ipynb #34acbd10
 def laser_depth(
     scene,  # Scene
     frame,  # Frame of that scene
@@ -103,10 +109,11 @@ def laser_depth(
     if any(other.depth_path is not None for other in scene.frames):
         empty = np.zeros(tuple(int(n) for n in size), np.float32)
         return DepthMap(empty, empty > 0, empty, {"observed": 0} | dict.fromkeys(SCAN_FATES, 0))
-    raise DepthAbsent(f"scene {scene.name} has no laser data: no ground_truth_depth and no dslr_scan_eval or scan_clean with scan_alignment.mlp in {scene.root}. "
-                      "Unpack ETH3D's archive dslr_depth or dslr_scan_eval there, or use another supervision, such as 'sparse'")
+    raise DepthAbsent(f"scene {scene.name} has no laser data: no ground_truth_depth and no dslr_scan_eval or "
+                      f"scan_clean with scan_alignment.mlp in {scene.root}. Unpack ETH3D's archive dslr_depth or "
+                      "dslr_scan_eval there, or use another supervision, such as 'sparse'")
 
-
+# %% ../../nbs/supervision/laser.ipynb #fb41484d
 def laser_agreement(
     scene,  # Scene
     frame,  # Frame of that scene
@@ -120,14 +127,17 @@ def laser_agreement(
     both = truth.valid & scans.valid
     difference = np.abs(scans.depth[both] / truth.depth[both] - 1)
     middle, high = np.quantile(difference, [0.5, 0.9]) if len(difference) else (np.nan, np.nan)
-    return {"pixels": int(both.sum()), "overlap": float(both.sum() / max(truth.valid.sum(), 1)), "median": float(middle), "90 %": float(high)}
+    return {"pixels": int(both.sum()), "overlap": float(both.sum() / max(truth.valid.sum(), 1)),
+            "median": float(middle), "90 %": float(high)}
 
 # %% ../../nbs/supervision/laser.ipynb #4dad12e9
 def laser_inputs(scene, frame) -> list:
     """List what `laser_depth` reads; raises SceneError for a broken alignment of scans."""
-    found = [any(f.depth_path is not None for f in scene.frames), file_digest(frame.depth_path), *mask_inputs(scene, frame, frame.depth_path)]
+    found = [any(f.depth_path is not None for f in scene.frames), file_digest(frame.depth_path),
+             *mask_inputs(scene, frame, frame.depth_path)]
     alignment = scan_files(scene) if frame.depth_path is None else None
     if alignment is None:
         return found
     meshes = [find_part(scene_folders(scene.root), f"occlusion/{name}") for name in OCCLUSION_FILES]
-    return [*found, file_digest(alignment), [[path.name, file_digest(path)] for path in read_alignment(alignment)], list(map(file_digest, meshes))]
+    return [*found, file_digest(alignment), [[path.name, file_digest(path)] for path in read_alignment(alignment)],
+            list(map(file_digest, meshes))]

@@ -37,7 +37,7 @@ class Scans:
     poses: tuple[np.ndarray, ...]  # (4, 4) scan to world
     steps: tuple[float, ...]  # radians between neighbouring points, seen from the scanner
 
-
+# %% ../../nbs/supervision/laser_scans.ipynb #7c86ee63
 def angular_step(
     points: np.ndarray,  # (n, 3) in the scanner's frame
     cell: float = np.radians(2),  # radians
@@ -54,15 +54,16 @@ def angular_step(
     number = np.unique(rows * 100_000 + columns, return_counts=True)[1] * (len(points) / len(some))
     return float(cell / np.sqrt(max(np.quantile(number, 0.2), 1.0)))
 
-
+# %% ../../nbs/supervision/laser_scans.ipynb #9e9d48bc
 def scan_files(
     scene,  # Scene
 ) -> Path | None:
     """Return the alignment file of the scene's scans, where there is one."""
     folders = scene_folders(scene.root)
-    return next((found for part in SCAN_FOLDERS if (found := find_part(folders, f"{part}/scan_alignment.mlp")) is not None), None)
+    return next((found for part in SCAN_FOLDERS
+                 if (found := find_part(folders, f"{part}/scan_alignment.mlp")) is not None), None)
 
-
+# %% ../../nbs/supervision/laser_scans.ipynb #c12cd538
 def load_scans(
     scene,  # Scene
 ) -> Scans | None:
@@ -110,7 +111,7 @@ class Occluder:
         met = self.rays.cast_rays(open3d.core.Tensor(rays))["t_hit"].numpy()
         return met < distance - tolerance
 
-
+# %% ../../nbs/supervision/laser_scans.ipynb #f3d3781d
 def load_occluder(
     scene,  # Scene
 ) -> Occluder | None:
@@ -119,22 +120,25 @@ def load_occluder(
     paths = [path for name in OCCLUSION_FILES if (path := find_part(folders, f"occlusion/{name}")) is not None]
     return _load_occluder(tuple(map(file_stamp, paths))) if paths else None
 
-
+# %% ../../nbs/supervision/laser_scans.ipynb #54e1b384
 @lru_cache(maxsize=2)
 def _load_occluder(stamps: tuple) -> Occluder:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # in a notebook it greets with three lines
             import open3d
     except (ImportError, OSError) as error:
-        raise SceneError(f"the occlusion mesh {stamps[0][0]} needs Open3D, which cannot be imported ({error}). Install it with `pip install open3d`, "
-                         "or move the folder `occlusion` away: then the scan's own points hide each other") from error
+        raise SceneError(f"the occlusion mesh {stamps[0][0]} needs Open3D, which cannot be imported ({error}). Install "
+                         "it with `pip install open3d`, or move the folder `occlusion` away: then the scan's own "
+                         "points hide each other") from error
     rays, middle = open3d.t.geometry.RaycastingScene(nthreads=1), None
     for path, *_ in stamps:
         vertices, triangles = read_mesh(path)
         if not len(triangles):
-            raise SceneError(f"{path}: holds no triangles; expected the occlusion mesh of the scene, in the world's frame")
+            raise SceneError(f"{path}: holds no triangles; expected the occlusion mesh of the scene, in the "
+                             "world's frame")
         middle = vertices.mean(0, dtype=np.float64) if middle is None else middle
-        rays.add_triangles(open3d.core.Tensor((vertices - middle).astype(np.float32)), open3d.core.Tensor(triangles.astype(np.uint32)))
+        rays.add_triangles(open3d.core.Tensor((vertices - middle).astype(np.float32)),
+                           open3d.core.Tensor(triangles.astype(np.uint32)))
     return Occluder(rays, middle)
 
 # %% ../../nbs/supervision/laser_scans.ipynb #54c38cae
@@ -156,7 +160,8 @@ def disc_surface(
         np.minimum.at(image, flat[here], z[here])
         v, u = np.ogrid[-r:r + 1, -r:r + 1]
         disc = u * u + v * v <= r * r + 0.5
-        surface = np.minimum(surface, minimum_filter(image.reshape(size), footprint=disc, mode="constant", cval=np.inf) if r else image.reshape(size))
+        surface = np.minimum(surface, minimum_filter(image.reshape(size), footprint=disc, mode="constant", cval=np.inf)
+                             if r else image.reshape(size))
     return surface
 
 # %% ../../nbs/supervision/laser_scans.ipynb #1989b2ff
@@ -180,13 +185,14 @@ def points_in_view(
             part = points[low:low + 1_000_000]
             x, y, z = (part @ turn + shift).T
             with np.errstate(divide="ignore", invalid="ignore"):
-                u, v = K[0, 0].astype(np.float32) * x / z + np.float32(K[0, 2]), K[1, 1].astype(np.float32) * y / z + np.float32(K[1, 2])
+                u, v = (K[0, 0].astype(np.float32) * x / z + np.float32(K[0, 2]),
+                        K[1, 1].astype(np.float32) * y / z + np.float32(K[1, 2]))
                 seen = np.flatnonzero((z > 1e-6) & (u >= left) & (u < right) & (v >= top) & (v < bottom))
             spacing = step * np.linalg.norm(part[seen], axis=1)
             parts.append((np.column_stack([u[seen], v[seen]]), z[seen], np.float32(K[0, 0]) * spacing / z[seen]))
     return tuple(np.concatenate(column) for column in zip(*parts))
 
-
+# %% ../../nbs/supervision/laser_scans.ipynb #48ae2b20
 def scan_depth(
     scene,  # Scene
     frame,  # Frame of that scene
@@ -204,14 +210,17 @@ def scan_depth(
         raise ConfigError(unknown_name_message("way of hiding", hide, ("auto", "mesh", "discs")))
     scans = load_scans(scene)
     if scans is None:
-        raise DepthAbsent(f"scene {scene.name} has no laser scans: no scan_alignment.mlp in {' or '.join(SCAN_FOLDERS)} of {scene.root}")
+        raise DepthAbsent(f"scene {scene.name} has no laser scans: no scan_alignment.mlp in "
+                          f"{' or '.join(SCAN_FOLDERS)} of {scene.root}")
     occluder = load_occluder(scene) if hide != "discs" else None
     if hide == "mesh" and occluder is None:
-        raise ConfigError(f"scene {scene.name} has no occlusion mesh: no {' or '.join(OCCLUSION_FILES)} in occlusion of {scene.root}; use hide='discs'")
+        raise ConfigError(f"scene {scene.name} has no occlusion mesh: no {' or '.join(OCCLUSION_FILES)} in occlusion "
+                          f"of {scene.root}; use hide='discs'")
     size = tuple(int(n) for n in size)
     K, box = grid_camera(frame, size, plan)
     pixels, z, radius = points_in_view(scans, frame.world_to_cam, K, size, box)
-    flat = np.minimum(pixels[:, 1].astype(np.int64), size[0] - 1) * size[1] + np.minimum(pixels[:, 0].astype(np.int64), size[1] - 1)
+    flat = (np.minimum(pixels[:, 1].astype(np.int64), size[0] - 1) * size[1]
+            + np.minimum(pixels[:, 0].astype(np.int64), size[1] - 1))
     total, in_view = sum(map(len, scans.points)), len(z)
     front = zbuffer_mean(flat, z, size[0] * size[1])[1]
     if occluder is None:
@@ -221,8 +230,10 @@ def scan_depth(
     pooled = in_view - behind - len(rows)
     place = pinhole_rays(pixels[rows].astype(np.float64), K)
     if occluder is not None:
-        world = np.column_stack([place, np.ones(len(rows))]) * z[rows, None].astype(np.float64) - frame.world_to_cam[:3, 3]
-        hidden = occluder.hidden(-frame.world_to_cam[:3, :3].T @ frame.world_to_cam[:3, 3], world @ frame.world_to_cam[:3, :3], tolerance)
+        world = (np.column_stack([place, np.ones(len(rows))]) * z[rows, None].astype(np.float64)
+                 - frame.world_to_cam[:3, 3])
+        hidden = occluder.hidden(-frame.world_to_cam[:3, :3].T @ frame.world_to_cam[:3, 3],
+                                 world @ frame.world_to_cam[:3, :3], tolerance)
         rows, place, behind = rows[~hidden], place[~hidden], behind + int(hidden.sum())
     masked = np.isin(mask_at(scene, frame, place * np.diag(frame.K)[:2] + frame.K[:2, 2]), LASER_DROPS)
     rows = rows[~masked]
@@ -232,7 +243,7 @@ def scan_depth(
               "hidden": behind + int((~last).sum()), "outside": total - in_view, "masked": int(masked.sum())}
     return DepthMap(depth.reshape(size), valid.reshape(size), valid.reshape(size).astype(np.float32), counts)
 
-
+# %% ../../nbs/supervision/laser_scans.ipynb #db0115fe
 def _thinned(rows: np.ndarray, flat: np.ndarray, size: tuple, wanted: int = 8) -> np.ndarray:
     """Keep about `wanted` rows per pixel, spread evenly (golden-ratio sequence, so that the same ones are kept every time)."""
     number = np.bincount(flat[rows], minlength=size[0] * size[1])[flat[rows]]

@@ -40,7 +40,8 @@ def completed_depth(
     Raises ConfigError for anchors that are not a source, DepthAbsent where all of them are absent, SceneError for broken files.
     """
     if "completed" in [part.strip() for part in anchors.split("+")]:
-        raise ConfigError(f"anchors {anchors!r} names 'completed': a guess cannot anchor another; name sources that measure, such as 'laser+sparse'")
+        raise ConfigError(f"anchors {anchors!r} names 'completed': a guess cannot anchor another; name sources that "
+                          "measure, such as 'laser+sparse'")
     size = tuple(int(n) for n in size)
     return complete_depth(scene, frame, depth_source(anchors)(scene, frame, size, plan=plan), plan, settings)
 
@@ -80,7 +81,7 @@ class Mixture:
             raise DepthAbsent("; ".join(absent))
         return DepthMap(depth, valid, weight, counts | details)
 
-
+# %% ../../nbs/supervision/sources.ipynb #ee4f897a
 def depth_source(
     name: str,  # one of DEPTH_SOURCES, or several joined by "+", the most trusted first
     setting: str = "supervision",  # what the name was given for, for messages
@@ -88,10 +89,11 @@ def depth_source(
     """Look up a depth source or a mixture by name; raises ConfigError with the choices."""
     names = source_names(name, setting)
     if ANCHORED in names:
-        raise ConfigError(f"{setting} {name!r}: 'anchored' needs the base's prediction, which a FrameCache with `base` has; it cannot be looked up alone")
+        raise ConfigError(f"{setting} {name!r}: 'anchored' needs the base's prediction, which a FrameCache with `base` "
+                          "has; it cannot be looked up alone")
     return DEPTH_SOURCES[names[0]] if len(names) == 1 else Mixture(names)
 
-
+# %% ../../nbs/supervision/sources.ipynb #258e22d7
 def source_names(
     name: str,  # as in depth_source
     setting: str = "supervision",
@@ -100,9 +102,11 @@ def source_names(
     names = tuple(part.strip() for part in str(name).split("+"))
     for part in names:
         if part not in DEPTH_SOURCES and part != ANCHORED:
-            raise ConfigError(unknown_name_message(setting, part, [*DEPTH_SOURCES, ANCHORED]) + " Several can be joined by '+', the most trusted first.")
+            raise ConfigError(unknown_name_message(setting, part, [*DEPTH_SOURCES, ANCHORED]) + " Several can be "
+                              "joined by '+', the most trusted first.")
     if ANCHORED in names and names.index(ANCHORED) in (0, *range(len(names) - 1)):
-        raise ConfigError(f"{setting} {name!r}: 'anchored' comes last, after the sources that it is anchored to, such as 'sparse+anchored'")
+        raise ConfigError(f"{setting} {name!r}: 'anchored' comes last, after the sources that it is anchored to, such "
+                          "as 'sparse+anchored'")
     if len(set(names)) < len(names):
         raise ConfigError(f"{setting} {name!r} names a source twice; expected each once, the most trusted first")
     return names
@@ -142,8 +146,8 @@ def code_of(source) -> str:
     try:
         return f"{name} {hashlib.sha256(inspect.getsource(source).encode()).hexdigest()}"
     except (OSError, TypeError) as error:
-        raise ConfigError(f"the text of depth source {name} cannot be read ({error}), so the frame store cannot tell whether it changed; "
-                          "use frame_cache=False") from error
+        raise ConfigError(f"the text of depth source {name} cannot be read ({error}), so the frame store cannot tell "
+                          "whether it changed; use frame_cache=False") from error
 
 
 def scene_inputs(scene, frame) -> list:
@@ -151,7 +155,8 @@ def scene_inputs(scene, frame) -> list:
     points = scene.points
     files = [[path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
              for folder in scene_folders(scene.root) for path in sorted(folder.rglob("*")) if path.is_file()]
-    frames = [[f.name, file_digest(f.image_path), digest_of(f.K, f.world_to_cam, f.point_rows, f.observations), list(map(int, f.size))] for f in scene.frames]
+    frames = [[f.name, file_digest(f.image_path), digest_of(f.K, f.world_to_cam, f.point_rows, f.observations),
+               list(map(int, f.size))] for f in scene.frames]
     return [frame.name, files, frames, digest_of(points.xyz, points.rgb, points.error, points.track_length, points.ids)]
 
 

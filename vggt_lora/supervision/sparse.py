@@ -104,8 +104,8 @@ def sparse_depth(
     depth[flat] = z[rows]
     if len(flat):
         points = own[rows]
-        trust = point_weights(scene.points.error[points], scene.points.track_length[points], typical_error(scene.points.error),
-                              triangulation_angles(scene)[points])
+        trust = point_weights(scene.points.error[points], scene.points.track_length[points],
+                              typical_error(scene.points.error), triangulation_angles(scene)[points])
         weight[flat] = np.maximum(trust / max(trust.mean(), 1e-12), 1e-6)  # never 0 where there is a depth
     valid = np.zeros(len(depth), bool)
     valid[flat] = True

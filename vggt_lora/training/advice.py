@@ -17,13 +17,16 @@ from .config import TrainConfig
 def split_notes(split: Split, config: TrainConfig) -> list[str]:
     """Say what the split cannot give: a verdict from few judged frames, best weights where nothing chooses."""
     notes = []
-    count, photos = (sum(len(frames) for side in sides for frames in split.frame_sets(side).values()) for sides in (("val",), SIDES))
+    count, photos = (sum(len(frames) for side in sides for frames in split.frame_sets(side).values())
+                     for sides in (("val",), SIDES))
     if count < FEWEST_JUDGES:
         share = round(1 - (FEWEST_JUDGES + 0.4) / photos, 2)
-        remedy = f"train_fraction={share} would judge by {FEWEST_JUDGES} of {photos} photos" if photos >= 2 * FEWEST_JUDGES else "take more photos"
+        remedy = (f"train_fraction={share} would judge by {FEWEST_JUDGES} of {photos} photos"
+                  if photos >= 2 * FEWEST_JUDGES else "take more photos")
         notes.append(f"{count} frames judge: too few for a verdict, which needs {FEWEST_JUDGES}; {remedy}")
     if config.choose_fraction and not split.choose:
-        notes.append(f"nothing chooses: {config.choose_fraction:g} of the training photos are fewer than {FEWEST_JUDGES}, so all of them train and the last weights are taken")
+        notes.append(f"nothing chooses: {config.choose_fraction:g} of the training photos are fewer than "
+                     f"{FEWEST_JUDGES}, so all of them train and the last weights are taken")
     return notes
 
 # %% ../../nbs/training/advice.ipynb #a8317da7
@@ -33,13 +36,15 @@ def risky_settings(scenes: list[Scene], config: TrainConfig) -> list[str]:
     if "depth" not in config.names("heads") or {"laser", "dense", "colmap", ANCHORED} & sources:
         return []
     if config.scale_normalization == "points":
-        return ["sparse points alone with scale_normalization='points' made depth worse in every trial while the loss fell; supervision='auto' made it better"]
-    return ["nothing supervises the pixels between the sparse points: in trials that gained nothing; supervision='auto' made depth better"]
+        return ["sparse points alone with scale_normalization='points' made depth worse in every trial while the loss "
+                "fell; supervision='auto' made it better"]
+    return ["nothing supervises the pixels between the sparse points: in trials that gained nothing; "
+            "supervision='auto' made depth better"]
 
 
 def without_choice(config: TrainConfig) -> TrainConfig:
     """Return the settings of a run in which no photo chooses: the last weights, and no early end."""
-    return dataclasses.replace(config, adapter_weights="last", patience=0)
+    return dataclasses.replace(config, adapter_weights="last", patience=None)
 
 # %% ../../nbs/training/advice.ipynb #830650c1
 def next_tries(

@@ -43,7 +43,8 @@ def crop(
     """Cut every frame to `size` about its principal point, as far as the photo reaches; K moves along."""
     height, width = sample.images.shape[-2:]
     if not (0 < size[0] <= height and 0 < size[1] <= width) or size[0] % patch or size[1] % patch:
-        raise ConfigError(f"a crop of {tuple(size)} does not fit photos of {(height, width)}; sides are multiples of {patch}")
+        raise ConfigError(f"a crop of {tuple(size)} does not fit photos of {(height, width)}; sides are multiples "
+                          f"of {patch}")
     centre = sample.K[:, [1, 0], 2]
     free = torch.tensor([height - size[0], width - size[1]])
     corner = (centre - torch.tensor(size) / 2).round().long().clamp(min=torch.zeros_like(free), max=free)
@@ -51,7 +52,8 @@ def crop(
     K[:, [1, 0], 2] -= corner
 
     def cut(maps):
-        return torch.stack([m[..., top:top + size[0], left:left + size[1]] for m, (top, left) in zip(maps, corner.tolist())])
+        return torch.stack([m[..., top:top + size[0], left:left + size[1]]
+                            for m, (top, left) in zip(maps, corner.tolist())])
 
     return with_maps(sample, cut, K=K)
 
@@ -74,13 +76,15 @@ def turn(
     """Roll every camera of a window by quarter turns; raises ConfigError for cameras with skew, which a turned pinhole camera cannot have."""
     for _ in range(quarters % 4):
         if (sample.K[:, 0, 1] != 0).any():
-            raise ConfigError(f"scene {sample.scene} has cameras with skew; their photos cannot be turned, leave 'turn' out of augment")
+            raise ConfigError(f"scene {sample.scene} has cameras with skew; their photos cannot be turned, leave "
+                              "'turn' out of augment")
         roll = torch.eye(4, dtype=sample.world_to_cam.dtype)
         roll[:2, :2] = torch.tensor([[0.0, 1], [-1, 0]])
         K = sample.K.clone()
         K[:, 0, 0], K[:, 1, 1] = sample.K[:, 1, 1], sample.K[:, 0, 0]
         K[:, 0, 2], K[:, 1, 2] = sample.K[:, 1, 2], sample.images.shape[-1] - sample.K[:, 0, 2]
-        sample = with_maps(sample, lambda maps: torch.rot90(maps, 1, (-2, -1)), K=K, world_to_cam=roll @ sample.world_to_cam)
+        sample = with_maps(sample,
+                           lambda maps: torch.rot90(maps, 1, (-2, -1)), K=K, world_to_cam=roll @ sample.world_to_cam)
     return sample
 
 # %% ../../nbs/training/augment.ipynb #2e2d0f7b
@@ -108,7 +112,7 @@ def tilt_camera(
     new[:2, :2] *= zoom
     return roll, new, K @ roll.T @ torch.linalg.inv(new)
 
-
+# %% ../../nbs/training/augment.ipynb #17f19bf5
 def resample_depth(
     depth: torch.Tensor,  # (H,W), 0 = unknown
     valid: torch.Tensor,  # (H,W) bool
@@ -132,9 +136,10 @@ def resample_depth(
     smooth = known & (four.amax(0) <= ONE_SURFACE * four.amin(0)) & (four.amin(0) > 0)
     inverse = (weights / torch.where(four > 0, four, 1.0)).sum(0)
     seen = inside & valid[row, column]
-    return torch.where(seen, torch.where(smooth, 1 / inverse.clamp_min(1e-12), depth[row, column]), 0.0), seen, torch.stack([row, column])
+    return (torch.where(seen, torch.where(smooth, 1 / inverse.clamp_min(1e-12), depth[row, column]), 0.0), seen,
+            torch.stack([row, column]))
 
-
+# %% ../../nbs/training/augment.ipynb #3f990f30
 def tilt(
     sample: Sample,
     angles,  # (S,) radians, counter-clockwise
@@ -148,7 +153,8 @@ def tilt(
         roll, new, back = tilt_camera(sample.K[k].double(), (height, width), float(angle))
         where = (pixels @ back.T)[..., :2]
         grid = (2 * where / torch.tensor([width, height], dtype=torch.float64) - 1).to(sample.images)
-        fields["images"][k] = F.grid_sample(sample.images[k:k + 1], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0]
+        fields["images"][k] = F.grid_sample(sample.images[k:k + 1], grid[None], mode="bilinear", padding_mode="border",
+                                            align_corners=False)[0]
         depth, seen, (row, column) = resample_depth(sample.depth[k], sample.valid[k], where)
         fields["depth"][k], fields["valid"][k] = depth, seen
         fields["weight"][k] = torch.where(seen, sample.weight[k, row, column], 0.0)
@@ -171,11 +177,12 @@ def recoloured(
     images = (grey + draw["saturation"] * (images - grey)).clamp(0, 1)
     angle = 2 * np.pi * draw["hue"]  # Rodrigues' formula about (1,1,1)
     a, b = (1 - np.cos(angle)) / 3, np.sin(angle) / 3 ** 0.5
-    turned = torch.tensor([[np.cos(angle) + a, a - b, a + b], [a + b, np.cos(angle) + a, a - b], [a - b, a + b, np.cos(angle) + a]], dtype=images.dtype)
+    turned = torch.tensor([[np.cos(angle) + a, a - b, a + b], [a + b, np.cos(angle) + a, a - b],
+                           [a - b, a + b, np.cos(angle) + a]], dtype=images.dtype)
     images = torch.einsum("ij,sjhw->sihw", turned, images).clamp(0, 1)
     return (images * tone).sum(1, keepdim=True).expand_as(images).contiguous() if draw["grey"] else images
 
-
+# %% ../../nbs/training/augment.ipynb #1b7c237d
 def draw_colours(
     rng: np.random.Generator,
     strength: float,  # largest change of brightness, contrast and saturation; hue turns by a fifth of it
@@ -183,9 +190,10 @@ def draw_colours(
     """One draw; in one of ten nothing changes, in one of twenty the photo goes grey."""
     factors = {name: rng.uniform(1 - strength, 1 + strength) for name in ("brightness", "contrast", "saturation")}
     hue, change, grey = rng.uniform(-strength, strength) / 5, rng.random() < 0.9, rng.random() < 0.05
-    return {**factors, "hue": hue, "grey": grey} if change else {**dict.fromkeys(factors, 1.0), "hue": 0.0, "grey": grey}
+    return ({**factors, "hue": hue, "grey": grey} if change
+            else {**dict.fromkeys(factors, 1.0), "hue": 0.0, "grey": grey})
 
-
+# %% ../../nbs/training/augment.ipynb #9ffb0c69
 def colour(
     sample: Sample,
     rng: np.random.Generator,
@@ -210,7 +218,7 @@ def mixup(
     theirs = theirs[torch.arange(len(sample.images)) % len(theirs)]
     return dataclasses.replace(sample, images=(1 - share) * sample.images + share * theirs.clamp(0, 1))
 
-
+# %% ../../nbs/training/augment.ipynb #33de360a
 def mean_distance(
     sample: Sample,
 ) -> float:
@@ -219,7 +227,7 @@ def mean_distance(
     truth = normalise_batch(sample.world_to_cam[None], sample.K[None], sample.depth[None], used[None])
     return float(truth["scale"])
 
-
+# %% ../../nbs/training/augment.ipynb #8e84b807
 def cutmix(
     sample: Sample,
     other: Sample,
@@ -227,8 +235,10 @@ def cutmix(
 ) -> Sample:
     """Paste a rectangle of another window with its depth and mask, in this window's unit; cameras and the scene's length remain."""
     top, left, bottom, right = box
-    if not (0 <= top < bottom <= min(sample.depth.shape[1], other.depth.shape[1]) and 0 <= left < right <= min(sample.depth.shape[2], other.depth.shape[2])):
-        raise ConfigError(f"rectangle {box} does not lie inside photos of {tuple(sample.depth.shape[1:])} and {tuple(other.depth.shape[1:])}")
+    if not (0 <= top < bottom <= min(sample.depth.shape[1], other.depth.shape[1])
+            and 0 <= left < right <= min(sample.depth.shape[2], other.depth.shape[2])):
+        raise ConfigError(f"rectangle {box} does not lie inside photos of {tuple(sample.depth.shape[1:])} and "
+                          f"{tuple(other.depth.shape[1:])}")
     own, theirs = mean_distance(sample), mean_distance(other)
     frames = torch.arange(len(sample.images)) % len(other.images)
     fields = {name: getattr(sample, name).clone() for name in MAPS}
@@ -248,7 +258,7 @@ def window_number(
     """A number that stands for a window wherever it is: a checksum of its scene's name and its photos' names."""
     return zlib.crc32("/".join([scene.name, *(scene.frames[i].name for i in window.frames)]).encode())
 
-
+# %% ../../nbs/training/augment.ipynb #c7b6653a
 def generator(
     config: TrainConfig,
     epoch: int,
@@ -256,9 +266,10 @@ def generator(
     purpose: int,  # keeps streams apart
 ) -> np.random.Generator:
     """The random stream of a window in an epoch; with variants it comes again after so many epochs."""
-    return np.random.default_rng([config.seed, purpose, epoch % config.distinct_epochs if config.distinct_epochs else epoch, index])
+    return np.random.default_rng([config.seed, purpose,
+                                  epoch % config.distinct_epochs if config.distinct_epochs else epoch, index])
 
-
+# %% ../../nbs/training/augment.ipynb #127c2005
 def drawn_side(
     config: TrainConfig,
     sizes: tuple[int, ...],  # long sides to draw from, px
@@ -268,7 +279,7 @@ def drawn_side(
     """The long side, px, at which a window is loaded in an epoch."""
     return sizes[int(generator(config, epoch, index, 2).integers(len(sizes)))]
 
-
+# %% ../../nbs/training/augment.ipynb #cf131c3f
 def augment(
     sample: Sample,
     config: TrainConfig,
@@ -292,11 +303,12 @@ def augment(
         sample = turn(sample, int(rng.integers(1, 4)))
     if "crop" in names:
         shares = rng.uniform(config.crop_min_scale, 1, 2)
-        size = tuple(max(patch, round(share * side / patch) * patch) for share, side in zip(shares, sample.images.shape[-2:]))
+        size = tuple(max(patch, round(share * side / patch) * patch)
+                     for share, side in zip(shares, sample.images.shape[-2:]))
         sample = crop(sample, size, patch)
     return sample
 
-
+# %% ../../nbs/training/augment.ipynb #afeb620e
 def mixed(sample: Sample, other: Sample, way: str, rng: np.random.Generator) -> Sample:
     """One of the two mixtures, its strength drawn: at most half of the colours, or a rectangle of a third to a half of each side."""
     if way == "mixup":
@@ -318,7 +330,9 @@ class Variation:
     ):
         self.config, self.items = config, list(items)
         self.sizes = drawn_sizes(config.image_sizes, cache.long_side, cache.patch) or (cache.long_side,)
-        self.caches = {size: cache if size == cache.long_side else type(cache)(size, cache.mode, cache.supervision, base=cache.base, patch=cache.patch) for size in self.sizes}
+        self.caches = {size: cache if size == cache.long_side
+                       else type(cache)(size, cache.mode, cache.supervision, base=cache.base, patch=cache.patch)
+                       for size in self.sizes}
         for size, made in self.caches.items():
             if made is not cache:
                 (made.prepare if hasattr(made, "prepare") else made.work_ahead)(self.items)
@@ -339,7 +353,7 @@ class Variation:
 
         return augment(load_sample(scene, window, cache, order), self.config, epoch, index, another, cache.patch)
 
-
+# %% ../../nbs/training/augment.ipynb #8ab249d7
 def variation_of(
     cache: FrameCache,
     config: TrainConfig,

@@ -20,7 +20,8 @@ def base_prediction(
     """Depth (B,S,H,W) that the base predicts, in the network's unit; the model's mode and random streams stay as they were. ConfigError without an adapter."""
     bare = getattr(model, "module", model)
     if not hasattr(bare, "disable_adapter"):
-        raise ConfigError("the base's prediction is what a model says without its adapter, and this model has none; use base_consistency_weight=0 and scale 'points'")
+        raise ConfigError("the base's prediction is what a model says without its adapter, and this model has none; "
+                          "use base_consistency_weight=0 and scale 'points'")
     modes = [(module, module.training) for module in bare.modules()]
     bare.eval()
     try:

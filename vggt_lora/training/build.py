@@ -42,7 +42,8 @@ def split_scenes(
 ) -> tuple[Split, dict]:
     """Split into windows and audit the result; raises LeakError or ConfigError."""
     hold_out = config.names("hold_out") or _demo_hold_out(scenes, config)
-    settings = {"frames": config.frames, "overlap": config.overlap, "train_fraction": config.train_fraction, "hold_out": hold_out, "groups": config.groups, "by": config.window_selection}
+    settings = {"frames": config.frames, "overlap": config.overlap, "train_fraction": config.train_fraction,
+                "hold_out": hold_out, "groups": config.groups, "by": config.window_selection}
     split = split_windows(scenes, choose_fraction=config.choose_fraction, **settings)
     if sum(map(len, split.frame_sets("choose").values())) < FEWEST_JUDGES:
         split = split_windows(scenes, **settings)  # a choice by fewer is a matter of luck, and they are missed in training
@@ -82,12 +83,12 @@ def check_photos(
     trained = {*recorded["train"].values(), *recorded.get("choose", {}).values()}
     leaks = [name for name, digest in current["val"].items() if digest in trained]
     if leaks:
-        raise LeakError(f"{len(leaks)} photos would be measured on that this run was trained on, for instance {', '.join(leaks[:3])}; "
-                        "the scene or the split settings changed since")
+        raise LeakError(f"{len(leaks)} photos would be measured on that this run was trained on, for instance "
+                        f"{', '.join(leaks[:3])}; the scene or the split settings changed since")
     if same and recorded != current:
         changed = [n for side in SIDES for n in recorded.get(side, {}).keys() ^ current.get(side, {}).keys()]
-        raise LeakError(f"the scene changed since this run began: {len(changed)} photos are on one side only, for instance "
-                        f"{', '.join(sorted(changed)[:3]) or 'none, but the content of some differs'}")
+        raise LeakError(f"the scene changed since this run began: {len(changed)} photos are on one side only, for "
+                        f"instance {', '.join(sorted(changed)[:3]) or 'none, but the content of some differs'}")
 
 # %% ../../nbs/training/build.ipynb #d993ecdf
 def build_model(
@@ -105,10 +106,12 @@ def build_model(
             torch.manual_seed(config.seed)
             model = VGGT(dataclasses.replace(RANDOM[config.model](), point_head=point))
     else:
-        model = VGGT.from_pretrained(config.model, camera_head=True, depth_head=True, track_head=False, point_head=None if point else False)
+        model = VGGT.from_pretrained(config.model, camera_head=True, depth_head=True, track_head=False,
+                                     point_head=None if point else False)
         if point and "point" not in model.dense_heads:
-            raise ConfigError(f"point_conf_weight, point_reg_weight or point_grad_weight is above 0, but {config.model} has no point head; "
-                              "set them to 0, or give weights that have one, such as facebook/VGGT-1B")
+            raise ConfigError("point_conf_weight, point_reg_weight or point_grad_weight is above 0, but "
+                              f"{config.model} has no point head; set them to 0, or give weights that have one, such "
+                              "as facebook/VGGT-1B")
     model.requires_grad_(False)
     return model.eval()
 
@@ -120,8 +123,10 @@ def add_adapter(
     """Put the adapter of a configuration on its base; returns (adapted model, Targets). Raises ConfigError if the choice cannot be met."""
     from vggt_lora.adapters.adapter import apply_lora
 
-    return apply_lora(model, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout, target_modules=config.names("target_modules"), full_finetune=config.names("full_finetune"),
-                      seed=config.seed, use_rslora=config.use_rslora, use_dora=config.use_dora, heads=config.trained_heads)
+    return apply_lora(model, config.strategy, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
+                      target_modules=config.names("target_modules"), full_finetune=config.names("full_finetune"),
+                      seed=config.seed, use_rslora=config.use_rslora, use_dora=config.use_dora,
+                      heads=config.trained_heads)
 
 # %% ../../nbs/training/build.ipynb #534266e3
 RATED_WIDTH = 1024  # channels of the network that the strategies' learning rates are meant for
@@ -132,7 +137,7 @@ def with_rate(
     width: int,  # channels of the network
 ) -> TrainConfig:
     """Return the configuration with its peak learning rate filled in for a network of this width."""
-    return config if config.lr else dataclasses.replace(config, lr=config.peak_lr * RATED_WIDTH / width)
+    return config if config.lr is not None else dataclasses.replace(config, lr=config.peak_lr * RATED_WIDTH / width)
 
 # %% ../../nbs/training/build.ipynb #6b1c4f02
 def make_frame_cache(
@@ -142,7 +147,8 @@ def make_frame_cache(
     items=(),  # (scene, window) pairs that will be asked for: made now, several at a time, where the store lacks them
 ) -> FrameCache:
     """The frames of a run at its image size (the model's own where the configuration says 0), from the store on disk or decoded each time."""
-    settings, device = (config.image_size or model.config.img_size, config.image_mode, source or config.supervision), resolve_device(config.device)
+    settings, device = (config.image_size or model.config.img_size, config.image_mode,
+                        source or config.supervision), resolve_device(config.device)
     base = BaseDepth(model, device, resolve_precision(config.precision, device), config.image_mode)
     frames = (FrameStore if config.frame_cache else FrameCache)(*settings, base=base, patch=model.config.patch_size)
     (frames.prepare if config.frame_cache else frames.work_ahead)(items, device=device)
@@ -162,4 +168,5 @@ def truth_source(
     held_out = [scene for scene in scenes if scene.name in judged]
     if all(has_laser(scene) for scene in held_out):
         return "laser"
-    return measured_part(resolve_supervision(next(scene for scene in held_out if not has_laser(scene)), config.supervision))
+    return measured_part(resolve_supervision(next(scene for scene in held_out if not has_laser(scene)),
+                                             config.supervision))

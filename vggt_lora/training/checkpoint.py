@@ -52,7 +52,7 @@ FORMAT = 3  # goes up when a run of an older version can no longer be taken up
 class CheckpointError(VggtLoraError):
     """A checkpoint cannot be read or belongs to another run."""
 
-
+# %% ../../nbs/training/checkpoint.ipynb #8c50b4fb
 def content_digest(item, digest=None) -> str:
     """Hash nested dicts and lists of tensors and plain values, in order."""
     whole = digest is None
@@ -72,7 +72,7 @@ def content_digest(item, digest=None) -> str:
         digest.update(repr(item).encode())
     return digest.hexdigest() if whole else ""
 
-
+# %% ../../nbs/training/checkpoint.ipynb #da89028e
 def write_tensors(
     path: Path | str,
     content: dict,  # tensors, numbers and texts, nested
@@ -83,7 +83,7 @@ def write_tensors(
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
-
+# %% ../../nbs/training/checkpoint.ipynb #e4fd01ad
 def save_checkpoint(
     path: Path | str,
     model,  # the adapted model
@@ -118,10 +118,11 @@ def read_checkpoint(
         raise CheckpointError(f"{path}: cannot be read: its numbers are not those that were written" if digest else
                               f"{path}: cannot be read: it holds no digest, an older version of this package wrote it")
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: cannot be read: another version of this package wrote it, in format {content.get('format')}, and this one reads {FORMAT}")
+        raise CheckpointError(f"{path}: cannot be read: another version of this package wrote it, in format "
+                              f"{content.get('format')}, and this one reads {FORMAT}")
     return content
 
-
+# %% ../../nbs/training/checkpoint.ipynb #d81618ea
 def load_checkpoint(
     path: Path | str | dict,  # a file, or what read_checkpoint gave
     model,  # the adapted model, with the same layers trained
@@ -157,7 +158,7 @@ def checkpoint_files(
     last = Path(folder) / "last.pt"
     return files if not last.exists() or any(last.samefile(f) for f in files) else [last, *files]
 
-
+# %% ../../nbs/training/checkpoint.ipynb #3c68be77
 def save_step(
     folder: Path | str,  # checkpoints/ of a run
     model,
@@ -173,7 +174,7 @@ def save_step(
     _settle(path, keep)
     return path
 
-
+# %% ../../nbs/training/checkpoint.ipynb #7ad9794c
 def _settle(path: Path, keep: int) -> None:
     """What follows when the newest checkpoint is whole: it is called last.pt too, and the oldest are dropped."""
     last = path.with_name("last.pt")
@@ -187,14 +188,15 @@ def _settle(path: Path, keep: int) -> None:
     for old in sorted(path.parent.glob("step-*.pt"), reverse=True)[keep:]:
         old.unlink(missing_ok=True)
 
-
+# %% ../../nbs/training/checkpoint.ipynb #2d0bc086
 def newest_checkpoint(
     folder: Path | str,  # checkpoints/ of a run
 ) -> tuple[Path, dict, list[str]]:
     """(file, content, what is wrong with newer ones); raises ConfigError where there is none, CheckpointError where none can be read."""
     files, faults = checkpoint_files(folder), []
     if not files:
-        raise ConfigError(f"{Path(folder).parent} has no checkpoint: the run ended before its first step; start it anew in another output")
+        raise ConfigError(f"{Path(folder).parent} has no checkpoint: the run ended before its first step; start it "
+                          "anew in another output")
     for path in files:
         try:
             content = read_checkpoint(path)
@@ -204,7 +206,7 @@ def newest_checkpoint(
             return path, content, faults
     raise CheckpointError("; ".join(faults))
 
-
+# %% ../../nbs/training/checkpoint.ipynb #ae4080f0
 def take_up(
     folder: Path | str,  # checkpoints/ of a run that goes on; nobody else may write there
     keep: int = 3,  # files that stay
@@ -237,4 +239,5 @@ def disk_errors(
             keeps = f"{path.name} is whole; free some space and continue with resume=True, output={str(folder)!r}"
         except VggtLoraError:
             keeps = "nothing was saved yet"
-        raise DiskError(f"no space to write {getattr(error, 'filename', None) or folder} ({os.strerror(error.errno)}): {keeps}") from error
+        raise DiskError(f"no space to write {getattr(error, 'filename', None) or folder} "
+                        f"({os.strerror(error.errno)}): {keeps}") from error

@@ -37,7 +37,8 @@ def resolve_precision(
 ) -> str:
     """auto means bf16 autocast on a GPU whose arithmetic has it, float32 elsewhere (also on older GPUs, which only imitate it)."""
     if name == "auto":
-        return "bf16" if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        return ("bf16" if torch.device(device).type == "cuda"
+                and torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
     return name
 
 # %% ../../nbs/training/distributed.ipynb #e43c8441
@@ -74,23 +75,32 @@ class Distributed:
         from accelerate.state import AcceleratorState
         from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
-        if shards := [name for word, name in SHARDS.items() if os.environ.get(f"ACCELERATE_USE_{word}", "").lower() == "true"]:
-            raise ConfigError(f"accelerate is set up for {' and '.join(shards)}, and here every process holds the whole network, whose trained part is small: "
-                              "answer no to it in `accelerate config`, or start with torchrun")
+        if shards := [name for word, name in SHARDS.items() if os.environ.get(f"ACCELERATE_USE_{word}", "").lower()
+                      == "true"]:
+            raise ConfigError(f"accelerate is set up for {' and '.join(shards)}, and here every process holds the "
+                              "whole network, whose trained part is small: answer no to it in `accelerate config`, or "
+                              "start with torchrun")
         AcceleratorState._reset_state(reset_partial_state=True)  # or a second run in one kernel could not change device or precision
         kind = resolve_device(config.device)
         precision = resolve_precision(config.precision, kind)
-        self.accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="bf16" if precision == "bf16" else "no", dynamo_backend="no",
-                                       gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
-        self.size, self.rank, self.device = self.accelerator.num_processes, self.accelerator.process_index, self.accelerator.device
+        self.accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="bf16" if precision == "bf16" else "no",
+                                       dynamo_backend="no",
+                                       gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+        self.size, self.rank, self.device = (self.accelerator.num_processes, self.accelerator.process_index,
+                                             self.accelerator.device)
         self.main = self.rank == 0
         if self.size > 1:
             atexit.register(leave_group)
         if self.device.type != kind:
-            raise ConfigError(f"device is {config.device!r}, which means {kind} here, and accelerate is set up for {self.device.type}: give device={self.device.type!r}, or another `accelerate config`")
-        own = {"gradient_accumulation_steps": "1", "dynamo_backend": "no", "mixed_precision": self.accelerator.mixed_precision}
-        self.unused = [f"accelerate's {name}={value} is not used: this run has {field}={getattr(config, field)!r}" for name, field in UNUSED.items()
-                       if (value := os.environ.get(f"ACCELERATE_{name.upper()}", "")).lower() not in ("", own.get(name))]
+            raise ConfigError(f"device is {config.device!r}, which means {kind} here, and accelerate is set up for "
+                              f"{self.device.type}: give device={self.device.type!r}, or another `accelerate config`")
+        own = {"gradient_accumulation_steps": "1", "dynamo_backend": "no",
+               "mixed_precision": self.accelerator.mixed_precision}
+        self.unused = [f"accelerate's {name}={value} is not used: this run has {field}={getattr(config, field)!r}"
+                       for name, field in UNUSED.items()
+                       if (value := os.environ.get(f"ACCELERATE_{name.upper()}", "")).lower() not in (
+                           "", own.get(name))]
 
     def all_gather(self, values: list) -> list:
         """The lists of all processes as one, the first process's values first."""
@@ -112,7 +122,8 @@ class Distributed:
             raise error
         for number, (_, fault) in enumerate(done, 1):
             if fault is not None:
-                raise type(fault)(f"{fault} (in process {number} of {self.size})") if isinstance(fault, VggtLoraError) else fault
+                raise type(fault)(f"{fault} (in process {number} of {self.size})") if isinstance(
+                    fault, VggtLoraError) else fault
         return [value for values, _ in done for value in values]
 
     def broadcast_from_main(self, work: Callable):
@@ -137,7 +148,8 @@ class Distributed:
     def assert_same(self, facts: dict[str, str]) -> None:
         """Raise ConfigError, in every process, where one has something else in hand than the first: on two machines nothing else would tell."""
         first, *others = self.all_gather([facts])
-        found = [f"{name} is {theirs[name]} in process {number} and {value} in process 1" for number, theirs in enumerate(others, 2) for name, value in first.items() if theirs[name] != value]
+        found = [f"{name} is {theirs[name]} in process {number} and {value} in process 1"
+                 for number, theirs in enumerate(others, 2) for name, value in first.items() if theirs[name] != value]
         if found:
             raise ConfigError("the processes of a run must have the same in hand: " + "; ".join(found))
 
@@ -155,8 +167,10 @@ class Distributed:
         if self.size == 1:
             return
         there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
-        pieces = [torch.zeros(p.numel(), device=self.device) if p.grad is None else p.grad.flatten().float() for p in parameters]
-        *pieces, there = self.accelerator.reduce(torch.cat([*pieces, there]), "sum").split([*(p.numel() for p in parameters), len(parameters)])
+        pieces = [torch.zeros(p.numel(), device=self.device) if p.grad is None else p.grad.flatten().float()
+                  for p in parameters]
+        *pieces, there = self.accelerator.reduce(torch.cat([*pieces, there]),
+                                                 "sum").split([*(p.numel() for p in parameters), len(parameters)])
         for p, piece, count in zip(parameters, pieces, there.tolist()):
             p.grad = piece.view_as(p).to(p.dtype) if count else None
 

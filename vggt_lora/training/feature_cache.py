@@ -41,11 +41,12 @@ class Rounds(SampleSource):
         self.sample_source, self.variants = sample_source_of(sample_source), variants
         super().__init__(self.sample_source.cache, self.sample_source.variation)
 
-    def load(self, scene: Scene, window: Window, order: list[int] | None = None, epoch: int = 0) -> tuple[Sample, AggregatorState | None]:
+    def load(self, scene: Scene, window: Window, order: list[int] | None = None,
+             epoch: int = 0) -> tuple[Sample, AggregatorState | None]:
         """One window of the inner sample source, as it was `distinct_epochs` epochs ago."""
         return self.sample_source.load(scene, window, order, epoch % self.variants if self.variants else epoch)
 
-
+# %% ../../nbs/training/feature_cache.ipynb #221a361e
 class CachedSource(Rounds):
     """Another sample source's windows, with the state after the frozen layers."""
 
@@ -60,7 +61,8 @@ class CachedSource(Rounds):
         self.store, self.augmented = store, augmented
         self._digests: dict[tuple, str] = {}
 
-    def load(self, scene: Scene, window: Window, order: list[int] | None = None, epoch: int = 0) -> tuple[Sample, AggregatorState | None]:
+    def load(self, scene: Scene, window: Window, order: list[int] | None = None,
+             epoch: int = 0) -> tuple[Sample, AggregatorState | None]:
         """One window: the sample, and the state from which the network goes on, float32 on the store's device."""
         sample, state = super().load(scene, window, order, epoch)
         return sample, self.state(scene, window, sample, order) if state is None else state
@@ -97,17 +99,17 @@ class CachePlan:
     def __str__(self) -> str:
         return f"cache: {self.why}"
 
-
+# %% ../../nbs/training/feature_cache.ipynb #b67c0aec
 def amount(size: float) -> str:
     """Say a number of bytes."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.4g} MB"
 
-
+# %% ../../nbs/training/feature_cache.ipynb #c840fbcd
 def where(layer: int) -> str:
     """Name a boundary."""
     return "patch tokens" if layer == EMBEDDING else f"states after layer {layer}"
 
-
+# %% ../../nbs/training/feature_cache.ipynb #5aeeb581
 def asked(
     train,  # (scene, window) pairs
     held_out,  # (scene, window) pairs
@@ -116,7 +118,8 @@ def asked(
     augmented: bool = False,  # pixels change at random
 ) -> set[tuple]:
     """Return what a run will ask for, each once: (scene, photos of the window, who is first, (height, width) in px, what else was drawn)."""
-    sizes, rounds = drawn_sizes(config.image_sizes, frames.long_side, frames.patch), min(config.distinct_epochs or math.inf, config.epochs)
+    sizes, rounds = (drawn_sizes(config.image_sizes, frames.long_side, frames.patch),
+                     min(config.distinct_epochs or math.inf, config.epochs))
     by_size = bool(sizes) and not config.names("augment")  # nothing else changes pixels
 
     def one(scene: Scene, window: Window, first, side: int = 0, draw=None) -> tuple:
@@ -126,11 +129,12 @@ def asked(
     for number, (scene, window) in enumerate(train):
         index, firsts = window_number(scene, window), len(window.frames) if config.shuffle_frames else 1
         for epoch in range(rounds if augmented else min(rounds, firsts)):
-            side, draw = drawn_side(config, sizes, epoch, index) if sizes else 0, (number, epoch) if augmented and not by_size else None
+            side, draw = (drawn_side(config, sizes, epoch, index) if sizes else 0,
+                          (number, epoch) if augmented and not by_size else None)
             found.add(one(scene, window, (number, epoch % firsts), side, draw))
     return found
 
-
+# %% ../../nbs/training/feature_cache.ipynb #0c23aa02
 def predict(
     model,  # VGGT, bare or wrapped
     layer: int,  # boundary
@@ -142,7 +146,8 @@ def predict(
     if layer == EMBEDDING:  # of a photo, whatever window it is in
         wanted = {(scene, (photo,), None, size, draw) for scene, photos, _, size, draw in wanted for photo in photos}
     kinds = Counter((len(photos), size) for _, photos, _, size, _ in wanted)
-    return len(wanted), sum(times * state_bytes(model, layer, *kind, {"bf16": 2, "float32": 4}[dtype], heads) for kind, times in kinds.items())
+    return (len(wanted), sum(times * state_bytes(model, layer, *kind, {"bf16": 2, "float32": 4}[dtype], heads)
+                             for kind, times in kinds.items()))
 
 # %% ../../nbs/training/feature_cache.ipynb #58ac6f40
 def plan_cache(
@@ -164,7 +169,8 @@ def plan_cache(
     if boundary.layer is None:
         return CachePlan(None, dtype, 0, 0, str(boundary)), None
     if augmented and not config.distinct_epochs:
-        return CachePlan(None, dtype, 0, 0, "nothing is kept: photos are changed anew in every epoch; give a number of variants that come round"), None
+        return (CachePlan(None, dtype, 0, 0, "nothing is kept: photos are changed anew in every epoch; give a number "
+                          "of variants that come round"), None)
     too_much, wanted = "", asked(train, held_out, frames, config, augmented)
     for layer in range(boundary.layer, EMBEDDING - 1, -1):
         entries, size = predict(model, layer, dtype, wanted, heads)
@@ -173,12 +179,14 @@ def plan_cache(
             store = FeatureStore(model, layer, dtype, heads, precision, room, folder)
             room = room_for(store)
         if size <= room:
-            text = f"{boundary}. {f'{too_much}; an earlier layer has to do. ' * bool(too_much)}{entries} {where(layer)} in {dtype}: {amount(size)} of at most {config.feature_cache_gb:g} GB"
+            text = (f"{boundary}. {f'{too_much}; an earlier layer has to do. ' * bool(too_much)}{entries} "
+                    f"{where(layer)} in {dtype}: {amount(size)} of at most {config.feature_cache_gb:g} GB")
             return CachePlan(layer, dtype, entries, size, text), store
         too_much = too_much or f"For {where(layer)} ({amount(size)}) there is no room ({amount(room)})"
-    return CachePlan(None, dtype, 0, 0, f"{boundary}. {too_much}, and none for anything before it: nothing is kept; give a larger feature_cache_gb or smaller distinct_epochs"), None
+    return (CachePlan(None, dtype, 0, 0, f"{boundary}. {too_much}, and none for anything before it: nothing is kept; "
+                      "give a larger feature_cache_gb or smaller distinct_epochs"), None)
 
-
+# %% ../../nbs/training/feature_cache.ipynb #ef6e0dc2
 def room_for(
     store: FeatureStore,
 ) -> float:
@@ -201,7 +209,7 @@ def fill(
     from vggt_lora.progress import progress_bar
 
     began, wanted = time.monotonic(), [(scene, window, None, 0) for scene, window in held_out]
-    rounds = min(config.distinct_epochs, config.epochs)
+    rounds = min(config.distinct_epochs or 0, config.epochs)
     seen = set()
     for epoch in range(rounds):
         for i, order in epoch_order(len(train), [len(window.frames) for _, window in train], config, epoch):
@@ -214,7 +222,7 @@ def fill(
             break
     return time.monotonic() - began
 
-
+# %% ../../nbs/training/feature_cache.ipynb #dbcb57d2
 def cached_source(
     model,  # the adapted model, on its device
     sample_source: SampleSource | FrameCache,  # gives the samples

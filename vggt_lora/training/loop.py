@@ -293,7 +293,7 @@ def _skip(loop: Loop, chunk, said, reason: str, randoms: dict, record: dict) -> 
     if guard.in_row >= guard.most:
         raise TrainingError(f"{guard.in_row} steps in a row were skipped, the last at step {step}: {reason}, on {where}; "
                             f"look at these photos in notebook 01 and replay {loop.run.folder / 'bad'}; to pass them, continue with resume=True, "
-                            f"output={str(loop.run.folder)!r} and a higher max_skipped_steps, or skip_grad_factor=0 if the gradient is only large; another lr needs a run of its own")
+                            f"output={str(loop.run.folder)!r} and a higher max_skipped_steps, or skip_grad_factor=None if the gradient is only large; another lr needs a run of its own")
 
 # %% ../../nbs/training/loop.ipynb #55e7b6c3
 def _validate(loop: Loop, **more) -> float:

@@ -129,7 +129,8 @@ def difference_term(
             kappa = conf.narrow(axis, 1, length)[..., None]
             reward = 0.2 * kappa.log()
             change = change * kappa - (reward if confidence_on_invalid else torch.where(both[..., None], reward, 0.0))
-        ends = [None if t is None else (t.narrow(axis, 1, length), t.narrow(axis, 0, length)) for t in (trust, emphasis)]
+        ends = [None if t is None else (t.narrow(axis, 1, length), t.narrow(axis, 0, length))
+                for t in (trust, emphasis)]
         if ends[0] is not None:
             change = change * torch.where(both, torch.minimum(*ends[0]), 1.0)[..., None]
         if ends[1] is not None:
@@ -153,7 +154,7 @@ def surface_normals(
     normals = [F.normalize(torch.cross(arms[k], arms[(k + 1) % 4], dim=-1), dim=-1, eps=1e-8) for k in range(4)]
     return torch.stack(normals), torch.stack([ends[k] & ends[(k + 1) % 4] for k in range(4)])
 
-
+# %% ../../nbs/training/loss_terms.ipynb #9c60ff45
 def normal_term(
     pred: torch.Tensor,  # (N,H,W,3)
     target: torch.Tensor,  # (N,H,W,3)
@@ -180,7 +181,8 @@ def normal_term(
         return value.sum() / triangles, triangles
     trust = F.pad(trust, (1, 1, 1, 1))
     arms = [trust[:, :-2, 1:-1], trust[:, 1:-1, :-2], trust[:, 2:, 1:-1], trust[:, 1:-1, 2:]]
-    corners = torch.stack([torch.minimum(arms[k], arms[(k + 1) % 4]).minimum(trust[:, 1:-1, 1:-1]) for k in range(4)])[used]
+    corners = torch.stack([torch.minimum(arms[k], arms[(k + 1) % 4]).minimum(trust[:, 1:-1, 1:-1]) for k in range(4)])[
+        used]
     return (value * corners).sum() / corners.sum(), triangles
 
 # %% ../../nbs/training/loss_terms.ipynb #8efa5b64
@@ -205,7 +207,8 @@ def gradient_term(
 ) -> tuple[torch.Tensor, int]:
     """Average a gradient term over its strides (spec 13.3); return it and its number of pairs; ConfigError for an unknown name."""
     if name not in GRADIENTS:
-        raise ConfigError(unknown_name_message("gradient term", name, [repr(known) if known == "" else known for known in GRADIENTS]))
+        raise ConfigError(unknown_name_message("gradient term", name,
+                                               [repr(known) if known == "" else known for known in GRADIENTS]))
     if name == "":
         return connected_zero(pred), 0
     term, strides, with_conf = GRADIENTS[name]
@@ -232,7 +235,8 @@ def depth_normal_term(
     K = torch.where(K.isfinite(), K, 1.0)  # a broken camera's pixels are masked; NaN times their gradient of 0 would still be NaN
     points = [depth_to_cam_points(depth, K.to(depth)).flatten(0, 1) for depth in (pred, at_least_float32(target))]
     flat = [None if t is None else t.flatten(0, 1).to(pred) for t in (trust, emphasis)]
-    value, triangles = gradient_term("normal", *points, mask.flatten(0, 1), pred.flatten(0, 1), trust=flat[0], emphasis=flat[1])
+    value, triangles = gradient_term("normal", *points, mask.flatten(0, 1), pred.flatten(0, 1), trust=flat[0],
+                                     emphasis=flat[1])
     return connected_zero(pred) + value, triangles
 
 # %% ../../nbs/training/loss_terms.ipynb #08d8c1a9
@@ -246,7 +250,7 @@ def trusted_pixels(
 
 CONFIDENCE_ERRORS = ("absolute", "relative")
 
-
+# %% ../../nbs/training/loss_terms.ipynb #66c75c36
 @full_precision
 def dense_loss(
     pred: torch.Tensor,  # (B,S,H,W,C) normalised units
@@ -274,7 +278,8 @@ def dense_loss(
     zero = connected_zero(pred, conf)
     if pixels < max(min_valid, 1):
         reason = f"{pixels} valid pixels in the batch, {max(min_valid, 1)} needed"
-        return LossResult(zero, dict.fromkeys(("conf", "reg", "grad"), zero), counts, dict.fromkeys(("conf", "reg", "grad"), reason))
+        return LossResult(zero, dict.fromkeys(("conf", "reg", "grad"), zero), counts,
+                          dict.fromkeys(("conf", "reg", "grad"), reason))
     error = fix_inf_nan((target - pred)[used].norm(dim=-1))
     kappa = conf[used]
     trust = torch.ones_like(error) if weight is None else weight.to(error)[used]
@@ -289,7 +294,8 @@ def dense_loss(
         terms[name] = zero + (fix_inf_nan(values[kept]) * trust[kept] * factor[kept]).sum() / trust[kept].sum()
         counts["pixels_filtered"] = max(counts["pixels_filtered"], int((~kept).sum()))
     terms["grad"] = zero + edges
-    reason = "fewer than 10 corners of three valid pixels" if "normal" in gradient else "no two valid pixels are neighbours"
+    reason = ("fewer than 10 corners of three valid pixels" if "normal" in gradient else "no two valid pixels are "
+              "neighbours")
     left_out = {"grad": reason} if gradient and not counts["gradient_pairs"] else {}
     return LossResult(sum(terms.values()), terms, counts, left_out)
 

@@ -68,7 +68,8 @@ class LossConfig:
                 raise ConfigError(f"loss weight {name} is {getattr(self, name)}; it must be 0 or more")
         if not any(getattr(self, name) for name in ("camera", *DENSE_TERMS, "depth_normal")):
             raise ConfigError("all loss weights are 0: there is nothing to train on")
-        for name, choices in (("camera_loss", CAMERA_KINDS), ("camera_rule", CAMERA_RULES), ("confidence_error", CONFIDENCE_ERRORS), ("scale", SCALES)):
+        for name, choices in (("camera_loss", CAMERA_KINDS), ("camera_rule", CAMERA_RULES),
+                              ("confidence_error", CONFIDENCE_ERRORS), ("scale", SCALES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(unknown_name_message(name, getattr(self, name), choices))
         for name, choices in (("gradient", ("", "grad", "grad_conf")), ("point_gradient", tuple(GRADIENTS))):
@@ -87,7 +88,8 @@ class LossConfig:
     @classmethod
     def official(cls, point: bool = False, **changes) -> "LossConfig":
         """The settings of the official training code (spec 13.3), with the point loss on request."""
-        settings = {"camera": 5.0, **dict.fromkeys(DENSE_TERMS[:3], 1.0), **dict.fromkeys(DENSE_TERMS[3:], float(point)),
+        settings = {"camera": 5.0, **dict.fromkeys(DENSE_TERMS[:3], 1.0),
+                    **dict.fromkeys(DENSE_TERMS[3:], float(point)),
                     "camera_rule": "first", "min_valid": 100, "confidence_on_invalid": True, "depth_range": None}
         return cls(**{**settings, **changes})
 
@@ -114,7 +116,8 @@ def prepare_batch(
     counts |= {"pixels_without_weight": int(valid.sum() - trusted.sum()), "frames": depth.shape[0] * depth.shape[1],
                "frames_without_depth": int((~trusted.flatten(2).any(2)).sum())}
     if config.needs_base and base is None:
-        raise ConfigError("base_consistency and scale='base' compare with the base model; the batch must hold its depth as base_prediction")
+        raise ConfigError("base_consistency and scale='base' compare with the base model; the batch must hold its "
+                          "depth as base_prediction")
     scale = given_scale(batch.get("scale"), depth)
     if config.scale == "base":
         fitting = base_scale(depth, base, trusted).to(scale)
@@ -123,16 +126,18 @@ def prepare_batch(
     emphasis = None
     if config.window > 0 and labels is not None:
         windows = labels == WINDOW_LABEL
-        emphasis, counts["pixels_in_windows"] = 1 + config.window * windows.to(depth.dtype), int((windows & trusted).sum())
+        emphasis, counts["pixels_in_windows"] = (1 + config.window * windows.to(depth.dtype),
+                                                 int((windows & trusted).sum()))
     return {**truth, "K": tensors["K"], "valid": trusted, "weight": weight, "emphasis": emphasis, "base": base}, counts
 
-
+# %% ../../nbs/training/losses.ipynb #2d12780c
 def given_scale(scale, depth: torch.Tensor) -> torch.Tensor:
     """The lengths (B,) that scenes bring along, NaN for those that bring none."""
     values = scale if isinstance(scale, (list, tuple)) else [scale] * len(depth)
-    return torch.tensor([torch.nan if value is None else float(value) for value in values], dtype=torch.float64, device=depth.device)
+    return torch.tensor([torch.nan if value is None else float(value) for value in values], dtype=torch.float64,
+                        device=depth.device)
 
-
+# %% ../../nbs/training/losses.ipynb #4492be8b
 @full_precision
 def training_loss(
     predictions: dict,  # pose_enc_list, depth, depth_conf, world_points, world_points_conf, as far as weights need them
@@ -151,7 +156,8 @@ def training_loss(
         counts |= result.counts
         left_out |= result.left_out
         weighted.append(config.camera * result.total)
-    for kind, output, gradient in (("depth", "depth", config.gradient), ("point", "world_points", config.point_gradient)):
+    for kind, output, gradient in (("depth", "depth", config.gradient),
+                                   ("point", "world_points", config.point_gradient)):
         weights = {name: getattr(config, f"{kind}_{name}") for name in ("conf", "reg", "grad")}
         if not any(weights.values()):
             continue
@@ -176,20 +182,24 @@ def training_loss(
     counts["terms_left_out"] = len(left_out)
     return LossResult(sum(weighted), terms, counts, left_out, truth["scale"], absrel)
 
-
+# %% ../../nbs/training/losses.ipynb #8feb08bb
 def held_surfaces(predictions: dict, truth: dict, config: LossConfig) -> LossResult:
     """The terms on depth that the official objective does not have: its normals, and its distance from the base."""
     pred = wanted_output(predictions, "depth", "depth").reshape(truth["valid"].shape)
-    values, reasons = {}, {"depth_normal": "no three valid pixels span a surface", "base_consistency": "every pixel is supervised"}
+    values, reasons = ({}, {"depth_normal": "no three valid pixels span a surface", "base_consistency": "every pixel "
+                            "is supervised"})
     if config.depth_normal:
-        values["depth_normal"] = depth_normal_term(pred, truth["depth"], truth["K"], truth["valid"], truth["weight"], truth["emphasis"])
+        values["depth_normal"] = depth_normal_term(pred, truth["depth"], truth["K"], truth["valid"], truth["weight"],
+                                                   truth["emphasis"])
     if config.base_consistency:
         values["base_consistency"] = base_consistency_term(pred, truth["base"], truth["depth"], truth["valid"])
-    counts = {{"depth_normal": "normal_triangles", "base_consistency": "pixels_kept_near_base"}[name]: used for name, (_, used) in values.items()}
+    counts = {{"depth_normal": "normal_triangles", "base_consistency": "pixels_kept_near_base"}[name]: used
+              for name, (_, used) in values.items()}
     left_out = {name: reasons[name] for name, (_, used) in values.items() if not used}
-    return LossResult(sum(term for term, _ in values.values()), {name: term for name, (term, _) in values.items()}, counts, left_out)
+    return LossResult(sum(term for term, _ in values.values()), {name: term for name, (term, _) in values.items()},
+                      counts, left_out)
 
-
+# %% ../../nbs/training/losses.ipynb #274fa6a2
 def wanted_output(predictions: dict, name: str, term: str):
     """Take an output from the predictions; ConfigError where the model does not have it."""
     try:
@@ -197,7 +207,8 @@ def wanted_output(predictions: dict, name: str, term: str):
     except (KeyError, AttributeError):
         output = None
     if output is None:
-        raise ConfigError(f"the {term} loss has a weight but the model gives no {name!r}; set its weights to 0 or switch the head on")
+        raise ConfigError(f"the {term} loss has a weight but the model gives no {name!r}; set its weights to 0 or "
+                          "switch the head on")
     return output
 
 # %% ../../nbs/training/losses.ipynb #610a5801
@@ -209,24 +220,28 @@ def loss_config(
 ) -> LossConfig:
     """The loss settings of a training configuration; heads that it leaves out weigh nothing."""
     camera, depth = ("camera" in config.names("heads") and any(config.camera_parts)), ("depth" in config.names("heads"))
-    return LossConfig(camera=camera * config.camera_weight, camera_loss=config.camera_loss, camera_weights=config.camera_parts,
+    return LossConfig(camera=camera * config.camera_weight, camera_loss=config.camera_loss,
+                      camera_weights=config.camera_parts,
                       depth_conf=depth * config.depth_conf_weight, depth_reg=depth * config.depth_reg_weight,
                       depth_grad=depth * config.depth_grad_weight, gradient=config.depth_grad_loss,
-                      point_conf=config.point_conf_weight, point_reg=config.point_reg_weight, point_grad=config.point_grad_weight,
+                      point_conf=config.point_conf_weight, point_reg=config.point_reg_weight,
+                      point_grad=config.point_grad_weight,
                       point_gradient=config.point_gradient, depth_range=(config.depth_min, config.depth_max),
-                      depth_normal=depth * config.depth_normal_weight, confidence_error=config.confidence_error, window=config.glass_weight,
-                      base_consistency=depth * config.base_consistency_weight, scale=config.scale_normalization if depth else "points")
+                      depth_normal=depth * config.depth_normal_weight, confidence_error=config.confidence_error,
+                      window=config.glass_weight, base_consistency=depth * config.base_consistency_weight,
+                      scale=config.scale_normalization if depth else "points")
 
-
+# %% ../../nbs/training/losses.ipynb #c4843291
 def heads_read(
     losses: LossConfig,
 ) -> tuple[str, ...]:
     """The heads that a loss reads: those with a weight."""
     depth = losses.depth_conf or losses.depth_reg or losses.depth_grad or losses.depth_normal or losses.needs_base
-    read = {"camera": losses.camera, "depth": depth, "point": losses.point_conf or losses.point_reg or losses.point_grad}
+    read = {"camera": losses.camera, "depth": depth,
+            "point": losses.point_conf or losses.point_reg or losses.point_grad}
     return tuple(h for h in HEADS if read[h])
 
-
+# %% ../../nbs/training/losses.ipynb #7504a22c
 def window_loss(
     model,  # the adapted VGGT
     sample: Sample,

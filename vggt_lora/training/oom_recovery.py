@@ -20,7 +20,7 @@ from .checkpoint import random_state, set_random_state
 def _words(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
-
+# %% ../../nbs/training/oom_recovery.ipynb #f77f41ae
 class OomRecovery:
     """The ladder of a model: where it stands, and one rung further down."""
 
@@ -31,7 +31,8 @@ class OomRecovery:
         log: Callable[[str], None] = print,
     ):
         self.model, self.log = network(model), log
-        self.chunk = min([frames, *(head.frames_chunk or head.config.frame_chunk for head in dense_heads(model).values())])  # frames that the dense heads see at once
+        self.chunk = min([frames, *(head.frames_chunk or head.config.frame_chunk
+                                    for head in dense_heads(model).values())])  # frames that the dense heads see at once
         self.head, self.blocks = False, False  # do heads and blocks recompute?
 
     def step(self) -> bool:

@@ -26,7 +26,8 @@ def make_optimizer(
     if not config.loraplus_lr_ratio:
         return torch.optim.AdamW(trained_parameters(model), **settings)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for n, p in named if (".lora_B." in n) is fast], "ratio": config.loraplus_lr_ratio if fast else 1.0} for fast in (False, True)]
+    groups = [{"params": [p for n, p in named if (".lora_B." in n) is fast],
+               "ratio": config.loraplus_lr_ratio if fast else 1.0} for fast in (False, True)]
     return torch.optim.AdamW(groups, **settings)
 
 
@@ -39,9 +40,10 @@ def set_rate(
         group["lr"] = rate * group.get("ratio", 1.0)
 
 # %% ../../nbs/training/optimizer.ipynb #c88ceb80
-PARTS = {"patch_embed": "aggregator.patch_embed.", "frame_blocks": "aggregator.frame_blocks.", "global_blocks": "aggregator.global_blocks.",
-         "inter_frame_blocks": "aggregator.inter_frame_blocks.", "tokens": "aggregator.", "camera_head": "camera_head.", "depth_head": "depth_head.",
-         "dense_head": "dense_head.", "point_head": "point_head."}
+PARTS = {"patch_embed": "aggregator.patch_embed.", "frame_blocks": "aggregator.frame_blocks.",
+         "global_blocks": "aggregator.global_blocks.",
+         "inter_frame_blocks": "aggregator.inter_frame_blocks.", "tokens": "aggregator.", "camera_head": "camera_head.",
+         "depth_head": "depth_head.", "dense_head": "dense_head.", "point_head": "point_head."}
 
 
 def part_of(

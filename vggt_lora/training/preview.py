@@ -22,7 +22,8 @@ class HeldOutPreview:
         most: int = 4,  # photos of the window that are looked at: a look has to be cheap
         precision: str = "float32",  # of the training: float32, or bf16 for autocast
     ):
-        self.model, self.items, self.sample_source, self.most = model, list(items), sample_source_of(sample_source), most
+        self.model, self.items, self.sample_source, self.most = (model, list(items), sample_source_of(sample_source),
+                                                                 most)
         self._sample = self._state = None
         self._row, self._half = 0, precision == "bf16"
 
@@ -54,8 +55,9 @@ class HeldOutPreview:
             for module in training:
                 module.training = True
         sample, row = self._sample, self._row
-        return {"photo": sample.images[row].permute(1, 2, 0).numpy(), "truth": sample.depth[row].numpy(), "valid": sample.valid[row].numpy(),
-                "depth": found["depth"][0, row, ..., 0].float().cpu().numpy(), "name": f"{sample.scene}/{sample.names[row]}"}
+        return {"photo": sample.images[row].permute(1, 2, 0).numpy(), "truth": sample.depth[row].numpy(),
+                "valid": sample.valid[row].numpy(), "depth": found["depth"][0, row, ..., 0].float().cpu().numpy(),
+                "name": f"{sample.scene}/{sample.names[row]}"}
 
 # %% ../../nbs/training/preview.ipynb #a4e2d1a5
 def begin(

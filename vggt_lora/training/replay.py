@@ -26,7 +26,8 @@ def read_bad(
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content.pop("digest") != content_digest(content):
             raise ValueError("its numbers are not those that were written")
-        samples = [Sample(**{n: tuple(v) if isinstance(v, list) else v for n, v in s.items()}) for s in content["samples"]]
+        samples = [Sample(**{n: tuple(v) if isinstance(v, list) else v for n, v in s.items()})
+                   for s in content["samples"]]
         states = [None if s is None else AggregatorState.from_tensors(s) for s in content["states"]]
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from None
@@ -59,7 +60,8 @@ def replay(
     for sample, state in batches:
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             result = window_loss(model, sample, loss_config(config), device, state)
-        found.append({"scene": sample.scene, "photos": sample.names, "loss": float(result.total.detach()), "faults": nonfinite_terms(result),
+        found.append({"scene": sample.scene, "photos": sample.names, "loss": float(result.total.detach()),
+                      "faults": nonfinite_terms(result),
                       "terms": {n: float(t.detach()) for n, t in result.terms.items()}})
     set_random_state(kept)
     return found

@@ -26,7 +26,7 @@ def held_out_score(
         return math.inf
     return record.get("absrel", record["loss"]) if config.metric_for_best_model == "absrel" else record["loss"]
 
-
+# %% ../../nbs/training/run_state.ipynb #03c8731d
 @dataclasses.dataclass
 class Progress:
     """Where the loop stands; hooks read it and may set `stop`."""
@@ -49,14 +49,14 @@ class Progress:
 
 Hook = Callable[[str, Progress], None]
 
-
+# %% ../../nbs/training/run_state.ipynb #61737568
 class Stopped(TrainingError):
     """A signal ended the run after a step or a validation; everything is saved."""
 
 
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, a cluster's end of time, a terminal or connection that is gone (Windows has none)
 
-
+# %% ../../nbs/training/run_state.ipynb #7fdd8fb3
 @contextlib.contextmanager
 def stop_signals(progress: Progress):
     """While inside, SIGINT, SIGTERM and SIGHUP leave their name in `progress.signal`; a second SIGINT is a KeyboardInterrupt as usual, and what is ignored stays so (nohup)."""
@@ -68,7 +68,8 @@ def stop_signals(progress: Progress):
     if threading.current_thread() is not threading.main_thread():  # only the main thread may
         yield
         return
-    numbers = [number for name in STOPS if (number := getattr(signal, name, None)) and signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [number for name in STOPS if (number := getattr(signal, name, None))
+               and signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield

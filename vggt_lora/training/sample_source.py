@@ -47,5 +47,6 @@ def sample_source_of(
     if not isinstance(source, SampleSource):
         return SampleSource(source, variation_of(source, config, train) if config else None)
     if config and config.varies and getattr(source, "variation", None) is None:
-        raise ConfigError("augment and image_sizes change training windows, but this sample source hands them over as they are; give it a Variation, or leave both empty")
+        raise ConfigError("augment and image_sizes change training windows, but this sample source hands them over as "
+                          "they are; give it a Variation, or leave both empty")
     return source

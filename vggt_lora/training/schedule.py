@@ -45,7 +45,7 @@ def frame_order(
     epoch: int,
     generator: torch.Generator,  # of this epoch
 ) -> list[int]:
-    """Order of a window's frames: capture order, but for a first frame that comes round every `distinct_epochs` epochs; any order where variants is 0."""
+    """Order of a window's frames: capture order, but for a first frame that comes round every `distinct_epochs` epochs; any order if that is None."""
     if not config.shuffle_frames:
         return list(range(frames))
     if not config.distinct_epochs:

@@ -39,7 +39,7 @@ def nonfinite_terms(
 class StepGuard:
     """Judges steps; its fields are part of every checkpoint."""
 
-    skip_grad_factor: float = 100.0  # times the median; 0: no limit
+    skip_grad_factor: float | None = 100.0  # times the median; None: no limit
     most: int = 5  # skipped steps in a row that end the run
     norms: list = dataclasses.field(default_factory=list)  # of the last steps that were taken
     in_row: int = 0  # skipped steps since the last that was taken
@@ -96,5 +96,7 @@ def save_bad(
     write_tensors(path, {
         "about": about, "random": randoms,
         "weights": {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad},
-        "samples": [{f.name: list(v) if isinstance(v, tuple) else v for f in dataclasses.fields(s) for v in [getattr(s, f.name)]} for s, _ in batches],
-        "states": [None if state is None else {n: t.cpu() for n, t in state.to_tensors().items()} for _, state in batches]})
+        "samples": [{f.name: list(v) if isinstance(v, tuple) else v for f in dataclasses.fields(s)
+                     for v in [getattr(s, f.name)]} for s, _ in batches],
+        "states": [None if state is None else {n: t.cpu() for n, t in state.to_tensors().items()}
+                   for _, state in batches]})

@@ -17,12 +17,14 @@ def tracker_names(
     """Read the names of trackers; raises ConfigError for one that accelerate does not know or whose package is missing."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    names, there = tuple(dict.fromkeys(part.strip() for part in report_to.split(",") if part.strip())), {str(getattr(t, "value", t)) for t in get_available_trackers()}
+    names, there = (tuple(dict.fromkeys(part.strip() for part in report_to.split(",") if part.strip())),
+                    {str(getattr(t, "value", t)) for t in get_available_trackers()})
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError(unknown_name_message("tracker in report_to", name, LOGGER_TYPE_TO_CLASS))
         if name not in there:
-            raise ConfigError(f"report_to names {name!r}, whose package is not installed; pip install {name}, or leave it out")
+            raise ConfigError(f"report_to names {name!r}, whose package is not installed; pip install {name}, or "
+                              "leave it out")
     return names
 
 
@@ -36,7 +38,8 @@ def open_trackers(
     started = []
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
-        tracker = kind("vggt_lora", logging_dir=str(folder)) if getattr(kind, "requires_logging_directory", False) else kind("vggt_lora")
+        tracker = (kind("vggt_lora", logging_dir=str(folder)) if getattr(kind, "requires_logging_directory", False)
+                   else kind("vggt_lora"))
         tracker.main_process_only = False  # only the first process comes here
         if hasattr(tracker, "start"):
             tracker.start()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_metrics', 'time_words', 'progress_words', 'draw_losses', 'draw_look', 'run_figure', 'RunBoard',
-           'heard_while_busy', 'MonitorPage', 'LiveView', 'RunWatch', 'watch_run']
+           'heard_while_busy', 'MonitorPage', 'LiveView', 'running_run', 'RunWatch', 'watch_run']
 
 # %% ../../../nbs/views/widgets/run.ipynb #581e7bc8
 import base64
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import STOP, ConfigError
+from ...core import STOP, ConfigError, project_root
 from ..charts import series, wants_log
 from ..clouds.clouds3d import someone_watches
+from ...files.atomic import file_lock
 from ..figures import new_figure, robust_range
 from ..page import words
 from .base import as_png
@@ -260,6 +261,20 @@ class LiveView(RunBoard):
             self.draw()
             self._drawn = time.monotonic()
 
+# %% ../../../nbs/views/widgets/run.ipynb #381efd64
+def running_run(
+    outputs: Path | str | None = None,  # default: outputs/ of this project
+) -> Path:
+    """Return the newest run folder whose training goes on; raises ConfigError if none does."""
+    outputs = Path(outputs) if outputs is not None else project_root() / "outputs"
+    locks = [lock for depth in ("*", "*/*") for lock in outputs.glob(f"{depth}/.run.lock")]  # a comparison holds runs, too
+    for lock in sorted(locks, key=lambda path: path.stat().st_mtime, reverse=True):
+        held = file_lock(lock)
+        if held is None:
+            return lock.parent
+        held.release()
+    raise ConfigError(f"no training goes on below {outputs}; start one, or name the folder of a run: watch_run('outputs/my_run')")
+
 # %% ../../../nbs/views/widgets/run.ipynb #5f1857c3
 class RunWatch(RunBoard):
     """A run seen from outside, from the files in its folder."""
@@ -297,12 +312,12 @@ class RunWatch(RunBoard):
 
 
 def watch_run(
-    folder: Path | str,  # of a run that goes on elsewhere, or has ended
+    folder: Path | str | None = None,  # of a run that goes on elsewhere, or has ended; None: the newest that goes on
     seconds: float = 2.0,  # between two looks at its files
     interactive: bool | None = None,  # None: a page that refreshes itself where someone watches
 ) -> RunWatch:
-    """Look on at a run; raises ConfigError where there is no such folder."""
-    watch = RunWatch(folder)
+    """Look on at a run; raises ConfigError where there is no such folder, or no run goes on."""
+    watch = RunWatch(folder or running_run())
     if someone_watches() if interactive is None else interactive:
         watch.widget = MonitorPage(watch.stop)
         watch.draw()
