@@ -20,6 +20,23 @@ HARDENING = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def drawn_figures():
+    """Let runs in this process draw no figures, which cost as much as the steps of a small run; gives what draws them."""
+    from vggt_lora import train
+
+    draw = train.save_figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_figures", lambda run, maps: None)
+        yield draw
+
+
+@pytest.fixture
+def figures(drawn_figures, monkeypatch):
+    """Let the runs of a test draw their figures, as a user's runs do."""
+    monkeypatch.setattr("vggt_lora.train.save_figures", drawn_figures)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: proves hardening; left out by `make test`, run by `make test-slow`")
 
