@@ -142,7 +142,7 @@ def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Rea
     checked = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
     adapted, targets, base_check, options = checked
     distributed.assert_same({"the checksum of the base": adapted.base_fingerprint[:12]})
-    notes = [*blind, *split_notes(split, config), *risky_settings(scenes, config)]
+    notes = [*blind, *audit["notes"], *split_notes(split, config), *risky_settings(scenes, config)]
     beginning = Beginning(scenes, split, audit, photos, targets, base_check, coverage, notes)
     return Ready(beginning, adapted, width, options, cache, truth, train_on, choosing, held_out)
 
