@@ -166,13 +166,14 @@ def steps(scale: Scale, folder: Path) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def base_of(network: VGGTConfig) -> Iterator[None]:
-    """Let a run begin with random weights in a shape of its own."""
-    real = training.build_model
-    training.build_model = lambda config: train_step.new_base(dataclasses.replace(network, point_head=False), "cpu")
-    try:
+    """Let a run begin with random weights in a shape of its own, and be measured on them."""
+    def build(config):
+        return train_step.new_base(dataclasses.replace(network, point_head=False), "cpu")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("vggt_lora.train", "vggt_lora.evaluation.outcome"):
+            patch.setattr(f"{module}.build_model", build)
         yield
-    finally:
-        training.build_model = real
 
 
 def preflight(scale: Scale, folder: Path) -> Iterator[Row]:
