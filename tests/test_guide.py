@@ -243,9 +243,9 @@ def test_pictures_of_a_notebook_shrink_below_the_limit():
             Image.fromarray(picture).save(buffer, "PNG")
             outputs.append(nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()}))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=outputs)])
-    assert len(nbformat.writes(notebook)) > 4 * execute_notebooks.LIMIT
-    execute_notebooks.shrink(notebook, Path("x.ipynb"))
-    assert len(nbformat.writes(notebook)) <= execute_notebooks.LIMIT
+    assert execute_notebooks.weight(notebook) > 4 * execute_notebooks.LIMIT_OF_A_BLOCK
+    execute_notebooks.shrink(notebook, Path("x.ipynb"), execute_notebooks.LIMIT_OF_A_BLOCK)
+    assert execute_notebooks.weight(notebook) <= execute_notebooks.LIMIT_OF_A_BLOCK
     kinds = [next(iter(output["data"])) for output in notebook.cells[0].outputs]
     assert kinds[:2] == ["image/jpeg", "image/png"]
     for output in notebook.cells[0].outputs:
@@ -267,3 +267,24 @@ def test_what_is_kept_of_an_output_is_neutral():
     kept = notebook.cells[0].outputs
     assert kept[0].text == "run: outputs/b-<date>-<time> in ~/.cache and $TMPDIR/x, turned 30°, loss 1.2 s\nand on\n"
     assert kept[1].data == {"text/plain": "."} and len(kept) == 2 and "widgets" not in notebook.metadata
+
+
+def test_stale_outputs_are_told_and_seconds_are_not():
+    """Also a picture that is gone; a cell tagged volatile is not compared."""
+    import nbformat
+    new = nbformat.v4
+
+    def lines(text, picture=True, tags=()):
+        outputs = [new.new_output("stream", name="stdout", text=text)]
+        outputs += [new.new_output("display_data", {"image/png": "x"})] if picture else []
+        return execute_notebooks.deterministic(new.new_code_cell("x", outputs=outputs, metadata={"tags": list(tags)}))
+
+    assert lines("loss 0.91, 1.2 s, 3.4 GB\n") == lines("loss 0.91, 45 s, 3.5 GB\n")
+    assert lines("loss 0.91\n") != lines("loss 0.92\n") and lines("x") != lines("x", picture=False)
+    assert lines("loss 0.91", tags=["volatile"]) == []
+
+
+@pytest.mark.parametrize("name", ["nbs/settings.ipynb", "training/config", "guide/settings"])
+def test_kept_outputs_are_what_the_cells_make(name):
+    done = subprocess.run([sys.executable, "tools/execute_notebooks.py", "--check", name], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -21,6 +21,7 @@ from .grid import PLACE, Point
 from ..core import ConfigError, unknown_name_message
 from ..files.atomic import write_json, file_lock
 from ..threads import cpu_share
+from ..preflight.resource_usage import free_memory
 from ..training.config import TrainConfig, read_config
 
 # %% ../../nbs/comparison/launch.ipynb #308f83d7
@@ -119,14 +120,13 @@ def lanes_for(
     points: int,
 ) -> list[dict]:
     """Plan what runs side by side on this machine: the environment of each, at most one for each point."""
-    import psutil
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = [g for g in named.split(",") if g] if named is not None else [str(i) for i in range(torch.cuda.device_count())]
     cores = cpu_share()
     if jobs is None:
-        jobs = len(gpus) or max(1, min(cores, int(psutil.virtual_memory().available / MEMORY_OF_A_JOB)))
+        jobs = len(gpus) or max(1, min(cores, int(free_memory("cpu")[0] / MEMORY_OF_A_JOB)))
     jobs = max(1, min(jobs, points))
     threads = str(max(1, cores // jobs))
     return [{"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})
