@@ -90,7 +90,8 @@ def compare_command(
         comparison, _, page = compare(at_home(config))
         print(f"{comparison.recommendation}\nwritten to {page}")
 
-    return command(CompareConfig, work, "vggt_lora_compare", "Train over a grid of settings and recommend one.", arguments)
+    about = "Train over a grid of settings and recommend one."
+    return command(CompareConfig, work, "vggt_lora_compare", about, arguments)
 
 # %% ../nbs/commands.ipynb #7bd4c394
 def reconstruct_command(
@@ -102,7 +103,8 @@ def reconstruct_command(
     def work(config):
         print(f"written to {reconstruct(at_home(config))}")
 
-    return command(ReconstructConfig, work, "vggt_lora_reconstruct", "Make a scene with cameras and points from photos.", arguments)
+    about = "Make a scene with cameras and points from photos."
+    return command(ReconstructConfig, work, "vggt_lora_reconstruct", about, arguments)
 
 # %% ../nbs/commands.ipynb #b0e5a403
 @dataclasses.dataclass(frozen=True)
