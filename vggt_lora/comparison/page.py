@@ -9,8 +9,8 @@ __all__ = ['VERDICT_CLASSES', 'MOST_SHOWN', 'change_words', 'settings_table', 'p
 # %% ../../nbs/comparison/page.ipynb #97bfeb91
 from pathlib import Path
 
-from .summary import NAMES, Comparison
-from ..core import ConfigError
+from .summary import Comparison
+from ..core import METRIC_NAMES, ConfigError
 from ..evaluation.metrics import align_depth
 from ..evaluation.pictures import read_pictures
 from ..evaluation.statistics import LEVEL, Effect
@@ -35,7 +35,7 @@ def settings_table(comparison: Comparison):
 
     metrics = [effect.metric for effect in next(iter(comparison.against_base.values()))]
     head, rows, classes = ["setting", "seeds", "photos"], [], []
-    for name in (NAMES.get(metric, metric) for metric in metrics):
+    for name in (METRIC_NAMES.get(metric, metric) for metric in metrics):
         head += [f"{name}: base → adapted", "change (interval)", "verdict"]
     for setting in comparison.settings:
         found = comparison.against_base[setting.label]
@@ -49,7 +49,7 @@ def pairs_table(comparison: Comparison):
     """Each setting against each other, on the same photos."""
     from vggt_lora.views.page import table
 
-    metrics = [NAMES.get(e.metric, e.metric) for e in comparison.pairs[0][2]]
+    metrics = [METRIC_NAMES.get(e.metric, e.metric) for e in comparison.pairs[0][2]]
     rows = [[f"from {one} to {other}", *[part for e in found for part in (change_words(e), e.verdict)]]
             for one, other, found in comparison.pairs]
     head = ["on the same photos", *[part for name in metrics for part in (f"{name}: change (interval)", "verdict")]]
@@ -82,7 +82,7 @@ def effects_figure(comparison: Comparison, metric: int = 0):
 
     rows = [{"label": s.label, **comparison.against_base[s.label][metric].row()} for s in comparison.settings]
     name = comparison.against_base[comparison.settings[0].label][metric].metric
-    return effects_chart(rows, f"{NAMES.get(name, name)} against the base ({len(rows)} "
+    return effects_chart(rows, f"{METRIC_NAMES.get(name, name)} against the base ({len(rows)} "
                          f"setting{'s' * (len(rows) != 1)}, {100 * LEVEL:g} % intervals)")
 
 
@@ -140,7 +140,7 @@ def seeds_words(comparison: Comparison) -> str:
         if len(setting.runs) > 1:
             changes = [effects(rows, (metric,), comparison.alignment, draws=2)[0].change for rows in setting.frames]
             said.append(f"{setting.label} {100 * min(changes):+.1f} to {100 * max(changes):+.1f} %")
-    return (f"Seeds one by one, change of {NAMES.get(metric, metric)}: {'; '.join(said)}." if said
+    return (f"Seeds one by one, change of {METRIC_NAMES.get(metric, metric)}: {'; '.join(said)}." if said
             else "One seed each: the luck of the seed is not in these intervals.")
 
 # %% ../../nbs/comparison/page.ipynb #1a1d95cd

@@ -59,7 +59,6 @@ class ImageTable:
     names: list[str]
     keypoints: list  # of (k, 3) float64: x, y, point id or -1; None where the line is missing
     places: Places
-    plain: bool = True  # False where pycolmap would misread the file as it stands
 
 
 @dataclass
@@ -106,24 +105,23 @@ NUMERIC = b"0123456789+-.eE \t"
 
 def read_text(
     path: Path,  # a text file of a model
-) -> tuple[bytes, bool]:
-    """Return the bytes of a text file, and whether a byte order mark stood in front."""
-    data = Path(path).read_bytes()
-    marked = data.startswith(b"\xef\xbb\xbf")
+) -> bytes:
+    """Return the bytes of a text file; a byte order mark in front is left out."""
+    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if b"\0" in data[:4096]:
         raise SceneError(f"{path}: holds zero bytes, so it is no text; expected a text file (binary models end in .bin)")
-    return data[3:] if marked else data, marked
+    return data
 
 
 def read_lines(
     path: Path,  # a text file of a model
-) -> tuple[list[bytes], bool]:
-    """Return the lines without their ends, and whether a byte order mark stood in front."""
-    data, marked = read_text(path)
+) -> list[bytes]:
+    """Return the lines without their ends; a byte order mark in front is left out."""
+    data = read_text(path)
     lines = data.split(b"\n")
     if lines[-1] == b"":  # the end of the last line, not a line
         lines.pop()
-    return [line[:-1] if line.endswith(b"\r") else line for line in lines], marked
+    return [line.removesuffix(b"\r") for line in lines]
 
 
 def is_number(token: bytes) -> bool:
@@ -206,8 +204,7 @@ CAMERA_FIELDS = ("camera id", "model", "width", "height")
 def scan_cameras_text(path: Path) -> CameraTable:
     """Scan cameras.txt; raises SceneError with file and line."""
     ids, models, sizes, params, numbers = [], [], [], [], []
-    lines, _ = read_lines(path)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         tokens = line.split()
         if not tokens or tokens[0].startswith(b"#"):
             continue
@@ -269,9 +266,9 @@ def parse_keypoints(line: bytes, place: str) -> np.ndarray:
 
 def scan_images_text(path: Path) -> ImageTable:
     """Scan images.txt; raises SceneError with file and line."""
-    lines, marked = read_lines(path)
+    lines = read_lines(path)
     poses, names, keypoints, numbers = [], [], [], []
-    index, plain = 0, not marked
+    index = 0
     bar = progress_bar(total=len(lines), desc=f"reading {path.name}", unit="line", disable=len(lines) < 400)  # 200 photos
     while index < len(lines):
         bar.update(index - bar.n)
@@ -290,12 +287,11 @@ def scan_images_text(path: Path) -> ImageTable:
         else:
             keypoints.append(parse_keypoints(following or b"", f"{path}:{index + 2}"))
             index += 2
-        plain = plain and following is not None and keypoints[-1] is not None and not set(name) & set(" \t")
     bar.update(index - bar.n)
     bar.close()
     values = np.array(poses, np.float64).reshape(-1, 9)
     table = ImageTable(values[:, 0].astype(np.int64), values[:, 1:5], values[:, 5:8], values[:, 8].astype(np.int64), names, keypoints,
-                       Places(path, np.array(numbers, np.int64)), plain)
+                       Places(path, np.array(numbers, np.int64)))
     missing = [k is None for k in keypoints]
     if any(missing) and any(k is not None and len(k) for k in keypoints):
         raise table.places.fault(missing.index(True), f"image {names[missing.index(True)]} has no keypoint line, though others have one",
@@ -308,7 +304,7 @@ def point_numbers(path: Path) -> tuple[np.ndarray | None, np.ndarray, np.ndarray
 
     Where the file is no plain table of numbers the numbers are None, and the fields of each line come last.
     """
-    data, _ = read_text(path)
+    data = read_text(path)
     head, at = 0, 0  # comments stand in front
     while data[at:at + 1] == b"#":
         end = data.find(b"\n", at)
@@ -317,7 +313,7 @@ def point_numbers(path: Path) -> tuple[np.ndarray | None, np.ndarray, np.ndarray
         values, counts = found
         full = np.flatnonzero(counts)
         return values, counts[full].astype(np.int64), full + head + 1, []
-    lines = [line.split() for line in read_lines(path)[0]]
+    lines = [line.split() for line in read_lines(path)]
     numbers = [number for number, tokens in enumerate(lines, 1) if tokens and not tokens[0].startswith(b"#")]
     rows = [lines[number - 1] for number in numbers]
     return None, np.array([len(tokens) for tokens in rows], np.int64), np.array(numbers, np.int64), rows
