@@ -38,7 +38,7 @@ def report(
     lines = [
         f"# Strategy {config.strategy} on {escape_markdown(config.data)}",
         RANDOM_BASE if config.model in RANDOM else "",
-        *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
+        *[f"**{effect['sentence']}**\n" for effect in (*results["effects"], *results.get("camera_effects", []))],
         f"Held-out loss: {loss['before']} before, {loss['after']} with the adapter (best {loss['best']}).", "",
         *_table(results["table"]), "",
         f"Truth: {truth}; supervision: {config.supervision}. Intervals: paired bootstrap over the held-out frames, "
