@@ -109,7 +109,7 @@ class Beginning:
     coverage: list[dict]  # what supervises each training photo
     notes: list[str]  # on what can harm the run
 
-
+# %% ../../nbs/training/start.ipynb #d655ca89
 def describe(
     run: RunFolder,
     config: TrainConfig,
@@ -137,7 +137,7 @@ def describe(
     run.log(f"{targets.trainable:,} of {targets.total:,} parameters are trained ({share:.3f} %)")
     run.log(b.base_check.text)
 
-
+# %% ../../nbs/training/start.ipynb #34f56b78
 def _layer_line(row) -> str:
     """Return one line of model.txt: status, kind, parameters, adapter parameters, name, reason."""
     return f"{row.status:8} {row.kind:20} {row.parameters:>12,} {row.lora_parameters:>9,}  {row.name}  {row.reason}\n"
