@@ -165,7 +165,7 @@ def depth_range(
     near: float = 0.5,  # times the 1 % quantile of the points' depths
     far: float = 1.5,  # times the 99 % quantile
 ) -> tuple[float, float]:
-    """Return the nearest and farthest depth to try, scene units; raises SceneError without points in front of the camera."""
+    """Return the nearest and farthest depth to try; raises SceneError without points in view."""
     xyz = scene.points.xyz[np.unique(frame.point_rows)]
     z = xyz @ frame.world_to_cam[2, :3] + frame.world_to_cam[2, 3]
     z = z[np.isfinite(z) & (z > 0)]
