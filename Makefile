@@ -28,7 +28,7 @@ help:
 	@echo "make gpu-check   env, then in ten minutes what only a GPU can show, on its stand-in where there is none; the page is outputs/gpu-check/"
 	@echo "make browser-test   env, then the numbered notebooks in a real JupyterLab and Chromium; screenshots in outputs/browser/"
 	@echo "make guide   env, then nbs/guide and the numbered notebooks as static pages in _docs/"
-	@echo "make notebooks   execute 00, 01, 02 and 04 in place, outputs kept, then clean their metadata"
+	@echo "make notebooks   env, then every notebook executed in place, text and small pictures kept; one: make notebooks NOTEBOOKS=03_train"
 	@echo "make wheel   env, then dist/: the source distribution and the wheel, with the weights of the tiny network inside"
 	@echo "make torture      env, then every command killed, at 100 random instants and before about 200 writes in all; the result goes to docs/torture.md"
 	@echo "make newcomer     all that the README tells a newcomer, on a fresh clone, timed; the log goes to docs/newcomer.md"
@@ -81,8 +81,10 @@ browser-test: env
 guide: env
 	$(BIN)/python tools/render_guide.py
 
+# The first line is all; with --check nothing is written, and stale outputs are a fault: make notebooks NOTEBOOKS="--check"
+NOTEBOOKS ?=
 notebooks: env
-	$(BIN)/python tools/execute_notebooks.py
+	$(BIN)/python tools/execute_notebooks.py $(NOTEBOOKS)
 
 # The wheel is made from the source distribution, so what is missing in one cannot hide in the other.
 wheel: env

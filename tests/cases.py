@@ -201,6 +201,163 @@ def photo_as_depth(source, out):
         Image.fromarray(np.full((40, 60), 9000, np.uint16)).save(out / "ground_truth_depth/dslr_images" / photo.name, "PNG")
 
 
+def scale_model(sparse: Path, factor: float) -> None:
+    """Multiply the unit of a text model."""
+    lines = (sparse / "points3D.txt").read_text().splitlines()
+    for i, line in enumerate(lines):
+        if not line.startswith("#"):
+            words = line.split()
+            lines[i] = " ".join([words[0], *(repr(factor * float(v)) for v in words[1:4]), *words[4:]])
+    (sparse / "points3D.txt").write_text("\n".join(lines) + "\n")
+    map_lines(sparse / "images.txt", lambda _, words: [*words[:5], *(repr(factor * float(v)) for v in words[5:8]), *words[8:]])
+
+
+@case("note", "nearer than 0.1 or farther than 100 m", "millimetre")
+def millimetres(source, out):
+    """A model in millimetres whose scene.json says metre."""
+    scale_model(write(source, out), 1000.0)
+    (out / "scene.json").write_text('{"unit": "metre"}')
+
+
+@case("note", "principal point of 8 of 8 photos", "cropped")
+def cropped_photos(source, out):
+    """Photos were cropped after calibration, the cameras kept right."""
+    sparse = write(source, out)
+    for photo in photos_of(out):
+        with Image.open(photo) as image:
+            image.crop((image.width // 3, 0, *image.size)).save(photo, quality=95)
+    cuts = {}
+    lines = (sparse / "cameras.txt").read_text().splitlines()
+    for i, line in enumerate(lines):
+        if not line.startswith("#"):
+            words = line.split()
+            cuts[words[0]] = int(words[2]) // 3
+            words[2], words[6] = str(int(words[2]) - cuts[words[0]]), repr(float(words[6]) - cuts[words[0]])
+            lines[i] = " ".join(words)
+    (sparse / "cameras.txt").write_text("\n".join(lines) + "\n")
+    camera_of: list[str] = []
+    map_lines(sparse / "images.txt", lambda _, words: camera_of.append(words[8]) or words)
+    map_lines(sparse / "images.txt", lambda k, words: [repr(float(w) - cuts[camera_of[k]]) if i % 3 == 0 else w for i, w in enumerate(words)], pose=False)
+
+
+@case("note", "EXIF orientation 6", "lying on their side")
+def turned_by_exif(source, out):
+    """Photos carry an EXIF orientation that COLMAP did not follow."""
+    write(source, out)
+    for photo in photos_of(out):
+        with Image.open(photo) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6
+            image.save(photo, "JPEG", quality=95, exif=exif)
+
+
+# --- lengths, poses and lenses --------------------------------------------------------------------------------------------
+
+@case("note", "3 of ", "they are left out")
+def far_points(source, out):
+    """Three points lie 1e5 units away along a ray of a photo that sees them."""
+    model = model_of(source)
+    for number in sorted(model.points3D)[:: len(model.points3D) // 3][:3]:
+        point = model.points3D[number]
+        centre = model.images[point.track.elements[0].image_id].projection_center()
+        point.xyz = centre + (point.xyz - centre) / np.linalg.norm(point.xyz - centre) * 1e5
+    write(source, out, model)
+
+
+@case("note", "rigs and frames are used")
+def stale_images(source, out):
+    """A rig model: every second pose of images.txt is turned, frames.txt has the right ones."""
+    map_lines(write(source, out, rigs=True) / "images.txt", turn)
+
+
+@case("note", "images are used")
+def stale_frames(source, out):
+    """A rig model: frames.txt holds poses that images.txt does not have, and the keypoints fit images.txt."""
+    sparse = write(source, out, rigs=True)
+    lines = (sparse / "frames.txt").read_text().splitlines()
+    frames = [i for i, line in enumerate(lines) if not line.startswith("#")]
+    for number, i in enumerate(frames):
+        frame, rig, *rest = lines[i].split()
+        lines[i] = " ".join([frame, *turn(number, [rig, *rest])])
+    (sparse / "frames.txt").write_text("\n".join(lines) + "\n")
+
+
+@case("note", "moves no pixel by more than", "taken as pinholes")
+def nearly_pinhole(source, out):
+    """Cameras OPENCV with coefficients of 1e-10, as an undistorter leaves them."""
+    path = write(source, out) / "cameras.txt"
+    path.write_text("".join(f"{line.replace(' PINHOLE ', ' OPENCV ')}{'' if line.startswith('#') else ' 1e-10 -3e-11 0 0'}\n" for line in path.read_text().splitlines()))
+
+
+@case("refuse", "distorts; expected", "its lens moves pixels by up to")
+def real_distortion(source, out):
+    """Cameras OPENCV whose distortion moves pixels."""
+    path = write(source, out) / "cameras.txt"
+    path.write_text("".join(f"{line.replace(' PINHOLE ', ' OPENCV ')}{'' if line.startswith('#') else ' 1e-3 0 0 0'}\n" for line in path.read_text().splitlines()))
+
+
+@case("note", "entries whose keypoints name no point")
+def one_way_tracks(source, out):
+    """Some points have tracks whose keypoints do not name the point, as a global mapper writes them."""
+    sparse = write(source, out)
+    rows = [line.split() for line in (sparse / "points3D.txt").read_text().splitlines()]
+    two_views = {row[0] for row in rows if row and row[0] != "#" and len(row) == 12}
+    assert two_views
+    map_lines(sparse / "images.txt", lambda _, words: ["-1" if i % 3 == 2 and word in two_views else word for i, word in enumerate(words)], pose=False)
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------------
+
+@case("note", "sparse/1 holds 8 photos, sparse/0 3; the larger one is opened")
+def scrap_model_first(source, out):
+    """sparse/0 holds three photos, sparse/1 all."""
+    write(source, out).rename(out / "sparse" / "1")
+    model = model_of(source)
+    for key in sorted(model.images)[3:]:
+        model.deregister_frame(model.images[key].frame_id)
+    write(source, out, model, photos=False)
+
+
+@case("note", "dense/0/sparse is opened")
+def automatic_layout(source, out):
+    """COLMAP's automatic layout: sparse/0 with lens distortion, dense/0 with the undistorted model and photos."""
+    real_distortion(source, out)
+    cut = out / "other"
+    write(source, cut)
+    (out / "dense").mkdir()
+    (cut / "sparse" / "0").rename(cut / "model")
+    (cut / "sparse").rmdir()
+    (cut / "model").rename(cut / "sparse")
+    cut.rename(out / "dense" / "0")
+
+
+@case("fits")
+def eth3d_rig(source, out):
+    """ETH3D's low-resolution layout: rig_calibration_undistorted and images_rig_cam4_undistorted/<nanoseconds>.png."""
+    model = model_of(source)
+    (out / "rig_calibration_undistorted").mkdir(parents=True)
+    for number, key in enumerate(sorted(model.images)):
+        image = model.images[key]
+        new = f"images_rig_cam{4 + number % 2}_undistorted/{1477843917481127523 + number // 2 * 10**8}.png"
+        (out / "images" / new).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(source / "images" / image.name).save(out / "images" / new)
+        image.name = new
+    model.write_text(str(out / "rig_calibration_undistorted"))
+
+
+@case("note", "another size than their camera")
+def renamed_copies(source, out):
+    """Sound by itself: all photos at two thirds of their size, re-encoded, under other names (beside the first scene it leaks)."""
+    model = model_of(source)
+    for number, key in enumerate(sorted(model.images)):
+        image = model.images[key]
+        photo = Image.open(source / "images" / image.name)
+        image.name = f"copy_{number:03d}.jpg"
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        photo.resize((photo.width * 2 // 3, photo.height * 2 // 3)).save(out / "images" / image.name, quality=60)
+    write(source, out, model, photos=False)
+
+
 # --- the table ----------------------------------------------------------------------------------------------------------
 
 def answer_to(folder: Path) -> tuple[str, str]:

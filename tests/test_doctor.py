@@ -133,7 +133,7 @@ def test_weights_that_are_not_whole_or_not_these_are_found(weights, tmp_path, mo
 
 
 def test_a_disk_that_is_full_and_a_memory_that_is_small(scenes, tmp_path, monkeypatch):
-    plan = Plan(data=str(scenes), output=str(tmp_path / "run"), model="facebook/VGGT-1B")
+    plan = Plan(data=str(scenes), output=str(tmp_path / "run"), model="facebook/VGGT-1B", strategy="b")
     for free, status in ((10**6, "fail"), (4 * 10**8, "warn"), (10**12, "ok")):
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
         assert doctor.check_output(plan)[0].status == status

@@ -1,14 +1,15 @@
 """Scenes that are whole and do not fit together: each case of tests/cases.py gets its answer, sound scenes keep their silence."""
+import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cases  # noqa: E402
 
-from vggt_lora.core import ConfigError  # noqa: E402
+from vggt_lora.core import ConfigError, SceneError  # noqa: E402
 from vggt_lora.demo.demo_scenes import toy_scene  # noqa: E402
 from vggt_lora.reference_data import real_scene  # noqa: E402
 from vggt_lora.scenes.opening import open_scene  # noqa: E402
@@ -59,12 +60,7 @@ def test_a_run_without_a_usable_pixel_stops_before_its_first_step(source, tmp_pa
     from vggt_lora.train import train
 
     sparse = cases.write(source, tmp_path / "mm")
-    model = cases.model_of(source)
-    scaled = [line if line.startswith("#") else " ".join([*line.split()[:1], *(repr(1000 * float(v)) for v in line.split()[1:4]), *line.split()[4:]])
-              for line in (sparse / "points3D.txt").read_text().splitlines()]
-    (sparse / "points3D.txt").write_text("\n".join(scaled) + "\n")
-    cases.map_lines(sparse / "images.txt", lambda _, words: [*words[:5], *(repr(1000 * float(v)) for v in words[5:8]), *words[8:]])
-    assert len(model.images) == 8
+    cases.scale_model(sparse, 1000.0)
     with pytest.raises(ConfigError, match="no depth to learn from.*outside depth_min.*millimetres"):
         train(settings(tmp_path / "mm", tmp_path / "run", units_are_metres="yes", supervision="sparse"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -86,3 +82,86 @@ def test_a_loss_of_exactly_nothing_ends_the_run(source, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "window_loss", nothing)
     with pytest.raises(TrainingError, match="nothing to learn from .depth_conf"):
         train(settings(source, tmp_path / "run"))
+
+
+# --- the split ------------------------------------------------------------------------------------------------------------
+
+def test_the_audit_knows_a_photo_again(source, tmp_path):
+    """At two thirds of its size and a low quality, under another name, in another scene."""
+    from vggt_lora.datasets.splits import LeakError, audit_split, split_windows
+
+    cases.as_it_is(source, tmp_path / "one")
+    cases.renamed_copies(source, tmp_path / "two")
+    both = [open_scene(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(LeakError, match="8 photos are in training and in validation as copies"):
+        audit_split(split_windows(both, frames=2, hold_out="two"), both)
+    assert audit_split(split_windows(both[0], frames=2), both[0])["shared"] == 0  # neighbours are no copies
+
+
+def test_twins_of_one_instant_are_counted(source, tmp_path):
+    from vggt_lora.datasets.splits import audit_split, instant_twins, moment_of, split_windows
+
+    assert moment_of("cam0/0007.jpg") == ("cam0/*", "0007") and moment_of("cam1/IMG_0007_left.png") == ("cam1/IMG_*_left", "0007") and moment_of("a/left.png") == ("a/left", "")
+    assert instant_twins(open_scene(source)) == {}
+    cases.eth3d_rig(source, tmp_path / "rig")
+    rig = open_scene(tmp_path / "rig")
+    found = audit_split(split_windows(rig, frames=2), rig)
+    assert found["twins"] == 2 and "2 of 2 judged frames were taken at the same instant" in found["notes"][0]
+
+
+def test_folders_with_the_same_numbers_are_no_rig(source, tmp_path):
+    """Two floors with the same file names: far apart, so no instant is shared."""
+    from vggt_lora.datasets.splits import instant_twins
+
+    scene = open_scene(source)
+    half = len(scene) // 2
+    frames = tuple(dataclasses.replace(frame, name=f"floor{i // half}/{i % half:04d}.jpg") for i, frame in enumerate(scene.frames))
+    assert instant_twins(dataclasses.replace(scene, frames=frames)) == {}
+
+
+# --- a folder of photos ---------------------------------------------------------------------------------------------------
+
+def phone_photos(folder: Path, sizes=((64, 48),) * 3, orientation: int = 1) -> Path:
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.effect_noise(size, 60).save(folder / f"IMG_{number}.jpg", exif=exif)
+    return folder
+
+
+def test_photos_that_are_passed_over_are_named(tmp_path):
+    from vggt_lora.scenes.reconstruct import passed_over, photos_in
+
+    folder = phone_photos(tmp_path / "photos")
+    assert passed_over(folder) == ""
+    for name in ("a.HEIC", "b.HEIC", "c.webp"):
+        (folder / name).write_bytes(b"x")
+    assert passed_over(folder).startswith("passed over: 2 .HEIC, 1 .webp")
+    for photo in folder.glob("*.jpg"):
+        photo.unlink()
+    with pytest.raises(SceneError, match="holds no photo .*2 .HEIC"):
+        photos_in(folder)
+
+
+def test_photos_are_turned_upright_once(tmp_path):
+    from vggt_lora.scenes.reconstruct import photos_in, upright_photos
+
+    folder, said = phone_photos(tmp_path / "photos", orientation=6), []
+    names = photos_in(folder)
+    upright = upright_photos(folder, names, "one", tmp_path / "work", said.append)
+    for name in names:
+        with Image.open(upright / name) as photo:
+            assert photo.size == (48, 64) and photo.getexif().get(0x0112, 1) == 1
+    assert said == ["3 of 3 photos turned upright, as EXIF says"]
+    plain = phone_photos(tmp_path / "plain")
+    assert upright_photos(plain, names, "one", tmp_path / "work2", said.append) == plain
+
+
+def test_photos_of_several_sizes_name_the_setting(tmp_path):
+    from vggt_lora.scenes.reconstruct import photos_in, upright_photos
+
+    folder = phone_photos(tmp_path / "photos", sizes=((64, 48), (64, 48), (40, 48)))
+    with pytest.raises(ConfigError, match=r"64x48 \(2: IMG_0.jpg ...\), 40x48 \(1: IMG_2.jpg\). Give camera='each photo'"):
+        upright_photos(folder, photos_in(folder), "one", tmp_path / "work")
+    assert upright_photos(folder, photos_in(folder), "each photo", tmp_path / "work") == folder

@@ -1,4 +1,5 @@
 """Protocols, cameras, regions and drift against other people's code, and the traps that an evaluation must not fall into."""
+import json
 import os
 import re
 import subprocess
@@ -294,11 +295,12 @@ def test_window_masks_of_the_user(window, tmp_path):
         regions.region_rows([frame], "none", ("base",), tmp_path)
 
 
-# --- a base alone, as the README says -------------------------------------------------------------------------------
+# --- a base alone, as the guide says -------------------------------------------------------------------------------
 
-def test_the_readme_command_for_a_base_alone_runs_on_demo_data(folder, tmp_path):
-    """The very command that the README gives for the real weights, with the tiny network and a demo scene."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_guides_command_for_a_base_alone_runs_on_demo_data(folder, tmp_path):
+    """The very command that the guide gives for the real weights, with the tiny network and a demo scene."""
+    cells = json.loads((ROOT / "nbs" / "guide" / "measurements.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
     command, = re.findall(r"^papermill nbs/04_evaluate.ipynb outputs/robustmvd.ipynb .*$", text, re.M)
     words = command.replace("facebook/VGGT-1B", "tiny").replace("path/to/eth3d", str(folder)).replace("outputs/", f"{tmp_path}/").split()
     done = subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:], "-p", "pictures", "1"], cwd=ROOT, capture_output=True, text=True,

@@ -1,5 +1,7 @@
 """Scenes from outside: malformed files, binary models, layouts, links that lead out, and splits that leak."""
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -348,6 +350,30 @@ def test_lens_distortion_is_refused(scene_folder, camera):
     write_text_model(scene_folder / "sparse" / "0", cameras=[camera, CAMERAS[2]])
     with pytest.raises(SceneError, match=r"camera 0 is \w+ and distorts; expected an undistorted.*pycolmap.undistort_images"):
         open_scene(scene_folder)
+
+
+def pasted(message: str, begin: str, end: str = "$") -> None:
+    """Run the command that stands in a message, as somebody would who pastes it into a terminal."""
+    command = re.search(f"{begin}(.*?)(?:{end})", message)[1]
+    command = command.replace("python ", f"{shlex.quote(sys.executable)} ", 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, (command, done.stderr)
+
+
+def test_the_command_of_a_refusal_mends_it(scene_folder):
+    """A lens is undistorted, and photos elsewhere are linked, by the command in the message with the reader's own paths."""
+    folder = scene_folder.rename(scene_folder.with_name("my house"))
+    write_text_model(folder / "sparse" / "0", cameras=["0 SIMPLE_RADIAL 100 80 90 50.5 40 0.01", CAMERAS[2]])
+    with pytest.raises(SceneError) as lens:
+        open_scene(folder)
+    pasted(str(lens.value), "open what this writes: ")
+    assert len(open_scene(f"{folder}_undistorted").frames) == 3
+    write_text_model(folder / "sparse" / "0")
+    (folder / "images").rename(folder.with_name("my photos"))
+    with pytest.raises(SceneError) as away:
+        open_scene(folder)
+    pasted(str(away.value), "link their folder: ", r" \(or say")
+    assert len(open_scene(folder).frames) == 3
 
 
 def test_shrunk_photos_scale_k_and_say_so(scene_folder):

@@ -1,18 +1,23 @@
-"""Execute the notebooks whose outputs are kept in git (00, 01, 02, 04), shrink their pictures, and clean their metadata.
+"""Execute the notebooks and keep their outputs: text and small pictures, cleaned of what belongs to this machine and this moment.
 
-    python tools/execute_notebooks.py [--to FOLDER] [NOTEBOOK ...]
+    python tools/execute_notebooks.py                      every notebook, in place; 04 shows the run that 03 has just left
+    python tools/execute_notebooks.py 03_train nbs/model   those named, or all below a folder
+    python tools/execute_notebooks.py --jobs 2 --to FOLDER copies go to FOLDER, and nothing here is touched
+    python tools/execute_notebooks.py --check settings     execute, and compare with the kept outputs what is deterministic
 
-With --to, copies go to FOLDER, to be looked at, and nothing here is touched. 04 shows the newest run under outputs/, so run `make train` first. A notebook may not grow
-past 290 kB: drawings become palette images and photos JPEG, whichever is smaller, the largest first, until they fit. What is kept is the argument and not the occasion: no bar, no chatter of
-a library, no widget, no path of this machine, no moment of time.
+A numbered notebook may keep 250 kB of outputs, any other 100 kB, all together 15 MB. Drawings become palette images and photos JPEG, whichever is smaller, the largest first, until they fit.
+No bar, no chatter of a library, no widget, no path of this machine and no moment of time is kept. `--check` compares texts without seconds and bytes, and the number of pictures; a cell with the tag
+`volatile` is not compared. Cells that nbdev does not run either (`#| eval: false`, `#| slow`, `#| gpu`) keep what they have.
 """
 import argparse
 import base64
+import difflib
 import io
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -20,11 +25,19 @@ from nbclient import NotebookClient
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ["00_data", "01_depth", "02_lora", "04_evaluate"]
-LIMIT = 290_000  # bytes of a notebook
+NBS = ROOT / "nbs"
+LIMIT = 250_000  # bytes of the outputs of a numbered notebook
+LIMIT_OF_A_BLOCK = 100_000  # and of any other
+LIMIT_OF_ALL = 15_000_000
+LONGEST = 20_000  # characters of a text that is kept; the rest is counted
+NOT_RUN = re.compile(r"#\|\s*(eval:\s*false|slow|gpu)\b")
+SKIP = "skip-execution"  # nbclient's own tag, for the time of the execution
 
 
-STEPS = ((1000, 128, 75), (1000, 64, 60), (900, 48, 50), (900, 32, 42), (800, 32, 36), (700, 32, 34), (600, 32, 34), (500, 32, 34), (420, 32, 34))  # width, colours of a PNG (fewer would change a line's colour), quality of a JPEG
+STEPS = (  # width, colours of a PNG (fewer would change a line's colour), quality of a JPEG
+    (1000, 128, 75), (1000, 64, 60), (900, 48, 50), (900, 32, 42), (800, 32, 36), (700, 32, 34), (600, 32, 34), (500, 32, 34),
+    (420, 32, 34),
+)
 
 
 def smaller(png: str, width: int, colours: int, quality: int) -> tuple[str, str]:
@@ -40,9 +53,19 @@ def smaller(png: str, width: int, colours: int, quality: int) -> tuple[str, str]
     return kind, base64.b64encode(found.getvalue()).decode() + "\n"
 
 
-def shrink(notebook, path: Path) -> None:
-    """Shrink the pictures of a notebook, the largest first, until it fits; raises SystemExit if it cannot."""
-    pictures = [[o, o.data["image/png"], 0] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
+def outputs_of(notebook) -> list:
+    """Return all outputs of a notebook."""
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def weight(notebook) -> int:
+    """Return the bytes of a notebook's outputs as they are written."""
+    return sum(len(nbformat.v4.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[o])]))) for o in outputs_of(notebook))
+
+
+def shrink(notebook, path: Path, limit: int = LIMIT) -> None:
+    """Shrink the pictures of a notebook, the largest first, until its outputs fit; raises SystemExit if they cannot."""
+    pictures = [[o, o.data["image/png"], 0] for o in outputs_of(notebook) if "image/png" in o.get("data", {})]
 
     def draw(picture) -> None:
         output, png, step = picture
@@ -50,16 +73,17 @@ def shrink(notebook, path: Path) -> None:
             output.data.pop(kind, None)
         kind, output.data[kind] = smaller(png, *STEPS[step])
 
-    def weight(picture) -> int:
+    def size(picture) -> int:
         return max(len(value) for kind, value in picture[0].data.items() if kind.startswith("image/"))
 
     for picture in pictures:
         draw(picture)
-    while len(nbformat.writes(notebook)) > LIMIT:
-        largest = max((p for p in pictures if p[2] + 1 < len(STEPS)), key=weight, default=None)
+    while weight(notebook) > limit:
+        largest = max((p for p in pictures if p[2] + 1 < len(STEPS)), key=size, default=None)
         if largest is None:
-            text = len(nbformat.writes(notebook)) - sum(map(weight, pictures))
-            raise SystemExit(f"{path}: {len(nbformat.writes(notebook))} bytes, over {LIMIT} with the smallest pictures ({len(pictures)} pictures, {text} bytes of text)")
+            text = weight(notebook) - sum(map(size, pictures))
+            found = f"{weight(notebook)} bytes of outputs, {text} of them text"
+            raise SystemExit(f"{path}: {found}, over {limit} with the smallest pictures ({len(pictures)} pictures)")
         largest[2] += 1
         draw(largest)
 
@@ -74,52 +98,154 @@ def neutral(text: str) -> str:
 
 
 def clean_outputs(notebook) -> None:
-    """Leave out bars, warnings and widgets, and make every text neutral."""
+    """Leave out bars, warnings and widgets, make every text neutral, and cut what is far too long."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o.get("metadata", {}).get("vggt_lora") != "progress"]
         joined = []
         for output in cell.outputs:  # where a kernel cuts what is printed is chance
-            if joined and output.output_type == "stream" == joined[-1].output_type and output.name == joined[-1].name:
+            if output.get("name") == "stderr" or output.get("metadata", {}).get("vggt_lora") == "progress":
+                continue
+            if joined and output.output_type == "stream" == joined[-1].output_type:
                 joined[-1].text += output.text
             else:
                 joined.append(output)
-        cell.outputs = joined
-        for output in cell.outputs:
-            if output.output_type == "stream":
-                output.text = neutral(output.text)
-            for kind in [kind for kind in output.get("data", {}) if "widget" in kind]:
-                del output.data[kind]
-            for kind, value in output.get("data", {}).items():
-                if kind.startswith("text/"):
-                    output.data[kind] = neutral(value)
+        for output in joined:
+            _clean(output)
+        cell.outputs = [output for output in joined if output.get("text") or output.get("data")]
     notebook.metadata.pop("widgets", None)
 
 
-def execute(name: str, folder: Path) -> Path:
-    """Execute, clean and shrink one numbered notebook into a folder."""
-    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs")}}).execute()
+def _clean(output) -> None:
+    """Clean one output: a widget and its representation go, a page that is too long goes, a text that is too long is cut."""
+    if output.output_type == "stream":
+        output.text = _cut(neutral(output.text))
+    data = output.get("data", {})
+    widget = [kind for kind in data if "widget" in kind]
+    for kind in widget:
+        del data[kind]
+    if widget and re.match(r"\w+\(", data.get("text/plain", "")):
+        del data["text/plain"]
+    for kind, value in list(data.items()):
+        if kind == "text/plain":
+            data[kind] = _cut(neutral(value))
+        elif kind.startswith("text/") and len(value) <= LONGEST:
+            data[kind] = neutral(value)
+        elif not kind.startswith("image/") or kind == "image/svg+xml" and len(value) > LONGEST:
+            del data[kind]  # half a page would be none
+
+
+def _cut(text: str) -> str:
+    """Cut a text at LONGEST characters, at the end of a line."""
+    if len(text) <= LONGEST:
+        return text
+    kept = text[: text.rindex("\n", 0, LONGEST) + 1] if "\n" in text[:LONGEST] else text[:LONGEST]
+    return f"{kept}... ({len(text) - len(kept):,} more characters)\n"
+
+
+def run(path: Path):
+    """Execute, clean and shrink one notebook, and return it; raises nbclient's error if a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    kept = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and NOT_RUN.search(cell.source):
+            kept[cell.id] = cell.outputs
+            cell.metadata["tags"] = [*cell.metadata.get("tags", []), SKIP]
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=7200, kernel_name="python3", resources=resources, skip_cells_with_tag=SKIP).execute()
+    for cell in notebook.cells:
+        if cell.get("id") in kept:
+            cell.outputs = kept[cell.id]
+            cell.metadata["tags"].remove(SKIP)
+            if not cell.metadata["tags"]:
+                del cell.metadata["tags"]
     clean_outputs(notebook)
-    path = folder / f"{name}.ipynb"
-    shrink(notebook, path)
-    nbformat.write(notebook, path)
-    subprocess.run([str(Path(sys.executable).parent / "nbdev_clean"), "--fname", str(path)], cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
-    print(f"{path.name}: {path.stat().st_size // 1000} kB", flush=True)
-    return path
+    shrink(notebook, path, LIMIT if path.parent == NBS and path.name[0].isdigit() else LIMIT_OF_A_BLOCK)
+    return notebook
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Execute the named notebooks."""
+def execute(path: Path, folder: Path) -> None:
+    """Execute one notebook and write it, cleaned by nbdev, at its place below a folder."""
+    notebook = run(path)
+    place = folder / path.relative_to(NBS)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, place)
+    clean = [str(Path(sys.executable).parent / "nbdev_clean"), "--fname", str(place)]
+    subprocess.run(clean, cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+    print(f"{path.relative_to(NBS)}: {len(outputs_of(notebook))} outputs, {weight(notebook) // 1000} kB", flush=True)
+
+
+VOLATILE = re.compile(r"[-+\d][\d.,]*\s?(?:s|ms|µs|min|h|GB|MB|kB|B|%|it/s|steps?/s|windows?/s)\b|0x[0-9a-f]+|\b[0-9a-f]{12,}\b")
+
+
+def deterministic(cell) -> list[str]:
+    """Return the lines of a cell's outputs that are the same whenever it runs; a picture is one line."""
+    lines = []
+    for output in cell.outputs if "volatile" not in cell.metadata.get("tags", []) else ():
+        data = output.get("data", {})
+        text = output.get("text") or data.get("text/plain") or ""
+        lines += [VOLATILE.sub("#", line).rstrip() for line in text.splitlines()]
+        lines += ["<picture>" for kind in data if kind.startswith("image/")]
+    return lines
+
+
+def check(path: Path) -> None:
+    """Execute a notebook and compare it with what it keeps; raises SystemExit with the differing lines."""
+    before, after = nbformat.read(path, as_version=4), run(path)
+    wrong = []
+    for kept, made in zip(before.cells, after.cells, strict=True):
+        if kept.cell_type == "code":
+            wrong += list(difflib.unified_diff(deterministic(kept), deterministic(made), "kept", "made", n=0, lineterm=""))
+    if wrong:
+        raise SystemExit(f"{path.relative_to(ROOT)} keeps outputs that its cells no longer make; run `make notebooks`:\n" + "\n".join(wrong[:40]))
+    print(f"{path.relative_to(NBS)}: as it was kept", flush=True)
+
+
+def named(names: list[str]) -> list[Path]:
+    """Return the notebooks of names, paths and folders; all of them for no name. The numbered ones come first, in their order."""
+    every = [p for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts)]
+    every.sort(key=lambda p: (p.parent != NBS or not p.name[0].isdigit(), p.as_posix()))
+    if not names:
+        return every
+    found = []
+    for name in names:
+        path = Path(name).resolve()
+        hits = [p for p in every if p == path or path in p.parents or name in (p.stem, p.relative_to(NBS).with_suffix("").as_posix())]
+        if not hits:
+            raise SystemExit(f"no notebook is called {name}; give a name such as 03_train or training/loop, a path, or a folder")
+        found += hits
+    return list(dict.fromkeys(found))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Execute or check the named notebooks; returns 1 if any failed, after all have been tried."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--to", type=Path, default=ROOT / "nbs", help="folder for copies (default: in place)")
+    parser.add_argument("--to", type=Path, default=NBS, help="folder for copies (default: in place)")
+    parser.add_argument("--check", action="store_true", help="write nothing; compare with the kept outputs")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time; the numbered ones run one after the other (default: 1)")
     parser.add_argument("names", nargs="*", metavar="NOTEBOOK")
     given = parser.parse_args(arguments)
-    given.to.mkdir(parents=True, exist_ok=True)
-    for name in given.names or KEPT:
-        execute(Path(name).stem, given.to.resolve())
+    failed = []
+
+    def one(path: Path) -> None:
+        try:
+            check(path) if given.check else execute(path, given.to.resolve())
+        except (Exception, SystemExit) as fault:
+            failed.append(path.relative_to(NBS).as_posix())
+            print(f"{path.relative_to(NBS)}: {fault}", file=sys.stderr, flush=True)
+
+    paths = named(given.names)
+    chapters = [path for path in paths if path.parent == NBS and path.name[0].isdigit()]  # 04 shows what 03 leaves
+    for path in chapters:
+        one(path)
+    with ThreadPoolExecutor(max(1, given.jobs)) as pool:
+        list(pool.map(one, [path for path in paths if path not in chapters]))
+    total = sum(weight(nbformat.read(path, as_version=4)) for path in named([]))
+    print(f"{len(paths) - len(failed)} of {len(paths)} notebooks; all outputs that are kept: {total / 1e6:.1f} MB of {LIMIT_OF_ALL / 1e6:.0f}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed or total > LIMIT_OF_ALL else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,9 @@ import nbformat
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDE = ("quickstart", "data", "strategies", "tensorboard", "troubleshooting", "recipes", "settings")  # in reading order
+GUIDE = (  # in reading order
+    "quickstart", "data", "strategies", "running", "settings", "tensorboard", "troubleshooting", "recipes", "measurements",
+)
 LOCAL = re.compile(r'href="(?!https?:|mailto:|#|data:)([^"#]+)\.ipynb(#[^"]*)?"')
 STYLE = "body{font:16px/1.6 sans-serif;max-width:46em;margin:3em auto;padding:0 1em}li{margin:.4em 0}"
 
@@ -24,6 +26,18 @@ def chapters() -> list[Path]:
     if found != set(GUIDE):
         raise SystemExit(f"GUIDE in {Path(__file__).name} and nbs/guide differ: {', '.join(sorted(found ^ set(GUIDE)))}")
     return [*(ROOT / "nbs" / "guide" / f"{name}.ipynb" for name in GUIDE), *sorted((ROOT / "nbs").glob("0*.ipynb"))]
+
+
+def with_page_links(body: str, folder: Path) -> str:
+    """Point links between rendered notebooks at their pages; a link to a notebook without a page keeps only its text."""
+    rendered = {path.resolve() for path in chapters()}
+
+    def link(found: re.Match) -> str:
+        if (folder / f"{found[1]}.ipynb").resolve() in rendered:
+            return f'href="{found[1]}.html{found[2] or ""}"'
+        return f'title="nbs: {found[1]}.ipynb"'
+
+    return LOCAL.sub(link, body)
 
 
 def heading(notebook) -> tuple[str, str]:
@@ -44,7 +58,7 @@ def render(folder: Path) -> list[Path]:
         body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
         page = folder / path.relative_to(ROOT / "nbs").with_suffix(".html")
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(LOCAL.sub(r'href="\1.html\2"', body), encoding="utf-8")
+        page.write_text(with_page_links(body, path.parent), encoding="utf-8")
         pages.append(page)
         entries.append((page.relative_to(folder).as_posix(), title, line))
     lists = ["".join(f'<li><a href="{place}">{html.escape(title)}</a> {html.escape(line)}</li>' for place, title, line in entries if place.startswith("guide/") is inside)

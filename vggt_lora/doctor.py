@@ -418,7 +418,7 @@ def look_at_scene(
     laser = has_laser(scene)
     masks = sum(f.mask_path is not None or f.photo_mask_path is not None for f in scene.frames)
     blind = sum(len(f.point_rows) == 0 for f in scene.frames)
-    checks = scene.fit if len(scene) <= MOST_PHOTOS else check_fit(scene.frames, scene.points, most=None)
+    checks = scene.fit if len(scene) <= MOST_PHOTOS else check_fit(scene.frames, scene.points, most=None, metric=scene.metric)
     notes = dict.fromkeys([*scene.notes, *(check.said for check in checks if check.said)])
     found = (f"{scene.name}: {len(scene)} photos, {len(scene.points):,} points, {masks} masks, {'laser depth' if laser else 'no laser depth'}, "
              f"{'metres' if scene.metric else 'unit unknown'}; fit: {', '.join(_fit_in_words(check) for check in checks)}" + "".join(f"; note: {note}" for note in notes))

@@ -13,14 +13,16 @@ import sys
 from pathlib import Path
 
 from .adapters.adapter import save_adapter, summed_once
-from .core import VggtLoraError, clear_tracebacks, notebook_parameters
+from .core import VggtLoraError, clear_tracebacks
 from .datasets.samples import FrameCache
 from .efficiency.frozen_prefix import dense_heads
 from .evaluation.outcome import losses_of, loss_words, measure, without_loss
 from .evaluation.outcome import METRIC_NAMES as NAMES
 from .evaluation.pictures import save_pictures
 from .evaluation.run_report import report, save_figures, save_page
-from .preflight.adapter_check import build_checked_adapter, check_loss_reaches_adapter, first_frames, small_photos
+from vggt_lora.preflight.adapter_check import (
+    build_checked_adapter, check_loss_reaches_adapter, first_frames, small_photos,
+)
 from .preflight.preflight import budgeted, preflight as predicted, refuse_or_warn
 from .preflight.resource_usage import ResourceMeter
 from .settings import command
@@ -34,7 +36,9 @@ from .training.loop import fit
 from .training.oom_recovery import memory_errors
 from .training.preview import HeldOutPreview, begin
 from .training.run import RunFolder, code_fingerprint, run_path
-from .training.start import Beginning, describe, load_scenes, look_for_depth, open_run, resumed_config, truth_cache
+from vggt_lora.training.start import (
+    Beginning, describe, load_scenes, look_for_depth, open_run, resumed_config, truth_cache,
+)
 from .training.trackers import tracker_names
 
 # %% ../nbs/03_train.ipynb #86d5a220
@@ -142,7 +146,7 @@ def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Rea
     checked = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
     adapted, targets, base_check, options = checked
     distributed.assert_same({"the checksum of the base": adapted.base_fingerprint[:12]})
-    notes = [*blind, *split_notes(split, config), *risky_settings(scenes, config)]
+    notes = [*blind, *audit["notes"], *split_notes(split, config), *risky_settings(scenes, config)]
     beginning = Beginning(scenes, split, audit, photos, targets, base_check, coverage, notes)
     return Ready(beginning, adapted, width, options, cache, truth, train_on, choosing, held_out)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'name_fault', 'first', 'repeated', 'check_cameras', 'check_images', 'check_points', 'TrackCheck',
-           'check_tracks', 'keypoints_on_points', 'check_convention']
+           'check_tracks', 'one_way_entries', 'keypoints_on_points', 'check_convention']
 
 # %% ../../nbs/scenes/colmap_checks.ipynb #d5c6cdbb
 from dataclasses import dataclass
@@ -98,6 +98,7 @@ class TrackCheck:
     named: list[np.ndarray]  # per image: (keypoints,) bool, True where a track names the keypoint
     tracks_only: bool  # there are tracks but no keypoint at all
     notes: list[str]
+    dropped: np.ndarray | None = None  # (track entries,) bool, those whose keypoint names no point
 
 
 def check_tracks(images: ImageTable, points: PointTable) -> TrackCheck:
@@ -125,14 +126,37 @@ def check_tracks(images: ImageTable, points: PointTable) -> TrackCheck:
     starts = np.cumsum(counts) - counts
     target = np.concatenate([np.zeros(0)] + [k[:, 2] for k in images.keypoints if k is not None])
     at = starts[image] + index
-    if (entry := first(target[at] != points.ids[owner])) is not None:
+    one_way = one_way_entries(target, np.repeat(np.arange(len(counts)), counts), at, owner, points.ids)
+    if (entry := first((target[at] != points.ids[owner]) & ~one_way)) is not None:
         raise points.places.fault(owner[entry], f"point {points.ids[owner[entry]]} claims keypoint {index[entry]} of image {wanted[entry]}, "
                                   f"which names point {target[at[entry]]:.0f}", "tracks and keypoints that name each other")
     named = np.zeros(len(target), bool)
-    named[at] = True
+    named[at[~one_way]] = True
     loose = int(((target >= 0) & ~named).sum())
     notes = [f"{loose} keypoints name a point that does not name them (deleted points?); they count as unmatched"] if loose else []
-    return TrackCheck(np.split(named, starts[1:]), False, notes)
+    if one_way.any():
+        notes.append(f"the tracks of {len(np.unique(owner[one_way]))} of {len(points.ids):,} points hold {one_way.sum()} entries whose keypoints name no point; they are dropped, "
+                     "as some mappers write tracks that they later filtered")
+    return TrackCheck(np.split(named, starts[1:]), False, notes, one_way if one_way.any() else None)
+
+
+def one_way_entries(
+    target: np.ndarray,  # (keypoints,) point id or -1
+    image: np.ndarray,  # (keypoints,) row of the image
+    at: np.ndarray,  # (entries,) row of the keypoint that a track names
+    owner: np.ndarray,  # (entries,) row of the track's point
+    ids: np.ndarray,  # (points,)
+) -> np.ndarray:
+    """Mark the track entries whose keypoint names no point, where no other keypoint of that photo names the track's point: then nothing contradicts."""
+    wrong = target[at] < 0
+    if not wrong.any():
+        return wrong
+    named = np.zeros(len(target), bool)
+    named[at] = True
+    loose = set(zip(image[(target >= 0) & ~named].tolist(), target[(target >= 0) & ~named].tolist()))
+    for entry in np.flatnonzero(wrong):
+        wrong[entry] = (int(image[at[entry]]), float(ids[owner[entry]])) not in loose
+    return wrong
 
 # %% ../../nbs/scenes/colmap_checks.ipynb #bf18fec5
 NEAR = 0.01  # of the photo's long side: a keypoint this near to its point lies on it
