@@ -37,7 +37,7 @@ def completed_depth(
 ) -> DepthMap:
     """Complete the depth of the sources named by `anchors`, see `complete_depth`.
 
-    Raises ConfigError for anchors that are not a source, DepthAbsent where all of them are absent, SceneError for broken files.
+    Raises ConfigError for anchors that are not a source, DepthAbsent where all are absent, SceneError for broken files.
     """
     if "completed" in [part.strip() for part in anchors.split("+")]:
         raise ConfigError(f"anchors {anchors!r} names 'completed', which is an estimate itself; name sources that "
