@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from vggt_lora.adapters.adapter import load_adapter
-from vggt_lora.core import project_root
+from vggt_lora.core import METRIC_NAMES, project_root
 from vggt_lora.demo.demo_scenes import DEMO_HELD_OUT, demo_folder, demo_scenes
 from vggt_lora.evaluation.forgetting import evaluate_elsewhere
 from vggt_lora.evaluation.statistics import effects, in_words
@@ -38,7 +38,7 @@ from vggt_lora.reference_data import real_scene
 from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap
 from vggt_lora.supervision.sources import DEPTH_SOURCES
 from vggt_lora.supervision.sparse import sparse_depth
-from vggt_lora.train import NAMES, TrainConfig, train
+from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.build import build_model
 from vggt_lora.training.config import read_config
 
@@ -168,8 +168,8 @@ def print_results(title: str, found: list[list[dict]]) -> None:
     every = [results for of_seed in found for results in of_seed]
     seconds = [results["seconds"] for results in every]
     print(f"\n{title}; truth {every[0]['protocol']['truth']}; {min(seconds):.0f} to {max(seconds):.0f} s a run")
-    for effect in effects(runs, tuple(NAMES)):
-        print("  " + in_words(effect, NAMES[effect.metric]))
+    for effect in effects(runs):
+        print("  " + in_words(effect, METRIC_NAMES[effect.metric]))
     print("  " + in_words(effects(runs, ("absrel",), "scale+shift per image")[0], "AbsRel after scale and shift"))
     for region in ("wall", "0 to 5"):
         changes = [r["change"] for results in every for r in results["regions"] if (r["region"], r["metric"]) == (region, "absrel") and r["change"] is not None]

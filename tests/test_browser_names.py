@@ -35,7 +35,7 @@ frames = tuple(Frame(f"{k}{NAME}", Path("photo.jpg"), (40, 60), K, pose, 1, k, n
 """,
          "scene_browser(Scene(NAME, Path(NAME), frames, points, True), lambda index: grey, interactive=True)",
          "depth_browser([NAME, NAME], lambda index: grey, lambda source, index: SimpleNamespace(depth=truth, valid=everywhere, weight=truth), ('laser',), NAME, interactive=True)",
-         "evaluation_viewer([{'photo': grey, 'truth': truth, 'valid': everywhere, 'name': NAME, NAME: truth}], (NAME,), regions=lambda frame: {NAME: everywhere}, interactive=True)",
+         "evaluation_viewer([SimpleNamespace(photo=grey, truth=truth, valid=everywhere, name=NAME, depth={NAME: truth})], (NAME,), regions=lambda frame: {NAME: everywhere}, interactive=True)",
          "cloud_widget({NAME: (points.xyz, None)}, interactive=True)",
          "photo_slider([NAME, NAME], lambda index: grey, interactive=True)",
          """\

@@ -190,7 +190,7 @@ def test_a_run_on_the_cpu_asks_the_host_although_there_is_a_gpu(monkeypatch):
     free, where = module.free_memory("cpu")
     assert where == "CPU" and 0 < free < 10**15 and module._room("cpu", 0, None) < 10**15
     found = {device: doctor.check_memory(doctor.Plan(device=device))[0].found for device in ("auto", "cpu")}
-    assert "1000000.0 GB free (GPU)" in found["auto"] and "free (CPU)" in found["cpu"]
+    assert "1,000,000 GB free (GPU)" in found["auto"] and "free (CPU)" in found["cpu"]
     counted = {device: doctor.counted(doctor.Plan(device=device)).least for device in ("auto", "cpu")}
     assert counted["auto"] < counted["cpu"]  # bf16 on the GPU, float32 beside it
 

@@ -12,6 +12,7 @@ from vggt_lora.commands import EvaluateConfig
 from vggt_lora.compare import CompareConfig, compare_runs, comparison_page, read_record
 from vggt_lora.comparison.launch import executor_for, run_point
 from vggt_lora.core import ConfigError
+from vggt_lora.evaluation.metrics import EvaluatedFrame
 from vggt_lora.evaluation.pictures import save_pictures
 from vggt_lora.files.atomic import write_json
 from vggt_lora.predict import PredictConfig
@@ -79,7 +80,8 @@ def invented_run(folder: Path, strategy: str, seed: int, factor: float):
     write_json(folder / "resource_usage.json", {"trainable": 100, "seconds": 10.0})
     (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "split": "{s}", "loss": {1 / (1 + i)}}}\n' for i in range(3) for s in ("train", "val")))
     truth = np.linspace(6, 14, 48)[None, :] * np.ones((32, 1))
-    maps = [{"scene": "<hall>", "name": "0.jpg", "metric": True, "photo": np.full((32, 48, 3), 0.5), "valid": truth > 0, "truth": truth, "base": truth * 2 + 1, "adapted": truth}]
+    depth = {"base": truth * 2 + 1, "adapted": truth}
+    maps = [EvaluatedFrame("<hall>", "0.jpg", np.full((32, 48, 3), 0.5), truth, truth > 0, None, None, True, 1.0, None, depth=depth)]
     save_pictures(folder / "pictures.npz", maps)
     return read_record(folder)
 

@@ -108,15 +108,6 @@ def same(run, whole) -> None:
 
 # --- interruption ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.slow
-def test_killed_at_random_instants_the_metrics_go_on_as_if_nothing_had_happened(scene, tmp_path):
-    """Real SIGKILLs, many of them while a checkpoint is written."""
-    done = subprocess.run([sys.executable, ROOT / "tools" / "kill_resume.py", "--kills", "3", "--scene", scene, "--output", tmp_path, "--seed", "1"],
-                          capture_output=True, text=True, timeout=600, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    assert "3 kills" in done.stdout
-
-
 def curves(folder: Path) -> dict:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -20,12 +20,12 @@ from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import demo_scene, toy_scene
 from vggt_lora.depth import laser_agreement, laser_depth, photo_mask, sparse_depth
-from vggt_lora.geometry.cameras import pixel_centres, resize_intrinsics
+from vggt_lora.geometry.cameras import pinhole_pixels, pixel_centres, resize_intrinsics
 from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import plan_image, target_size
 from vggt_lora.scenes.masks import mask_at
 from vggt_lora.scenes.opening import open_scene
-from vggt_lora.scenes.undistortion import Original, original_camera, read_originals, to_original, to_undistorted
+from vggt_lora.scenes.undistortion import Original, original_camera, read_originals, to_original
 from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap, zbuffer_mean
 from vggt_lora.supervision.laser_scans import SCAN_FATES, load_occluder, load_scans, scan_depth
 from vggt_lora.supervision.sources import DEPTH_SOURCES, depth_source
@@ -70,7 +70,7 @@ def test_every_lens_that_pycolmap_knows_goes_there_and_back(lens, seed):
     camera = Original((height, width), pycolmap.Camera(model=lens, width=width, height=height, params=[*params, *middle, *LENSES[lens]]), lens)
     K = np.array([[focal * 0.9, 0, width * 0.52], [0, focal * 0.95, height * 0.49], [0, 0, 1]])
     pixels = rng.uniform(0, 1, (200, 2)) * [width, height]
-    there = to_undistorted(pixels, K, camera)
+    there = pinhole_pixels(camera.rays(pixels), K)
     np.testing.assert_allclose(to_original(there, K, camera), pixels, atol=1e-4)
     point = np.array([*camera.rays(pixels[:1])[0], 1.0]) * rng.uniform(0.1, 50)  # one point, one place, whatever its distance
     np.testing.assert_allclose(camera.camera.img_from_cam(point), pixels[0], atol=1e-4)

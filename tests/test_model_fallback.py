@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from vggt_lora.model.camera_head import activate_pose
-from vggt_lora.model.dpt_head import FusionBlock, activate_map, uv_axes, uv_embedding
+from vggt_lora.model.dpt_head import FusionBlock, activate_map, uv_axes, add_uv
 from vggt_lora.model.layers import Block, rope_table, rotate
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.model.vit import resize_position_table
@@ -130,7 +130,7 @@ def test_uv_embedding(official):
         width, height = map(int, cells.split("x"))
         y, x = uv_axes((height, width), float(aspect))
         agree(torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1), official[f"uv.{name}"])
-        agree(uv_embedding(24, (height, width), float(aspect)).permute(1, 2, 0), official[f"uv_embed24.{name}"])
+        agree(10 * add_uv(torch.zeros(1, 24, height, width), float(aspect))[0].permute(1, 2, 0), official[f"uv_embed24.{name}"])
 
 
 def test_activations(official):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from vggt_lora.model.camera_head import activate_pose
-from vggt_lora.model.dpt_head import activate_map, uv_axes, uv_embedding
+from vggt_lora.model.dpt_head import activate_map, uv_axes, add_uv
 from vggt_lora.model.layers import rope_table, rotate
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 from vggt_lora.model.vit import resize_position_table
@@ -129,7 +129,7 @@ def micro_outputs(model, micro):
         width, height = map(int, cells.split("x"))
         y, x = uv_axes((height, width), float(aspect))
         yield f"uv.{name}", torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
-        yield f"uv_embed24.{name}", uv_embedding(24, (height, width), float(aspect)).permute(1, 2, 0)
+        yield f"uv_embed24.{name}", 10 * add_uv(torch.zeros(1, 24, height, width), float(aspect))[0].permute(1, 2, 0)
     raw = micro["activate.in4"]
     yield "activate.inv_log.pts", activate_map(raw, "inv_log")[0]
     yield "activate.expp1.conf", activate_map(raw, "inv_log")[1]

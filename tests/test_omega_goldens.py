@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from vggt_lora.model.camera_head import activate_pose
-from vggt_lora.model.dpt_head import uv_embedding
+from vggt_lora.model.dpt_head import add_uv
 from vggt_lora.model.layers import RopeTable, rotate
 from vggt_lora.model.omega import LEAST_VIEW, PeriodRope
 from vggt_lora.model.vggt import VGGT, VGGTConfig
@@ -149,7 +149,7 @@ def micro_outputs(model, micro):
     yield "pixel_shuffle.out", F.pixel_shuffle(micro["pixel_shuffle.in"], 4)
     for name in (name for name in micro if name.startswith("uv_embed24.")):
         (width, height), image = (map(int, name.split(".")[1].split("x"))), name.split(".image")[1].split("x")
-        yield name, uv_embedding(24, (height, width), int(image[0]) / int(image[1])).permute(1, 2, 0)
+        yield name, 10 * add_uv(torch.zeros(1, 24, height, width), int(image[0]) / int(image[1]))[0].permute(1, 2, 0)
 
 
 def test_micro(model):

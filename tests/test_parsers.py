@@ -1,5 +1,6 @@
 """What is written is read as it was, and any other bytes are refused by name: COLMAP's text and binary, PLY, raw depth, calibrations."""
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import strategies as st
 
 from vggt_lora.core import SceneError
 from vggt_lora.demo.colmap_writer import cameras_text
-from vggt_lora.scenes.colmap_binary import scan_cameras_binary, scan_images_binary, scan_points_binary, write_binary
-from vggt_lora.scenes.colmap_text import scan_cameras_text, scan_images_text, scan_points_text
+from vggt_lora.scenes.colmap_binary import KEYPOINT, scan_cameras_binary, scan_images_binary, scan_points_binary
+from vggt_lora.scenes.colmap_text import camera_models, scan_cameras_text, scan_images_text, scan_points_text
 from vggt_lora.scenes.ply import PLY_TYPES, read_ply
 from vggt_lora.supervision.laser import read_ground_truth
 
@@ -44,6 +45,28 @@ def write_text(folder, cameras, images, points):
     (folder / "cameras.txt").write_text("# cameras\n" + "".join(line(n, model, w, h, *params) for n, model, w, h, params in cameras))
     (folder / "images.txt").write_text("".join(line(n, *map(float, q), *t, 1, name) + line(*(v for row in pixels for v in row)) for n, q, t, name, pixels in images), encoding="utf-8")
     (folder / "points3D.txt").write_text("".join(line(n, *xyz, *rgb, error, *(v for pair in track for v in pair)) for n, xyz, rgb, error, track in points))
+
+
+def write_binary(folder, cameras, images, points):
+    """The three tables as cameras.bin, images.bin and points3D.bin."""
+    parts = [struct.pack("<Q", len(cameras.ids))]
+    for camera, model, (width, height), params in zip(cameras.ids, cameras.models, cameras.sizes, cameras.params):
+        parts += [struct.pack("<IiQQ", camera, camera_models()[model].number, width, height), np.asarray(params, "<f8").tobytes()]
+    (folder / "cameras.bin").write_bytes(b"".join(parts))
+    parts = [struct.pack("<Q", len(images.ids))]
+    for row, name in enumerate(images.names):
+        table = images.keypoints[row] if images.keypoints[row] is not None else np.zeros((0, 3))
+        raw = np.zeros(len(table), KEYPOINT)
+        raw["xy"] = table[:, :2]
+        raw["id"] = table[:, 2].astype(np.int64).astype(np.uint64)  # -1 becomes 2^64 - 1
+        parts += [struct.pack("<I7dI", images.ids[row], *images.quaternions[row], *images.translations[row], images.camera_ids[row]),
+                  name.encode() + b"\0", struct.pack("<Q", len(table)), raw.tobytes()]
+    (folder / "images.bin").write_bytes(b"".join(parts))
+    parts, ends = [struct.pack("<Q", len(points.ids))], np.cumsum(points.track_lengths)
+    for row, (length, end) in enumerate(zip(points.track_lengths, ends)):
+        parts += [struct.pack("<Q3d3BdQ", points.ids[row], *points.xyz[row], *points.rgb[row].astype(int), points.error[row], length),
+                  points.tracks[end - length:end].astype("<u4").tobytes()]
+    (folder / "points3D.bin").write_bytes(b"".join(parts))
 
 
 @FEW

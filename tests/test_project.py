@@ -112,6 +112,56 @@ def test_the_page_about_the_house_names_what_exists():
             assert re.search(rf"\b{name}\b", source), f"docs/house.md: {name} is not in {', '.join(files)}"
 
 
+# --- words ----------------------------------------------------------------------------------------------------------
+
+RETIRED = ("Retreat", "retreat", "obstacle", "BaseGate", "gated_adapter", "halve_frozen", "set_speed", "from_main", "in_turn", "put_adapter", "what_is_there",
+           "keep_term", "as_it_began", "LENIENT", "unreached_by_loss", "put_in_place", "remove_dead", "let_go", "leads_out", "in_markdown", "given_parameters",
+           "look_up", "pool_front", "splat_nearest", "TRAPS", "Glimpse", "glimpse", "faults_of", "answer_of", "prefix_store", "shoot_scene")
+
+
+def written() -> dict[str, str]:
+    """What a reader sees, by file: the cells of every notebook, and README in both languages."""
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in ROOT.glob("README*.md")}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            texts[str(path.relative_to(ROOT))] = "\n\n".join("".join(cell["source"]) for cell in cells)
+    return texts
+
+
+def test_no_retired_name_is_written():
+    found = {(file, word) for file, text in written().items() for word in RETIRED if re.search(rf"\b{word}\b", text)}
+    assert not found
+
+
+def test_no_setting_is_written_by_its_retired_name():
+    """As a parameter of papermill, an option of the command, or an argument of TrainConfig; RENAMED is what the messages read, too."""
+    from vggt_lora.core import RENAMED, unknown_name_message
+    from vggt_lora.train import TrainConfig
+
+    fields = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(RENAMED.values()) <= fields and not RENAMED.keys() & fields
+    assert "It is called 'scale_normalization' now" in unknown_name_message("setting", "normalise", fields)
+    found = []
+    for file, text in written().items():
+        for old, new in RENAMED.items():
+            given = [command for command in re.findall(r"(?:nbs/03_train\.ipynb|vggt_lora_train)[^\n`]*", text) if re.search(rf"(-p |--){old.replace('_', '[-_]')}\b", command)]
+            given += re.findall(rf"TrainConfig\([^()]*\b{old}=", text)
+            found += [(file, old, new)] if given else []
+    assert not found
+
+
+def test_every_module_that_a_text_names_exists():
+    rooms = "|".join(room for rooms in FLOORS for room in rooms if (PACKAGE / room).is_dir())
+    missing = set()
+    for file, text in written().items():
+        for room, name in re.findall(rf"(?:`|vggt_lora\.)({rooms})\.(\w+)\b(?!\()", text):
+            places = (PACKAGE / room / f"{name}.py", PACKAGE / room / name)
+            if name not in ("txt", "json") and not any(place.exists() for place in places):
+                missing.add((file, f"{room}.{name}"))
+    assert not missing
+
+
 def test_the_package_is_light():
     heavy = ["torch", "open3d", "peft", "pycolmap", "matplotlib", "ipywidgets"]
     code = f"import vggt_lora, vggt_lora.core, sys; print([m for m in {heavy} if m in sys.modules])"

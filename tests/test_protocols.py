@@ -1,4 +1,5 @@
 """Protocols, cameras, regions and drift against other people's code, and the traps that an evaluation must not fall into."""
+import dataclasses
 import json
 import os
 import re
@@ -219,19 +220,19 @@ def test_planes_of_a_building_and_what_a_shift_does_to_them(window):
     scene, item, cache, sample = window
     found = rows_of(window, exact(sample), "none")
     frame = found.maps[0]
-    planes = regions.true_planes(frame["truth"], frame["valid"], frame["K"])
+    planes = regions.true_planes(frame.truth, frame.valid, frame.K)
     assert len(planes) >= 2
     for plane in planes:
-        assert regions.plane_errors(frame["truth"], plane, frame["K"])["normal_deg"] < 1e-4
-        away = 1.1 * frame["truth"]  # all depths 10 % too large: a plane at distance d stands d / 10 behind
-        moved = regions.plane_errors(away, plane, frame["K"])
+        assert regions.plane_errors(frame.truth, plane, frame.K)["normal_deg"] < 1e-4
+        away = 1.1 * frame.truth  # all depths 10 % too large: a plane at distance d stands d / 10 behind
+        moved = regions.plane_errors(away, plane, frame.K)
         assert moved["offset_cm"] == pytest.approx(10 * plane.offset, rel=1e-3) and moved["normal_deg"] < 1e-3
     masks, by = regions.region_masks(frame, planes)
     assert by == "labels" and min(masks[k].sum() for k in ("wall", "window", "edge")) > 50
-    assert (sum(masks[k].astype(int) for k in ("wall", "window", "edge", "rest")) == frame["valid"]).all()
-    unlabelled, by = regions.region_masks({**frame, "labels": frame["labels"] * 0}, planes)
+    assert (sum(masks[k].astype(int) for k in ("wall", "window", "edge", "rest")) == frame.valid).all()
+    unlabelled, by = regions.region_masks(dataclasses.replace(frame, labels=frame.labels * 0), planes)
     assert by == "planes"
-    upright = {bool(abs(plane.normal @ frame["world_to_cam"][:3, 2]) < 0.26): plane.mask for plane in planes}
+    upright = {bool(abs(plane.normal @ frame.world_to_cam[:3, 2]) < 0.26): plane.mask for plane in planes}
     assert (unlabelled["wall"] & upright[False]).sum() == 0
     built = masks["wall"] | masks["window"] | masks["edge"]
     on = [(part & built).sum() / part.sum() for part in (unlabelled["wall"], upright[False])]
@@ -240,12 +241,12 @@ def test_planes_of_a_building_and_what_a_shift_does_to_them(window):
 
 def test_up_is_found_in_a_world_of_any_orientation(window):
     """Turned by any rotation, a scene has the same walls; with z taken for up, as some worlds have it, it would not."""
-    frames = [{**frame, "labels": frame["labels"] * 0, "base": frame["truth"]} for frame in rows_of(window, exact(window[3]), "none").maps]
-    planes = [regions.true_planes(frame["truth"], frame["valid"], frame["K"]) for frame in frames]
+    frames = [dataclasses.replace(frame, labels=frame.labels * 0, depth={"base": frame.truth}) for frame in rows_of(window, exact(window[3]), "none").maps]
+    planes = [regions.true_planes(frame.truth, frame.valid, frame.K) for frame in frames]
     up = regions.world_up(frames, planes)["demo"]
     assert up @ [0, 0, 1] > np.cos(np.radians(2))
     turn = Rotation.from_euler("xyz", [70, 20, -110], degrees=True).as_matrix()
-    turned = [{**frame, "world_to_cam": np.block([[frame["world_to_cam"][:3, :3] @ turn.T, frame["world_to_cam"][:3, 3:]], [np.zeros((1, 3)), np.ones((1, 1))]])} for frame in frames]
+    turned = [dataclasses.replace(frame, world_to_cam=np.block([[frame.world_to_cam[:3, :3] @ turn.T, frame.world_to_cam[:3, 3:]], [np.zeros((1, 3)), np.ones((1, 1))]])) for frame in frames]
     assert np.allclose(regions.world_up(turned, planes)["demo"], turn @ up)
     walls = [[row["pixels"] for row in regions.region_rows(f, "none", ("base",), **o) if row["region"] == "wall"] for f, o in ((frames, {}), (turned, {}), (turned, {"up": (0, 0, 1)}))]
     assert walls[0] == walls[1] and min(walls[0]) > 1000 and sum(walls[2]) < 0.8 * sum(walls[0])
@@ -265,10 +266,11 @@ def test_an_improvement_on_windows_alone_is_found_there_alone(window):
     maps = []
     for k in range(8):
         for frame in rows_of(window, exact(window[3]), "none").maps[:1]:
-            glass = frame["labels"] == regions.LABELS["window"]
+            glass = frame.labels == regions.LABELS["window"]
             random = np.random.default_rng(k)
-            base = frame["truth"] + random.normal(0, 0.3 + 0.05 * k, frame["truth"].shape)
-            maps.append({**frame, "name": str(k), "base": base, "adapted": np.where(glass, frame["truth"] + 0.4 * (base - frame["truth"]), base)})
+            base = frame.truth + random.normal(0, 0.3 + 0.05 * k, frame.truth.shape)
+            adapted = np.where(glass, frame.truth + 0.4 * (base - frame.truth), base)
+            maps.append(dataclasses.replace(frame, name=str(k), depth={"base": base, "adapted": adapted}))
     found = regions.region_effects(regions.region_rows(maps, "none"))
     assert found["window"][0].change == pytest.approx(-0.6) and found["window"][0].verdict == "better"
     assert found["wall"][0].change == 0 and found["wall"][0].verdict != "better"
@@ -279,16 +281,16 @@ def test_an_improvement_on_windows_alone_is_found_there_alone(window):
 def test_window_masks_of_the_user(window, tmp_path):
     from PIL import Image
     frame = rows_of(window, exact(window[3]), "none").maps[0]
-    frame = {**frame, "labels": frame["labels"] * 0, "base": frame["truth"]}
+    frame = dataclasses.replace(frame, labels=frame.labels * 0, depth={"base": frame.truth})
     with pytest.raises(ConfigError, match="holds no mask"):
         regions.region_rows([frame], "none", ("base",), tmp_path)
-    height, width = frame["plan"].source_size
+    height, width = frame.plan.source_size
     drawn = np.zeros((height, width), np.uint8)
     drawn[:, : width // 2] = 1
-    name = tmp_path / f"{frame['name'].rsplit('/', 1)[-1].rpartition('.')[0]}.png"
+    name = tmp_path / f"{frame.name.rsplit('/', 1)[-1].rpartition('.')[0]}.png"
     Image.fromarray(drawn).save(name)
     row = next(r for r in regions.region_rows([frame], "none", ("base",), tmp_path) if r["region"] == "window")
-    half = frame["valid"][:, : frame["valid"].shape[1] // 2].sum()
+    half = frame.valid[:, : frame.valid.shape[1] // 2].sum()
     assert row["by"] == "planes and masks" and row["pixels"] == pytest.approx(half, rel=0.05)
     Image.fromarray(drawn[:-3]).save(name)
     with pytest.raises(SceneError, match="expected equal sizes"):

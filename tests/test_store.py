@@ -331,6 +331,34 @@ def test_damage_is_noticed_without_prepare_too(toy, tmp_path):
     assert not differences(sample, load_sample(*few(toy)[0], FrameCache(SIZE)))
 
 
+def edited_maker(monkeypatch, module: str, old: str, new: str) -> str:
+    """The key's part for the code, as it would be with a module of the package edited."""
+    path, read = Path(store.__file__).parent.parent / module, Path.read_text
+    assert old in path.read_text(encoding="utf-8")
+
+    def read_edited(self, *arguments, **options):
+        text = read(self, *arguments, **options)
+        return text.replace(old, new) if self == path else text
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Path, "read_text", read_edited)
+        return store.maker.__wrapped__("laser+sparse+anchored")
+
+
+@pytest.mark.parametrize("module, old, new, same", [
+    ("demo/demo_scenes.py", "Return the folder of the default scenes", "Return where the default scenes lie", True),
+    ("demo/building.py", "import numpy as np", "import numpy as np\nCHANGED = 1", True),
+    ("supervision/sparse.py", "Depth from the sparse points", "Depth from sparse points", True),
+    ("scenes/images.py", "import numpy as np", "import numpy as np  # for arrays", True),
+    ("scenes/images.py", "import numpy as np", "import numpy as np\nCHANGED = 1", False),
+    ("geometry/cameras.py", "import numpy as np", "import numpy as np\nCHANGED = 1", False),
+    ("supervision/anchored.py", "stiffness: float = 0.1", "stiffness: float = 0.2", False),
+])
+def test_an_edited_docstring_keeps_the_keys_and_an_edited_line_does_not(monkeypatch, module, old, new, same):
+    now = store.maker.__wrapped__("laser+sparse+anchored")
+    assert (edited_maker(monkeypatch, module, old, new) == now) is same
+
+
 def test_the_work_of_other_code_is_neither_used_nor_touched(toy, tmp_path, monkeypatch):
     FrameStore(SIZE, folder=tmp_path).prepare(few(toy), progress=False)
     monkeypatch.setattr(store, "maker", lambda supervision: "f" * 64)

@@ -20,7 +20,7 @@ from vggt_lora.datasets.windows import make_windows
 from vggt_lora.demo.demo_scenes import demo_scene, toy_scene
 from vggt_lora.evaluate import evaluate
 from vggt_lora.evaluation.clouds import evaluate_clouds, write_clouds
-from vggt_lora.evaluation.evaluation_store import NOT_COMPUTED, answers, place_for, question, renew_report, write_answer, write_forgetting
+from vggt_lora.evaluation.evaluation_store import NOT_COMPUTED, answers, place_for, EvaluationRequest, renew_report, write_answer, write_forgetting
 from vggt_lora.evaluation.forgetting import Drift
 from vggt_lora.evaluation.runner import evaluate_windows
 from vggt_lora.files.atomic import write_json
@@ -159,17 +159,17 @@ def test_the_real_fountain_under_two_protocols(tmp_path):
     assert table["none", "adapted"]["absrel"] != pytest.approx(table["none", "base"]["absrel"], rel=1e-2)
     by_hand = {"none": [], "median": []}
     for k, frame in enumerate(found.maps):
-        raw = np.fromfile(folder / "ground_truth_depth" / "dslr_images" / Path(frame["name"]).name, "<f4").reshape(256, 384)
-        rows, columns = np.nonzero(frame["valid"])
-        height, width = frame["truth"].shape
+        raw = np.fromfile(folder / "ground_truth_depth" / "dslr_images" / Path(frame.name).name, "<f4").reshape(256, 384)
+        rows, columns = np.nonzero(frame.valid)
+        height, width = frame.truth.shape
         own = raw[((rows + 0.5) * 256 / height).astype(int), ((columns + 0.5) * 384 / width).astype(int)]
-        truth, pred = frame["truth"][frame["valid"]], frame["base"][frame["valid"]]
+        truth, pred = frame.truth[frame.valid], frame.depth["base"][frame.valid]
         known = np.isfinite(own)
         assert known.mean() > 0.9 and np.median(np.abs(truth[known] / own[known] - 1)) < 0.01  # the same depth, to within a pixel of the grid
-        assert frame["metric"] and 3.5 < truth.min() < truth.max() < 16  # metres, as the laser says
+        assert frame.metric and 3.5 < truth.min() < truth.max() < 16  # metres, as the laser says
         by_hand["none"].append(np.mean(np.abs(pred - truth) / truth))
         by_hand["median"].append(np.mean(np.abs(pred * np.median(truth) / np.median(pred) - truth) / truth))
-        assert np.allclose(frame["adapted"], 1.1 * frame["base"])
+        assert np.allclose(frame.depth["adapted"], 1.1 * frame.depth["base"])
     for name, values in by_hand.items():
         assert table[name, "base"]["absrel"] == pytest.approx(np.mean(values), rel=1e-6)
 
@@ -188,7 +188,7 @@ def test_other_data_leaves_the_runs_own_answer_alone(toy, tmp_path):
     renew_report(run)
     assert (run / "report.md").read_text().count("not computed") == 3 and run_report(run).count("Not computed.") == 3
     kept = {}
-    for asked in (question(), question(str(tmp_path / "fountain")), question(protocol="robustmvd"), question(str(tmp_path / "else" / "fountain"))):
+    for asked in (EvaluationRequest(), EvaluationRequest(str(tmp_path / "fountain")), EvaluationRequest(protocol="robustmvd"), EvaluationRequest(str(tmp_path / "else" / "fountain"))):
         place = place_for(run, asked)
         assert place not in kept and not (place / "clouds").exists()
         write_answer(run, found, asked)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vggt_lora.evaluate import align_depth, evaluate, newest_run
+from vggt_lora.evaluate import evaluate, newest_run
+from vggt_lora.evaluation.metrics import EvaluatedFrame
 from vggt_lora.views.clouds.clouds3d import depth_to_cloud, orbit_camera, render_cloud
 from vggt_lora.views.figures import new_figure
 from vggt_lora.views.plots import up_direction
@@ -21,24 +22,24 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300_000  # bytes of the picture
 
 
-def cloud_picture(frame: dict, depth: np.ndarray, up) -> Image.Image:
+def cloud_picture(frame: EvaluatedFrame, depth: np.ndarray, up) -> Image.Image:
     """Draw a depth map as coloured points, from above and beside its own camera."""
-    known = frame["valid"] & (depth > 0)  # where the truth knows something too: the sky has no depth
-    points, colours = depth_to_cloud(depth, frame["photo"], frame["K"], frame["world_to_cam"], known)
-    K, eye = orbit_camera(points, 28, 18, (520, 780), up=up, forward=frame["world_to_cam"][2, :3], zoom=1.2)
+    known = frame.valid & (depth > 0)  # where the truth knows something too: the sky has no depth
+    points, colours = depth_to_cloud(depth, frame.photo, frame.K, frame.world_to_cam, known)
+    K, eye = orbit_camera(points, 28, 18, (520, 780), up=up, forward=frame.world_to_cam[2, :3], zoom=1.2)
     return render_cloud(points, colours, K, eye, (520, 780), point_size=4.0)
 
 
-def draw(maps: list[dict]):
+def draw(maps: list[EvaluatedFrame]):
     """Draw the page for the middle one of the held-out frames."""
     frame = maps[len(maps) // 2]
-    depth = {name: align_depth(frame[name], frame["truth"], frame["valid"], "median")[0] for name in ("base", "adapted")}
-    wrong = {name: np.where(frame["valid"], 100 * np.abs(found / np.where(frame["valid"], frame["truth"], 1) - 1), np.nan) for name, found in depth.items()}
-    low, high = np.percentile(frame["truth"][frame["valid"]], [2, 98])
+    depth = {name: frame.aligned(name) for name in ("base", "adapted")}
+    wrong = {name: np.where(frame.valid, 100 * np.abs(found / np.where(frame.valid, frame.truth, 1) - 1), np.nan) for name, found in depth.items()}
+    low, high = np.percentile(frame.truth[frame.valid], [2, 98])
     figure = new_figure(11, 5.2)
     grid = figure.subplots(2, 3)
-    for ax, title, picture in ((grid[0, 0], "a photo of a building that nothing was trained on", frame["photo"]),
-                               (grid[1, 0], "adapted depth, as points", cloud_picture(frame, depth["adapted"], up_direction(np.stack([m["world_to_cam"] for m in maps]))[0]))):
+    for ax, title, picture in ((grid[0, 0], "a photo of a building that nothing was trained on", frame.photo),
+                               (grid[1, 0], "adapted depth, as points", cloud_picture(frame, depth["adapted"], up_direction(np.stack([m.world_to_cam for m in maps]))[0]))):
         ax.imshow(picture)
         ax.set_title(title, fontsize=9)
     for column, name in enumerate(("base", "adapted"), start=1):
@@ -49,7 +50,7 @@ def draw(maps: list[dict]):
         grid[1, column].set_facecolor("#dddddd")
     for ax in grid.flat:
         ax.set(xticks=[], yticks=[])
-    figure.colorbar(shown, ax=list(grid[0, 1:]), shrink=0.85, label="m" if frame["metric"] else "scene units")
+    figure.colorbar(shown, ax=list(grid[0, 1:]), shrink=0.85, label="m" if frame.metric else "scene units")
     figure.colorbar(error, ax=list(grid[1, 1:]), shrink=0.85, label="%", extend="max")
     return figure
 

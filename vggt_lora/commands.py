@@ -121,14 +121,14 @@ def evaluate_run(
     from vggt_lora.evaluate import evaluate, newest_run
     from vggt_lora.evaluation.clouds import write_clouds
     from vggt_lora.evaluation.protocols import STANDARD
-    from vggt_lora.evaluation.evaluation_store import question, renew_report, write_answer
+    from vggt_lora.evaluation.evaluation_store import EvaluationRequest, renew_report, write_answer
     from vggt_lora.views.report import write_report
 
     folder = Path(config.run) if config.run else newest_run(Path.cwd() / "outputs")
     if folder is None:
         raise ConfigError(f"no finished run below {Path.cwd() / 'outputs'}; train one with vggt_lora_train, or give --run")
     found = evaluate(folder, config.data or None, protocol=config.protocol or STANDARD, clouds=config.clouds)
-    kept = write_answer(folder, found, question(config.data, config.protocol, config.windows))
+    kept = write_answer(folder, found, EvaluationRequest(config.data, config.protocol, config.windows))
     if found.clouds is not None:
         write_clouds(found.clouds, folder / "clouds")
     renew_report(folder)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .core import ConfigError, VggtLoraError, unknown_name_message
-from .files.http import Part, amount, check_room, fetch
+from .core import ConfigError, VggtLoraError, unknown_name_message, amount
+from .files.http import Part, check_room, fetch
 from .scenes.eth3d_server import ETH3D_LICENCE, ETH3D_PHOTOS, ETH3D_URL, KINDS, SIZES, fetch_scenes, only_one
 
 # %% ../nbs/download.ipynb #7079a46f

@@ -21,7 +21,7 @@ from .datasets.windows import make_windows
 from .evaluation.cameras import camera_metrics
 from .evaluation.clouds import CloudEvaluation, cloud_effects, evaluate_clouds, write_clouds
 from .evaluation.confidence import calibration, confidence_rows, confidence_table, sparsification
-from .evaluation.evaluation_store import answers, place_for, question, read_forgetting, renew_report, write_answer, write_forgetting
+from .evaluation.evaluation_store import answers, place_for, EvaluationRequest, read_forgetting, renew_report, write_answer, write_forgetting
 from .evaluation.forgetting import Drift, DriftLimits, drift, evaluate_elsewhere
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.protocols import PROTOCOLS, PUBLISHED, STANDARD, Protocol, find_protocols

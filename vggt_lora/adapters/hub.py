@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .adapter import _read_json
 from .export import Trained, export_adapter, export_merged, portable, public_name, trained
-from ..core import ConfigError, VggtLoraError
+from ..core import METRIC_NAMES, ConfigError, VggtLoraError
 from ..files.atomic import write_text
 from ..model.weights import REPOSITORY
 from ..model.config import FAMILIES, RANDOM
@@ -47,7 +47,7 @@ LICENCES = {  # base -> (what the card's header says, what its text says)
     "tiny": ("apache-2.0", "The base comes with the vggt_lora package (Apache-2.0)."),
 }
 UNKNOWN_LICENCE = ("other", "The licence of the base is not recorded; find it before you pass this on.")
-SHOWN = {"absrel": "AbsRel", "mae": "MAE", "rmse": "RMSE", "d1": "δ<1.25"}  # columns of results.json that a card shows
+SHOWN = ("absrel", "mae", "rmse", "d1")  # columns of results.json that a card shows
 
 
 def _licence(source: Trained) -> tuple[str, str]:
@@ -77,7 +77,7 @@ def _results(source: Trained, results: dict) -> list:
         for key in ("absrel", "d1"):
             if isinstance(row.get(key), float):
                 found.append(EvalResult("depth-estimation", str(data), f"{data}, held-out photos", key, row[key],
-                                        metric_name=f"{SHOWN[key]} ({aligned})"))
+                                        metric_name=f"{METRIC_NAMES[key]} ({aligned})"))
     return found
 
 
@@ -126,7 +126,7 @@ def _about_results(results: dict) -> list[str]:
         return ["No evaluation is recorded for this run."]
     keys = [k for k in ("model", "protocol", "alignment", "frames", *SHOWN) if any(k in r for r in rows)]
     lines = [f"- {plain(effect['sentence'])}" for effect in results.get("effects") or [] if effect.get("sentence")]
-    lines += ["", "| " + " | ".join(SHOWN.get(k, k) for k in keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["", "| " + " | ".join(METRIC_NAMES.get(k, k) for k in keys) + " |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(_number(r.get(k)) for k in keys) + " |" for r in rows]
     protocol = results.get("protocol")
     if protocol and not isinstance(protocol, dict):

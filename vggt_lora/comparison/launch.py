@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'STATES', 'MEMORY_OF_A_JOB', 'CLUSTERS', 'same_run', 'state_of', 'can_resume', 'told', 'run_point',
-           'first_words', 'lanes_for', 'free_memory', 'executor_for', 'outcome', 'start_here', 'start_on_cluster',
-           'writable', 'steps_words', 'run_grid', 'parameters_of']
+           'first_words', 'lanes_for', 'executor_for', 'outcome', 'start_here', 'start_on_cluster', 'writable',
+           'steps_words', 'run_grid', 'parameters_of']
 
 # %% ../../nbs/comparison/launch.ipynb #b62e96d2
 import dataclasses
@@ -21,6 +21,7 @@ from .grid import PLACE, Point
 from ..core import ConfigError, unknown_name_message
 from ..files.atomic import write_json, file_lock
 from ..threads import cpu_share
+from ..preflight.resource_usage import free_memory
 from ..training.config import TrainConfig, read_config
 
 # %% ../../nbs/comparison/launch.ipynb #308f83d7
@@ -133,22 +134,13 @@ def lanes_for(
     gpus = [gpu for gpu in named.split(",") if gpu]
     cores = cpu_share()
     if jobs is None:
-        jobs = len(gpus) or max(1, min(cores, int(free_memory() / MEMORY_OF_A_JOB)))
+        jobs = len(gpus) or max(1, min(cores, int(free_memory("cpu")[0] / MEMORY_OF_A_JOB)))
     jobs = max(1, min(jobs, points))
     threads = str(max(1, cores // jobs))
     lanes = [{"OMP_NUM_THREADS": threads} for _ in range(jobs)]
     for number, lane in enumerate(lanes if gpus else []):
         lane["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     return lanes
-
-
-def free_memory() -> float:
-    """Return the available bytes; inf if the system does not tell."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return float("inf")
 
 # %% ../../nbs/comparison/launch.ipynb #7f4c6976
 CLUSTERS = ("local", "slurm")

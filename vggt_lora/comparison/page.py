@@ -10,8 +10,8 @@ __all__ = ['VERDICT_CLASSES', 'MOST_SHOWN', 'change_words', 'settings_table', 'p
 # %% ../../nbs/comparison/page.ipynb #97bfeb91
 from pathlib import Path
 
-from .summary import NAMES, Comparison
-from ..core import ConfigError
+from .summary import Comparison
+from ..core import METRIC_NAMES, ConfigError
 from ..evaluation.metrics import align_depth
 from ..evaluation.pictures import read_pictures
 from ..evaluation.statistics import LEVEL, Effect
@@ -36,7 +36,7 @@ def settings_table(comparison: Comparison):
 
     metrics = [effect.metric for effect in next(iter(comparison.against_base.values()))]
     head, rows, classes = ["setting", "seeds", "photos"], [], []
-    for name in (NAMES.get(metric, metric) for metric in metrics):
+    for name in (METRIC_NAMES.get(metric, metric) for metric in metrics):
         head += [f"{name}: base → adapted", "change (interval)", "verdict"]
     for setting in comparison.settings:
         found = comparison.against_base[setting.label]
@@ -54,7 +54,7 @@ def pairs_table(comparison: Comparison):
 
     head, rows, classes = ["on the same photos"], [], []
     for effect in comparison.pairs[0][2]:
-        head += [f"{NAMES.get(effect.metric, effect.metric)}: change (interval)", "verdict"]
+        head += [f"{METRIC_NAMES.get(effect.metric, effect.metric)}: change (interval)", "verdict"]
     for one, other, found in comparison.pairs:
         cells = [f"from {one} to {other}"]
         for effect in found:
@@ -92,7 +92,7 @@ def effects_figure(comparison: Comparison, metric: int = 0):
     rows = [{"label": s.label, **comparison.against_base[s.label][metric].row()} for s in comparison.settings]
     name = comparison.against_base[comparison.settings[0].label][metric].metric
     settings = "1 setting" if len(rows) == 1 else f"{len(rows)} settings"
-    return effects_chart(rows, f"{NAMES.get(name, name)} against the base ({settings}, {100 * LEVEL:g} % intervals)")
+    return effects_chart(rows, f"{METRIC_NAMES.get(name, name)} against the base ({settings}, {100 * LEVEL:g} % intervals)")
 
 
 MOST_SHOWN = 5  # settings side by side
@@ -181,7 +181,7 @@ def seeds_words(comparison: Comparison) -> str:
             said.append(f"{setting.label} {100 * min(changes):+.1f} to {100 * max(changes):+.1f} %")
     if not said:
         return "One seed each: the luck of the seed is not in these intervals."
-    return f"Seeds one by one, change of {NAMES.get(metric, metric)}: {'; '.join(said)}."
+    return f"Seeds one by one, change of {METRIC_NAMES.get(metric, metric)}: {'; '.join(said)}."
 
 # %% ../../nbs/comparison/page.ipynb #1a1d95cd
 def comparison_page(

@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from ..core import ConfigError, SceneError
+from ..core import LUMINANCE, ConfigError, SceneError
 from ..geometry.cameras import sample_nearest, project_points, unproject_depth
 from ..scenes.images import load_image, plan_image
 from ..scenes.masks import REGIONS, region_labels, ABSENT, photo_mask
@@ -78,7 +78,7 @@ def exposure_offset(
     pixels = plan.points(frame.observations)
     inside = np.isfinite(pixels).all(1) & (pixels >= 0).all(1) & (pixels < plan.size[::-1]).all(1)
     column, row = np.floor(pixels[inside]).astype(int).T
-    here, usual = ((colour.astype(float) / 255) ** 2.2 @ [0.299, 0.587, 0.114]
+    here, usual = ((colour.astype(float) / 255) ** 2.2 @ LUMINANCE
                    for colour in (photo[row, column], scene.points.rgb[frame.point_rows[inside]]))
     seen = (here > 1e-4) & (usual > 1e-4)
     return float(np.median(np.log2(here[seen] / usual[seen]))) if seen.sum() >= 12 else float("nan")

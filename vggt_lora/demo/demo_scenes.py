@@ -25,6 +25,7 @@ from .textures import COLOURS
 from .tracks import find_points, make_tracks, toy_cameras, walk
 from .write_scene import write_demo
 from ..files.atomic import write_json, temporary_folder
+from ..files.cache import cache_folder
 
 # %% ../../nbs/demo/demo_scenes.ipynb #ecbb9e88
 GENERATOR = 4  # raise it whenever the same settings give other files: cached scenes are then made anew
@@ -205,9 +206,8 @@ DEMO_HELD_OUT = ("demo_held",)  # the scenes meant for validation only
 
 
 def demo_folder() -> Path:
-    """Return the folder of the default scenes: `demo` below $VGGT_LORA_CACHE, else below ~/.cache/vggt_lora."""
-    named = os.environ.get("VGGT_LORA_CACHE")
-    return (Path(named).expanduser() if named else Path.home() / ".cache" / "vggt_lora") / "demo"
+    """Return the folder of the default scenes."""
+    return cache_folder("demo")
 
 # %% ../../nbs/demo/demo_scenes.ipynb #1d6cfcbf
 def demo_scenes(

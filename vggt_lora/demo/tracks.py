@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..core import LUMINANCE
 from .building import BuildingStyle, cast_pixels
 from ..geometry.cameras import matrix_to_quaternion, project_points, quaternion_to_matrix
 
@@ -102,7 +103,7 @@ DETECTABLE = 4.0  # corner strength, in squared grey levels per pixel, from whic
 
 def corner_strength(photo: np.ndarray) -> np.ndarray:
     """Return the smaller eigenvalue of the structure tensor of a photo (h, w, 3) uint8 at every pixel (Shi and Tomasi 1994)."""
-    grey = photo.astype(np.float64) @ [0.299, 0.587, 0.114]
+    grey = photo.astype(np.float64) @ LUMINANCE
     dy, dx = np.gradient(_blurred(grey))
     xx, yy, xy = (_blurred(_blurred(product)) for product in (dx * dx, dy * dy, dx * dy))
     return (xx + yy) / 2 - np.sqrt(((xx - yy) / 2) ** 2 + xy**2)

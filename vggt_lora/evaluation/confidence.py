@@ -9,7 +9,7 @@ __all__ = ['ALPHA', 'CONFIDENCE', 'sparsification', 'ause', 'ause_by_chance', 'c
 # %% ../../nbs/evaluation/confidence.ipynb #53eaea01
 import numpy as np
 
-from .metrics import align_depth, alignment_name
+from .metrics import EvaluatedFrame, alignment_name
 
 # %% ../../nbs/evaluation/confidence.ipynb #d3aa1022
 def sparsification(
@@ -79,7 +79,7 @@ CONFIDENCE = ("ause", "ause_chance", "rank", "ause_absolute", "ause_absolute_cha
 
 
 def confidence_rows(
-    maps: list[dict],  # of an Evaluation
+    maps: list[EvaluatedFrame],  # of an Evaluation
     protocol: str = "median",  # id; its alignment per image: none, median, scale or scale+shift
     models: tuple[str, ...] = ("base", "adapted"),
 ) -> list[dict]:
@@ -91,19 +91,19 @@ def confidence_rows(
     rows = []
     for frame in maps:
         for model in models:
-            confidence = frame["confidence"].get(model)
+            confidence = frame.confidence.get(model)
             if confidence is None:
                 continue
-            used = frame["valid"]
-            truth, sure = frame["truth"][used], confidence[used]
-            error = np.abs(align_depth(frame[model], frame["truth"], used, protocol)[0][used] - truth)
+            used = frame.valid
+            truth, sure = frame.truth[used], confidence[used]
+            error = np.abs(frame.aligned(model, protocol)[used] - truth)
             absolute = _ranked(error, sure)
-            rows.append({"protocol": protocol, "model": model, "scene": frame["scene"], "photo": frame["name"],
+            rows.append({"protocol": protocol, "model": model, "scene": frame.scene, "photo": frame.name,
                          "alignment": alignment_name(protocol), **_ranked(error / truth, sure),
                          "ause_absolute": absolute["ause"], "ause_absolute_chance": absolute["ause_chance"],
                          "rank_absolute": absolute["rank"],
                          "expected_error": float((ALPHA / sure).mean()),
-                         "actual_error": float((np.abs(frame[model][used] - truth) / frame["unit"]).mean()),
+                         "actual_error": float((np.abs(frame.depth[model][used] - truth) / frame.unit).mean()),
                          "pixels": int(used.sum())})
     return rows
 

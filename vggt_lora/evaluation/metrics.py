@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FITTED_PIXELS', 'ALIGNMENTS', 'ERRORS', 'LOG_ERRORS', 'TAU', 'COUNTS', 'SCOPES', 'counted_pixels',
-           'alignment_parameters', 'align_depth', 'log_errors', 'depth_metrics', 'alignment_name', 'pooled_parameters',
-           'evaluate_frames', 'pooled', 'summarise']
+           'alignment_parameters', 'align_depth', 'EvaluatedFrame', 'log_errors', 'depth_metrics', 'alignment_name',
+           'pooled_parameters', 'evaluate_frames', 'pooled', 'summarise']
 
 # %% ../../nbs/evaluation/metrics.ipynb #53592470
+import dataclasses
+
 import numpy as np
 
 from ..core import ConfigError, unknown_name_message
@@ -75,6 +77,33 @@ def align_depth(
     used = counted_pixels(truth, valid)
     scale, shift = alignment_parameters(pred[used], truth[used], how)
     return pred * scale + shift, {"how": how, "scale": scale, "shift": shift, "pixels": int(used.sum())}
+
+# %% ../../nbs/evaluation/metrics.ipynb #486052db
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluatedFrame:
+    """A held-out frame with its truth, and each model's depth in scene units."""
+
+    scene: str
+    name: str  # of the photo
+    photo: np.ndarray  # (H, W, 3) RGB in [0, 1]
+    truth: np.ndarray  # (H, W) float64 depth
+    valid: np.ndarray  # (H, W) bool, pixels whose truth counts
+    K: np.ndarray  # (3, 3)
+    world_to_cam: np.ndarray  # (4, 4)
+    metric: bool  # scene units are metres
+    unit: float  # scene units that the network's unit stands for
+    labels: np.ndarray  # (H, W) uint8, codes of scenes.masks.REGIONS; 0 = none
+    plan: object = None  # ImagePlan, how the photo came to the grid; None where there is no photo
+    depth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # model -> (H, W)
+    confidence: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # model -> (H, W), where the model has one
+
+    def aligned(
+        self,
+        model: str,
+        how: str = "median",  # one of ALIGNMENTS
+    ) -> np.ndarray:
+        """Return a model's depth (H, W) in the truth's unit, see `align_depth`."""
+        return align_depth(self.depth[model], self.truth, self.valid, how)[0]
 
 # %% ../../nbs/evaluation/metrics.ipynb #0f0cdf78
 ERRORS = ("mae", "rmse", "absrel", "sqrel", "d1", "d2", "d3", "inlier")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import ConfigError
+from .metrics import EvaluatedFrame
 from ..files.atomic import atomic_path
 
 # %% ../../nbs/evaluation/pictures.ipynb #1fe92785
@@ -28,17 +29,18 @@ def spread_out(
 # %% ../../nbs/evaluation/pictures.ipynb #ad9625b2
 def save_pictures(
     path: Path | str,  # pictures.npz
-    maps: list[dict],  # of an Evaluation: photo, truth, valid and each model's depth
+    maps: list[EvaluatedFrame],  # of an Evaluation: photo, truth, valid and each model's depth
     most: int = 4,
 ) -> None:
     """Store some frames in one compressed file, whole or absent; depth float32, photos uint8."""
     arrays = {}
     for number, frame in enumerate(spread_out(maps, most)):
-        photo = np.round(255 * np.clip(frame["photo"], 0, 1)).astype(np.uint8)
-        arrays |= {f"{number}/photo": photo, f"{number}/valid": np.asarray(frame["valid"], bool),
-                   f"{number}/metric": np.array(bool(frame["metric"])),
-                   f"{number}/name": np.array(f"{frame['scene']}/{frame['name']}")}
-        arrays |= {f"{number}/{name}": np.asarray(frame[name], np.float32) for name in DEPTHS}
+        photo = np.round(255 * np.clip(frame.photo, 0, 1)).astype(np.uint8)
+        arrays |= {f"{number}/photo": photo, f"{number}/valid": np.asarray(frame.valid, bool),
+                   f"{number}/metric": np.array(bool(frame.metric)),
+                   f"{number}/name": np.array(f"{frame.scene}/{frame.name}")}
+        depths = {"truth": frame.truth, **{name: frame.depth[name] for name in DEPTHS[1:]}}
+        arrays |= {f"{number}/{name}": np.asarray(depth, np.float32) for name, depth in depths.items()}
     with atomic_path(path) as temporary:
         with open(temporary, "wb") as file:  # not a name, to which numpy would append .npz
             np.savez_compressed(file, **arrays)

@@ -14,9 +14,9 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import SceneError
+from ..core import SceneError, amount
 from .atomic import temporary_folder
-from .http import DownloadError, amount, check_room
+from .http import DownloadError, check_room
 from ..progress import progress_bar
 
 # %% ../../nbs/files/archive.ipynb #9c66835a

@@ -20,7 +20,7 @@ from ..model.embedded import SHIPPED
 from ..model.vggt import VGGT
 from ..model.weights import READABLE, REPOSITORY, file_hash
 from ..preflight.memory_estimate import _FusedAttention
-from ..preflight.preflight import free_memory
+from ..preflight.resource_usage import free_memory
 
 # %% ../../nbs/prediction/network.ipynb #f957c43b
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -56,7 +56,6 @@ class ImageTable:
     names: list[str]
     keypoints: list  # of (k, 3) float64: x, y, point id or -1; None where the line is missing
     places: Places
-    plain: bool = True  # False where pycolmap would misread the file as it stands
 
 
 @dataclass
@@ -103,16 +102,15 @@ NUMERIC = b"0123456789+-.eE \t"
 
 def read_lines(
     path: Path,  # a text file of a model
-) -> tuple[list[bytes], bool]:
-    """Return the lines without their ends, and whether a byte order mark stood in front."""
-    data = Path(path).read_bytes()
-    marked = data.startswith(b"\xef\xbb\xbf")
+) -> list[bytes]:
+    """Return the lines without their ends; a byte order mark in front is left out."""
+    data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if b"\0" in data[:4096]:
         raise SceneError(f"{path}: holds zero bytes, so it is no text; expected a text file (binary models end in .bin)")
-    lines = (data[3:] if marked else data).split(b"\n")
+    lines = data.split(b"\n")
     if lines[-1] == b"":  # the end of the last line, not a line
         lines.pop()
-    return [line[:-1] if line.endswith(b"\r") else line for line in lines], marked
+    return [line.removesuffix(b"\r") for line in lines]
 
 
 def is_number(token: bytes) -> bool:
@@ -159,8 +157,7 @@ CAMERA_FIELDS = ("camera id", "model", "width", "height")
 def scan_cameras_text(path: Path) -> CameraTable:
     """Scan cameras.txt; raises SceneError with file and line."""
     ids, models, sizes, params, numbers = [], [], [], [], []
-    lines, _ = read_lines(path)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         tokens = line.split()
         if not tokens or tokens[0].startswith(b"#"):
             continue
@@ -222,9 +219,9 @@ def parse_keypoints(line: bytes, place: str) -> np.ndarray:
 
 def scan_images_text(path: Path) -> ImageTable:
     """Scan images.txt; raises SceneError with file and line."""
-    lines, marked = read_lines(path)
+    lines = read_lines(path)
     poses, names, keypoints, numbers = [], [], [], []
-    index, plain = 0, not marked
+    index = 0
     while index < len(lines):
         line = lines[index].strip()
         if not line or line.startswith(b"#"):
@@ -241,10 +238,9 @@ def scan_images_text(path: Path) -> ImageTable:
         else:
             keypoints.append(parse_keypoints(following or b"", f"{path}:{index + 2}"))
             index += 2
-        plain = plain and following is not None and keypoints[-1] is not None and not set(name) & set(" \t")
     values = np.array(poses, np.float64).reshape(-1, 9)
     table = ImageTable(values[:, 0].astype(np.int64), values[:, 1:5], values[:, 5:8], values[:, 8].astype(np.int64), names, keypoints,
-                       Places(path, np.array(numbers, np.int64)), plain)
+                       Places(path, np.array(numbers, np.int64)))
     missing = [k is None for k in keypoints]
     if any(missing) and any(k is not None and len(k) for k in keypoints):
         raise table.places.fault(missing.index(True), f"image {names[missing.index(True)]} has no keypoint line, though others have one",
@@ -257,9 +253,8 @@ POINT_FIELDS = ("point id", "x", "y", "z", "r", "g", "b", "error")
 
 def scan_points_text(path: Path) -> PointTable:
     """Scan points3D.txt; raises SceneError with file and line."""
-    lines, _ = read_lines(path)
     rows, numbers = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         tokens = line.split()
         if tokens and not tokens[0].startswith(b"#"):
             rows.append(tokens)

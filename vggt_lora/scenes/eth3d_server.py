@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..core import ConfigError, SceneError, unknown_name_message
+from ..core import ConfigError, SceneError, unknown_name_message, amount
 from ..files.archive import unpack
 from ..files.atomic import write_json, file_lock
-from ..files.http import DownloadError, Part, amount, check_room, fetch, probe
+from ..files.http import DownloadError, Part, check_room, fetch, probe
 from .opening import ETH3D_PHOTOS, open_scene
 
 # %% ../../nbs/scenes/eth3d_server.ipynb #02d7e340

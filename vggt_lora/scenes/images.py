@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'PATCH', 'MAX_PIXELS', 'OMEGA_PATCH', 'target_size', 'ImagePlan', 'plan_image', 'open_photo', 'load_image',
-           'preprocess_images', 'square_coordinates', 'omega_crop', 'omega_size', 'preprocess_omega']
+           'preprocess_images', 'omega_crop', 'omega_size', 'preprocess_omega']
 
 # %% ../../nbs/scenes/images.ipynb #0197a1b5
 import dataclasses
@@ -244,20 +244,6 @@ def preprocess_images(
     height, width = (max(result.shape[axis] for result in results) for axis in (0, 1))
     stacked = np.stack([_pad_white(result, height, width) for result in results])
     return np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)).astype(np.float32) / np.float32(255)
-
-
-def square_coordinates(
-    sizes,  # (height, width) of each source image, px
-    target: int = 518,  # px
-) -> np.ndarray:  # (N,6) float32: x1, y1, x2, y2 in target px, then width, height of the source
-    """Say where `preprocess_images(mode="square")` puts each picture (spec 12)."""
-    rows = []
-    for height, width in sizes:
-        longer = max(height, width)
-        left, top = (longer - width) // 2, (longer - height) // 2
-        box = [edge * target / longer for edge in (left, top, left + width, top + height)]
-        rows.append([*box, width, height])
-    return np.array(rows, np.float32)
 
 # %% ../../nbs/scenes/images.ipynb #65c3de80
 OMEGA_PATCH = FAMILIES["omega"].patch_size  # px

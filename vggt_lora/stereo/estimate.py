@@ -12,7 +12,7 @@ import json
 
 import numpy as np
 
-from ..core import ConfigError
+from ..core import LUMINANCE, ConfigError
 from ..files.cache import photo_hash
 from ..geometry.cameras import down_direction
 from ..scenes.images import ImagePlan, load_image, plan_image
@@ -67,7 +67,7 @@ class SweepFrame:
         """Return grey values (h, w) in [0, 1] as a tensor."""
         import torch
 
-        weights = np.array([0.299, 0.587, 0.114], np.float32) / 255
+        weights = np.array(LUMINANCE, np.float32) / 255
         return torch.from_numpy(load_image(self.frame.image_path, self.plan) @ weights).to(device)
 
 # %% ../../nbs/stereo/estimate.ipynb #9b3be07b

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..core import ConfigError
+from ..core import LUMINANCE, ConfigError
 from ..geometry.cameras import pinhole_rays, pixel_centres
 from ..geometry.planes import find_planes
 from ..scenes.images import ImagePlan, load_image
@@ -91,7 +91,7 @@ def sky_of(
     smooth = ndimage.gaussian_filter(photo.astype(np.float32) / 255, (0.7, 0.7, 0))
     calm = (ndimage.maximum_filter(smooth, (5, 5, 1)) - ndimage.minimum_filter(smooth, (5, 5, 1))).max(-1) < even
     areas, _ = ndimage.label(calm)
-    light, sky = smooth @ np.array([0.299, 0.587, 0.114], np.float32), np.zeros(calm.shape, bool)
+    light, sky = smooth @ np.array(LUMINANCE, np.float32), np.zeros(calm.shape, bool)
     for number in np.unique(areas[:3][areas[:3] > 0]):
         area = areas == number
         if area.mean() < share:

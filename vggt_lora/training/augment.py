@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import ConfigError
+from ..core import LUMINANCE, ConfigError
 from ..datasets.samples import FrameCache, Sample, load_sample
 from ..datasets.windows import Window
 from .config import TrainConfig, drawn_sizes
@@ -178,7 +178,7 @@ def recoloured(
     draw: dict,  # brightness, contrast, saturation: factors; hue: turns; grey: bool
 ) -> torch.Tensor:
     """Change the colours of photos; results are clamped to [0, 1]."""
-    tone = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    tone = torch.tensor(LUMINANCE).view(3, 1, 1)
     images = (images * draw["brightness"]).clamp(0, 1)
     mean = (images * tone).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     images = (mean + draw["contrast"] * (images - mean)).clamp(0, 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATED_WIDTH', 'open_scenes', 'split_scenes', 'items_of', 'photos_of', 'check_photos', 'build_model', 'add_adapter',
-           'with_rate', 'make_frame_cache', 'truth_source']
+           'resolve', 'make_frame_cache', 'truth_source']
 
 # %% ../../nbs/training/build.ipynb #c0419c34
 import dataclasses
@@ -19,6 +19,7 @@ from ..scenes.scene import Scene
 from ..datasets.base_depth import BaseDepth
 from ..supervision.laser import has_laser
 from ..supervision.sources import measured_part, resolve_supervision
+from .advice import without_choice
 from .config import TrainConfig
 from .distributed import resolve_device, resolve_precision
 
@@ -143,12 +144,20 @@ def add_adapter(
 RATED_WIDTH = 1024  # channels of the network that the strategies' learning rates are meant for
 
 
-def with_rate(
+def resolve(
     config: TrainConfig,
     width: int,  # channels of the network
+    chosen: bool = True,  # whether held-out photos choose the weights
 ) -> TrainConfig:
-    """Return the configuration with its peak learning rate filled in for a network of this width."""
-    return config if config.lr is not None else dataclasses.replace(config, lr=config.peak_lr * RATED_WIDTH / width)
+    """Return what a run computes with: device, precision, learning rate and kept weights filled in.
+
+    The run's records keep the configuration as it was given. Raises ConfigError if a GPU is asked for and absent.
+    """
+    device = resolve_device(config.device)
+    filled = {"device": device, "precision": resolve_precision(config.precision, device)}
+    if config.lr is None:
+        filled["lr"] = config.peak_lr * RATED_WIDTH / width
+    return dataclasses.replace(config if chosen else without_choice(config), **filled)
 
 # %% ../../nbs/training/build.ipynb #6b1c4f02
 def make_frame_cache(

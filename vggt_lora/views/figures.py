@@ -11,6 +11,8 @@ import io
 
 import numpy as np
 
+from ..core import LUMINANCE
+
 # %% ../../nbs/views/figures.ipynb #b15f592c
 @functools.cache
 def _picture_class():
@@ -96,7 +98,7 @@ def faded(
     image,  # any form that to_photo takes
 ) -> np.ndarray:
     """Return the photo in pale grey, (H,W,3) uint8: a ground on which colour means only what is drawn on top."""
-    grey = to_photo(image).astype(np.float64) @ [0.299, 0.587, 0.114]
+    grey = to_photo(image).astype(np.float64) @ LUMINANCE
     return np.repeat((110 + 0.55 * grey)[..., None], 3, axis=-1).clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/views/figures.ipynb #3a359217

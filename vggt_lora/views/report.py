@@ -11,7 +11,7 @@ __all__ = ['NOT_COMPUTED', 'CAPTIONS', 'read_json', 'number', 'per_cent', 'train
 import json
 from pathlib import Path
 
-from ..core import ConfigError
+from ..core import METRIC_NAMES, ConfigError
 from ..files.atomic import write_text
 from .page import facts, page, picture, section, table, tag
 
@@ -79,8 +79,7 @@ def numbers_part(results: dict | None):
     """The table of metrics with its protocol, and what was left out."""
     if results is None:
         return section("Numbers", tag("p", "This run has no results: it was not finished.", class_="alarm"))
-    columns = [("absrel", "AbsRel"), ("mae", "MAE"), ("rmse", "RMSE"), ("d1", "δ<1.25"), ("d2", "δ<1.25²"), ("d3", "δ<1.25³")]
-    columns = [(key, name) for key, name in columns if any(key in row for row in results["table"])]
+    columns = [(key, name) for key, name in METRIC_NAMES.items() if any(key in row for row in results["table"])]
     protocols = any("protocol" in row for row in results["table"])
     rows = [[row["model"], *([row.get("protocol")] if protocols else []), row["alignment"], row["frames"],
              *["–" if row.get(key) is None else f"{row[key]:.4f}" for key, _ in columns]] for row in results["table"]]

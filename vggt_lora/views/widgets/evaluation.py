@@ -66,16 +66,16 @@ def named(
 
 # %% ../../../nbs/views/widgets/evaluation.ipynb #320e5bb3
 def region_errors(
-    frame: dict,  # truth, valid and a depth (H,W), aligned with the truth, for each name
-    names: tuple[str, ...],  # of the models
+    frame,  # EvaluatedFrame
+    aligned: dict,  # name -> depth (H,W) in the unit of the truth
     region: np.ndarray,  # (H,W) bool
 ) -> dict[str, float]:
     """name -> median |prediction / truth - 1| in per cent, nan where the region has no known pixel; and "pixels"."""
-    truth, valid = known_pixels(frame["truth"], frame["valid"])
+    truth, valid = known_pixels(frame.truth, frame.valid)
     used = valid & region
     found: dict = {"pixels": int(used.sum())}
-    for name in names:
-        depth, known = known_pixels(frame[name])
+    for name, predicted in aligned.items():
+        depth, known = known_pixels(predicted)
         both = used & known
         found[name] = float(np.median(np.abs(relative_error(depth, truth, both)[both]))) if both.any() else float("nan")
     return found
@@ -88,33 +88,34 @@ class EvaluationViewer(Panel):
         self.frames, self.names, self.align, self.regions, self.limit = list(frames), tuple(names), align, regions, limit
         if not self.frames or not self.names:
             raise ValueError("nothing to show: give at least one frame and one name of a model")
-        self.scale = scale or max(1, round(720 / np.shape(self.frames[0]["truth"])[1]))  # about 720 pixels wide
+        self.scale = scale or max(1, round(720 / np.shape(self.frames[0].truth)[1]))  # about 720 pixels wide
         self._found: dict = {}
         self._load(0)
-        regions = tuple(dict.fromkeys(["all", *self._found[0][1]]))
+        regions = tuple(dict.fromkeys(["all", *self._found[0][2]]))
         super().__init__({"photo": Steps(0, len(self.frames) - 1), "show": Choice(("error", "depth")), "region": Choice(regions),
-                          "wipe": Steps(0, 100, 1, 50, follow=True)}, f"evaluation {len(self.frames)} {self.frames[0]['name']}")
+                          "wipe": Steps(0, 100, 1, 50, follow=True)}, f"evaluation {len(self.frames)} {self.frames[0].name}")
 
     def _load(self, index: int) -> None:
-        raw = self.frames[index]
-        self._found = {index: (raw | {name: self.align(raw, name) for name in self.names}, self.regions(raw))}  # one at a time: regions are large
+        frame = self.frames[index]
+        aligned = {name: self.align(frame, name) for name in self.names}
+        self._found = {index: (frame, aligned, self.regions(frame))}  # one at a time: regions are large
 
-    def frame(self) -> tuple[dict, np.ndarray]:
-        """The photo that is shown with aligned depths, and the region's mask."""
+    def frame(self) -> tuple:
+        """The frame that is shown, its aligned depths by name, and the region's mask."""
         index = self.state["photo"]
         if index not in self._found:
             self._load(index)
-        frame, regions = self._found[index]
-        everywhere = np.ones(np.shape(frame["truth"]), bool)
-        return frame, everywhere if self.state["region"] == "all" else regions.get(self.state["region"], ~everywhere)
+        frame, aligned, regions = self._found[index]
+        everywhere = np.ones(np.shape(frame.truth), bool)
+        return frame, aligned, everywhere if self.state["region"] == "all" else regions.get(self.state["region"], ~everywhere)
 
     def picture(self):
         """The wipe, as an array."""
-        frame, region = self.frame()
-        ground, (truth, valid) = faded(to_photo(frame["photo"])), known_pixels(frame["truth"], frame["valid"])
+        frame, aligned, region = self.frame()
+        ground, (truth, valid) = faded(to_photo(frame.photo)), known_pixels(frame.truth, frame.valid)
         sides = []
         for name in (self.names[0], self.names[-1]):
-            depth, known = known_pixels(frame[name])
+            depth, known = known_pixels(aligned[name])
             if self.state["show"] == "depth":
                 sides.append(painted(depth, known & region, ground, "viridis", robust_range(truth[valid])))
             else:
@@ -124,18 +125,18 @@ class EvaluationViewer(Panel):
 
     def caption(self) -> str:
         """Which photo, what is left and right of the line, and the region's numbers."""
-        frame, region = self.frame()
-        found = region_errors(frame, self.names, region)
+        frame, aligned, region = self.frame()
+        found = region_errors(frame, aligned, region)
         first, last = self.names[0], self.names[-1]
         scale = f"error from -{self.limit:g} % (brown: too near) to {self.limit:g} % (violet: too far)" if self.state["show"] == "error" else "depth, dark near and bright far"
-        return (f"{self.state['photo']}: {frame['name']}; left of the line {first}, right of it {last}; {scale}\n"
+        return (f"{self.state['photo']}: {frame.name}; left of the line {first}, right of it {last}; {scale}\n"
                 f"{self.state['region']}, {found['pixels']:,} pixels with truth; median error: " + ", ".join(f"{name} {found[name]:.2f} %" for name in self.names))
 
 
 def evaluation_viewer(
-    frames,  # maps of an Evaluation: photo, truth, valid, name and a depth for each model
+    frames,  # of EvaluatedFrame
     names: tuple[str, ...] = ("base", "adapted"),  # of the models
-    align=lambda frame, name: frame[name],  # function(frame, name) -> depth in the unit of the truth
+    align=lambda frame, name: frame.depth[name],  # function(frame, name) -> depth in the unit of the truth
     regions=lambda frame: {},  # function(frame) -> {name: (H,W) bool}
     limit: float = 20.0,  # end of the scale of errors, per cent
     interactive: bool | None = None,  # None: controls where someone watches, a picture elsewhere
