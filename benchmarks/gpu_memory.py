@@ -66,7 +66,8 @@ def whole_run(memory, patch, size: str, shape, strategy: str, mode: str, folder:
 
     with patch.context() as own:
         own.setenv("VGGT_LORA_CACHE", str(folder / "cache"))  # nothing made up may stay
-        own.setattr(training, "build_model", base)
+        for module in ("vggt_lora.train", "vggt_lora.evaluation.outcome"):
+            own.setattr(f"{module}.build_model", base)
         own.setattr(loop, "nonfinite_terms", lambda result: [])  # made-up counts of what is not finite
         own.setattr("vggt_lora.adapters.adapter.fingerprint", lambda *_, **__: "made up")
         for name in ("build_checked_adapter", "measure"):

@@ -33,6 +33,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from vggt_lora.adapters.adapter import apply_lora
@@ -168,9 +169,9 @@ class Resident:
         return self
 
     def _watch(self) -> None:
+        process = psutil.Process()
         while self.going:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.peak = max(self.peak, pages * 4096)
+            self.peak = max(self.peak, process.memory_info().rss)
             time.sleep(0.005)
 
     def __exit__(self, *_) -> None:

@@ -147,29 +147,92 @@ def open_notebook(
         "return !!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.context)"), f"{name} to open")
 
 
-def run_all(
+def start(
     driver,
-    timeout: float = 1200.0,  # seconds; generous, since it only ends what hangs
+    command: str = "notebook:run-all-cells",  # of JupyterLab
 ) -> None:
-    """Run all cells through the application, after the kernel is ready, and wait for the last; RuntimeError says what went wrong.
+    """Begin to run cells through the application, after the kernel is ready; `wait_until_run` waits for the last.
 
     Not through the menu: that races with the start of the kernel. The promise resolves when all cells are done; the page is asked for it again and
-    again, since one long call would run into the limits of the driver and of selenium's connection.
+    again, since one long call would run into the limits of the driver and of selenium's connection. Meanwhile `phases` collects what progress lines say.
     """
     driver.execute_script("""
         window.allCells = {done: false, fault: null};
+        window.phases = new Set();
+        const line = /^[\\w ]+: +(\\d\\d:\\d\\d|\\d+%)/;
+        const watching = setInterval(() => document.querySelectorAll('.jp-OutputArea-output pre').forEach(shown => {
+            if (line.test(shown.innerText)) phases.add(shown.innerText.trim());
+        }), 300);
         (async () => {
             const context = jupyterapp.shell.currentWidget.context;
             await context.ready;
             await context.sessionContext.ready;
             await context.sessionContext.session.kernel.info;
-            await jupyterapp.commands.execute('notebook:run-all-cells');
-        })().then(() => { allCells.done = true; }, error => { allCells = {done: true, fault: String(error)}; });
-    """)
+            await jupyterapp.commands.execute(arguments[0]);
+        })().then(() => { allCells.done = true; }, error => { allCells = {done: true, fault: String(error)}; }).finally(() => clearInterval(watching));
+    """, command)
+
+
+def wait_until_run(
+    driver,
+    timeout: float = 1200.0,  # seconds; generous, since it only ends what hangs
+) -> list[str]:
+    """Wait for the cells that `start` runs; returns the progress lines that were seen. RuntimeError says what went wrong."""
     wait_for(driver, lambda d: d.execute_script("return allCells.done"), "all cells to run", timeout)
     fault = driver.execute_script("return allCells.fault")
     if fault:
         raise RuntimeError(f"running all cells failed: {fault}")
+    return driver.execute_script("return [...phases]")
+
+
+def run_all(
+    driver,
+    timeout: float = 1200.0,  # seconds
+) -> list[str]:
+    """Run all cells and wait for the last; returns the progress lines that were seen."""
+    start(driver)
+    return wait_until_run(driver, timeout)
+
+
+def edit_and_run_on(
+    driver,
+    cell: int,  # number of the cell
+    source: str,  # its new text
+) -> None:
+    """Replace a cell's text and choose Run Selected Cell and All Below, as a person would."""
+    driver.execute_script("""
+        const notebook = jupyterapp.shell.currentWidget.content;
+        notebook.activeCellIndex = arguments[0];
+        notebook.deselectAll();
+        notebook.model.sharedModel.cells[arguments[0]].setSource(arguments[1]);
+    """, cell, source)
+    start(driver, "notebook:run-all-below")
+    wait_until_run(driver)
+
+
+def dialogs(
+    driver,
+) -> list[str]:
+    """Return the text of every dialog and notification on the page."""
+    return driver.execute_script("return [...document.querySelectorAll('.jp-Dialog, .Toastify__toast')].map(shown => shown.innerText)")
+
+
+def first_screen(
+    driver,
+) -> dict:
+    """Return what the notebook shows without scrolling: {"pictures": decoded images, "parameters": from 0 (not there) to 1 (the whole cell)}; {} before it is open."""
+    return driver.execute_script("""
+        const current = jupyterapp.shell.currentWidget, outer = current && current.node.querySelector('.jp-WindowedPanel-outer');
+        const cell = outer && current.content && current.content.widgets.find(cell => (cell.model.getMetadata('tags') || []).includes('parameters'));
+        if (!cell) return {};
+        const panel = outer.getBoundingClientRect();
+        const share = element => {
+            const box = element.getBoundingClientRect();
+            return box.height && Math.max(0, Math.min(box.bottom, panel.bottom) - Math.max(box.top, panel.top)) / box.height;
+        };
+        const pictures = [...current.node.querySelectorAll('.jp-MarkdownCell img')].filter(image => image.naturalWidth && share(image) > 0.99);
+        return {pictures: pictures.length, parameters: share(cell.node)};
+    """)
 
 
 def cell_errors(

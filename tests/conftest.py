@@ -1,4 +1,5 @@
 """What all tests share."""
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,26 @@ HARDENING = {
     "test_twice": "everything twice, in processes of their own",
     "test_wheel": "the package built, and installed without the checkout",
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn_figures():
+    """Let runs in this process draw no figures, which cost as much as the steps of a small run; gives what draws them."""
+    train = sys.modules.get("vggt_lora.train")
+    if train is None:  # no file of tests imports it: nothing is worth seconds of imports
+        yield None
+        return
+    draw = train.save_figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_figures", lambda run, maps: None)
+        yield draw
+
+
+@pytest.fixture
+def figures(drawn_figures, monkeypatch):
+    """Let the runs of a test draw their figures, as a user's runs do."""
+    if drawn_figures:
+        monkeypatch.setattr("vggt_lora.train.save_figures", drawn_figures)
 
 
 def pytest_configure(config):

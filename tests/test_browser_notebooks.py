@@ -14,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import browser  # noqa: E402
+import lab  # noqa: E402  found by way of browser
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "browser"  # ignored by git
@@ -40,6 +41,7 @@ EXPECTED = {
 }
 PHOTOGRAPHED = {("00_data", "azimuth"): "space", ("00_data", "points"): "plain", ("04_evaluate", "region"): "wipe", ("04_evaluate", "cloud"): "cloud", ("04_evaluate", "colour by"): "clouds"}
 MOST_MOVES = 6  # for each notebook
+PHASES = {"02_lora": "preflight of strategy a", "03_train": "measuring base and saved adapter", "05_compare": "running"}  # long work that has no bar of its own
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +53,31 @@ def page():
     shutil.rmtree(FOLDER, ignore_errors=True)
     shutil.rmtree(FOLDER.parent / "browser_profile", ignore_errors=True)
     served = FOLDER / "served"
-    served.mkdir(parents=True)
+    before = tracked_changes()
+    lab.refresh(served)
     with browser.jupyterlab(served) as url, browser.chromium(FOLDER / "profile") as driver:
         yield url, driver
+    assert tracked_changes() == before, "running the working copies has changed the repository"
     shutil.rmtree(FOLDER / "profile", ignore_errors=True)
 
 
+def tracked_changes() -> str:
+    """What git says about the files that it knows."""
+    return subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def small_copy(name: str) -> str:
-    """Write a copy of a notebook with this test's parameters into the served folder; returns its file name."""
+    """Write the working copy of a notebook with this test's parameters into the served folder; returns its file name."""
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
-    notebook = parameterize_notebook(load_notebook_node(str(ROOT / "nbs" / f"{name}.ipynb")), PARAMETERS[name])
+    path = FOLDER / "served" / f"{name}.ipynb"
+    nbformat.write(lab.working_copy(ROOT / "nbs" / f"{name}.ipynb"), path)
+    notebook = parameterize_notebook(load_notebook_node(str(path)), PARAMETERS[name])
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    nbformat.write(notebook, FOLDER / "served" / f"{name}.ipynb")
-    return f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path.name
 
 
 def something_changes(driver, area: int, kind: str, label: str, words: str | None, pictured: bool = True) -> None:
@@ -84,6 +95,56 @@ def something_changes(driver, area: int, kind: str, label: str, words: str | Non
     assert "could not draw" not in after["text"] and "Error" not in after["text"], after["text"]
 
 
+@pytest.mark.parametrize("name", list(PARAMETERS))
+def test_the_first_screen(page, name):
+    """No dialog; what it is, a picture and the parameters without scrolling: all of them in the large window, the first in the small one. The photographs are for looking at."""
+    url, driver = page
+    driver.get(f"{url}/lab/tree/{name}.ipynb?token={url.token}")  # without a reset, as a reload: JupyterLab asks about its build then
+    browser.wait_for(driver, lambda d: d.execute_script("return !!window.jupyterapp") and browser.first_screen(d), f"{name} to open")
+    for (width, height), least in (((1600, 1000), 0.99), ((1280, 800), 0.15)):
+        driver.set_window_size(width, height)
+
+        def is_there(d):
+            seen = browser.first_screen(d)
+            return seen and seen["pictures"] and seen["parameters"] >= least
+
+        browser.wait_for(driver, is_there, f"a picture and the parameters of {name} at {width}x{height}")
+        driver.save_screenshot(str(FOLDER / f"{name}_first_{width}.png"))
+    assert browser.dialogs(driver) == []
+
+
+def edit_run_edit_run(driver) -> None:
+    """A wrong folder is said in one sentence by the cell below the parameters; the right one then runs to the end."""
+    from vggt_lora.demo.demo_scenes import demo_scenes
+    browser.edit_and_run_on(driver, 1, 'import os\nhome = os.sep\ndata: str = home + "no/such/folder"')
+    errors = [cell["errors"] for cell in browser.code_cells(driver) if cell["errors"]]
+    assert len(errors) == 1 and errors[0][0].startswith("ConfigError: data: /no/such/folder"), errors
+    shown, = browser.cell_errors(driver)
+    assert len(shown.splitlines()) <= 3 and "%tb verbose" in shown and "Traceback" not in shown, shown
+    browser.edit_and_run_on(driver, 1, f"data: str = {str(demo_scenes(progress=False)[0])!r}")
+    assert browser.cell_errors(driver) == []
+
+
+def look_on_meanwhile(driver, url) -> None:
+    """In another tab, as after a reload: `watch_run()` finds the training and follows it."""
+    first = driver.current_window_handle
+    browser.wait_for(driver, lambda d: (RUN / ".run.lock").exists(), "the training to begin", 300)
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    cell = nbformat.v4.new_code_cell("from vggt_lora.views.widgets.run import watch_run\nwatch_run()")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), FOLDER / "served" / "watch.ipynb")
+    driver.switch_to.new_window("tab")
+    browser.open_notebook(driver, url, "watch.ipynb")
+    browser.run_all(driver)
+    text = "return [...document.querySelectorAll('.jp-OutputArea .widget-html-content')].map(shown => shown.innerText).join(' ')"
+    assert browser.cell_errors(driver) == []
+    said = browser.wait_for(driver, lambda d: "step" in (now := d.execute_script(text)) and now, "the run to be shown")
+    browser.wait_for(driver, lambda d: d.execute_script(text) not in ("", said), "the run to move", 300)
+    browser.save(driver)
+    driver.execute_script("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
+    driver.close()
+    driver.switch_to.window(first)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(PARAMETERS))
 def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
@@ -92,8 +153,12 @@ def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
         small = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         subprocess.run([sys.executable, "-m", "vggt_lora.train", *small, "--output", str(RUN)], cwd=ROOT, check=True, capture_output=True)
     browser.open_notebook(driver, url, small_copy(name))
-    browser.run_all(driver)
+    browser.start(driver)
+    if name == "03_train":
+        look_on_meanwhile(driver, url)
+    phases = browser.wait_until_run(driver)
     assert not browser.restarts(url), "the kernel died on the way"
+    assert name not in PHASES or len([line for line in phases if line.startswith(PHASES[name])]) > 1, phases
     cells = browser.code_cells(driver)
     assert [cell["errors"] for cell in cells if cell["errors"]] == []
     assert [cell["source"] for cell in cells if cell["source"].strip() and cell["count"] is None] == [], "cells that were not run"
@@ -119,6 +184,8 @@ def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
         driver.save_screenshot(str(FOLDER / f"{name}_moved.png"))
     print(f"{name}: {len(cells)} cells, controls {found}, moved {moved}")
     assert browser.severe_log_lines(driver) == []
+    if name == "00_data":
+        edit_run_edit_run(driver)
     browser.save(driver)  # or the browser asks whether to leave the page
     driver.execute_script("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")  # its memory is free for the next
 

@@ -397,7 +397,6 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_training_computes_its_depth_before_the_first_step_and_never_in_between(own_cache, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("vggt_lora.train.save_figures", lambda *arguments: None)  # they cost seconds and are tested elsewhere
     config = TrainConfig(data=str(toy_scene(tmp_path, frames=6, size=(84, 126))), output=str(tmp_path / "run"), supervision="dense", strategy="a",
                          epochs=1, frames=3, image_size=56, rank=2, lr=1e-3, preflight="off")
     run = train(config, hooks=[lambda event, progress: seen.append((event, len(list(own_cache.glob("*.npz")))))])

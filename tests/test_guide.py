@@ -25,7 +25,6 @@ ELSEWHERE = {  # what stands in a command -> why no test runs it as it is writte
     "my_photos": "needs the reader's photos; nbs/scenes/reconstruct.ipynb reconstructs photos of its own",
     "my_house": "needs the scene that the reader's photos become; the same steps run on the demo",
     "vggt_lora_download": "asks the network; test_download runs it against a server of its own",
-    "jupyter lab": "serves until it is stopped; test_browser_notebooks starts it and opens every notebook",
     "tensorboard --logdir": "serves until it is stopped; test_engine reads what it would show",
     "make ": "builds an environment; `make newcomer` runs it on a fresh clone, and test_project looks at each target",
     "benchmarks/": "takes the better part of an hour",

@@ -115,7 +115,7 @@ def test_a_run_that_was_stopped_reports_the_loss_of_the_weights_it_kept(scene, t
     assert f"{loss['after']:.4f} with the adapter" in (run.folder / "report.md").read_text()
 
 
-def test_an_adapter_whose_held_out_loss_is_not_finite_is_reported_as_such(scene, tmp_path):
+def test_an_adapter_whose_held_out_loss_is_not_finite_is_reported_as_such(scene, tmp_path, figures):
     """The worst case: the last weights overflow the depth head, and they are those to be kept."""
     def spoil(event, progress):
         if event == "step" and progress.step == progress.total_steps:

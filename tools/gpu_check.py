@@ -166,13 +166,14 @@ def steps(scale: Scale, folder: Path) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def base_of(network: VGGTConfig) -> Iterator[None]:
-    """Let a run begin with random weights in a shape of its own."""
-    real = training.build_model
-    training.build_model = lambda config: train_step.new_base(dataclasses.replace(network, point_head=False), "cpu")
-    try:
+    """Let a run begin with random weights in a shape of its own, and be measured on them."""
+    def build(config):
+        return train_step.new_base(dataclasses.replace(network, point_head=False), "cpu")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("vggt_lora.train", "vggt_lora.evaluation.outcome"):
+            patch.setattr(f"{module}.build_model", build)
         yield
-    finally:
-        training.build_model = real
 
 
 def preflight(scale: Scale, folder: Path) -> Iterator[Row]:
@@ -282,7 +283,6 @@ def write_page(output: Path, found: dict[str, list[Row]]) -> None:
         lines = [[row.what, row.result, "passed" if row.passed else "FAILED"] for row in rows]
         marks = [None if row.passed else "failed" for row in rows]
         sections.append(page.section(f"{name}: {PARTS[name].__doc__}", page.table(["what", "result", ""], lines, classes=marks)))
-    output.mkdir(parents=True, exist_ok=True)
     write_text(output / "index.html", page.page("GPU check", page.tag("p", head), *sections))
     measured = [row for rows in found.values() for row in rows if row.hardware]
     table = ["| what | measured by | result |", "|---|---|---|"]
@@ -292,10 +292,10 @@ def write_page(output: Path, found: dict[str, list[Row]]) -> None:
     write_json(output / "results.json", {"machine": head, "stand_in": not REAL, "parts": rows})
 
 
-def work(name: str, scale: Scale, report: Callable[[Row], None]) -> None:
-    """Run one part; whatever it raises becomes a failed row."""
+def work(name: str, scale: Scale, log: Path, report: Callable[[Row], None]) -> None:
+    """Run one part, what its runs say into a log; whatever it raises becomes a failed row."""
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, open(log, "a") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             for row in PARTS[name](scale, Path(folder)):
                 report(row)
     except Exception as error:  # a part that fails must not keep the others from running
@@ -314,18 +314,19 @@ def device() -> Iterator[None]:
 def run_parts(given: argparse.Namespace) -> dict[str, list[Row]]:
     """Run the parts that were asked for while there is time; print each row, write the page after each part."""
     began, found = time.monotonic(), {}
+    given.output.mkdir(parents=True, exist_ok=True)
     for name in given.only.split(","):
         rows = found.setdefault(name, [])
 
         def report(row: Row, name: str = name, rows: list = rows) -> None:
             rows.append(row)
-            print(f"{'ok' if row.passed else 'FAILED':7}{name}: {row.what}: {row.result}", flush=True)
+            print(f"{'ok' if row.passed else 'FAILED':7}{name}: {row.what}: {row.result}", file=sys.__stdout__, flush=True)
 
         if time.monotonic() - began > 60 * given.minutes:
             report(Row(name, f"not begun: {given.minutes:g} minutes are over", False))
         else:
             with device() if name not in ("tests", "kill") else contextlib.nullcontext():  # those begin processes of their own
-                work(name, SCALE if REAL else SMALL, report)
+                work(name, SCALE if REAL else SMALL, given.output / "runs.log", report)
         gc.collect()
         write_page(given.output, found)
     return found

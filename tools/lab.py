@@ -41,8 +41,8 @@ def write_settings(
 
 
 def notebooks() -> list[Path]:
-    """List the numbered notebooks and the guide that they link to."""
-    return [*sorted((ROOT / "nbs").glob("0*.ipynb")), *sorted((ROOT / "nbs" / "guide").glob("*.ipynb"))]
+    """List all notebooks: the numbered ones, and those that they link to."""
+    return sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if not path.relative_to(ROOT).as_posix().count("/."))
 
 
 def fold_machinery(notebook) -> None:
@@ -53,10 +53,11 @@ def fold_machinery(notebook) -> None:
 
 
 def working_copy(path: Path):
-    """Read a notebook as `make lab` shows it: machinery folded, and the digest of its sources kept beside them."""
+    """Read a notebook as `make lab` shows it: machinery folded if it is a numbered one, and the digest of its sources kept."""
     notebook = nbformat.read(path, as_version=4)
     sources = json.dumps([cell.source for cell in notebook.cells])
-    fold_machinery(notebook)
+    if path.name.startswith("0"):
+        fold_machinery(notebook)
     notebook.metadata["vggt_lora"] = {"copy_of": hashlib.sha256(sources.encode()).hexdigest()}
     return notebook
 

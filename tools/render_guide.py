@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import lab
 import nbformat
 from nbconvert import HTMLExporter
 
@@ -18,6 +19,12 @@ GUIDE = (  # in reading order
 )
 LOCAL = re.compile(r'href="(?!https?:|mailto:|#|data:)([^"#]+)\.ipynb(#[^"]*)?"')
 STYLE = "body{font:16px/1.6 sans-serif;max-width:46em;margin:3em auto;padding:0 1em}li{margin:.4em 0}"
+PAGE_STYLE = """<style>
+body{max-width:60em;margin:0 auto!important;padding:0 1em}
+.highlight pre,.jp-OutputArea-output pre{white-space:pre-wrap;overflow-wrap:anywhere}
+img{max-width:100%}
+nav{display:flex;justify-content:space-between;gap:1em;padding:.6em 0;font:15px/1.5 sans-serif}
+</style>"""
 
 
 def chapters() -> list[Path]:
@@ -46,21 +53,42 @@ def heading(notebook) -> tuple[str, str]:
     return lines[0].lstrip("# "), next((line.lstrip("> ") for line in lines if line.startswith(">")), "")
 
 
+def without_machinery(notebook):
+    """Leave out the cells that only export or import, which `make lab` folds."""
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type != "code" or not lab.MACHINERY.match(cell.source)]
+    return notebook
+
+
+def with_navigation(body: str, number: int, titles: list[tuple[str, str]], up: str) -> str:
+    """Put a bar with the neighbouring pages and the index on top and at the end of a page."""
+    def link(at: int, words: str) -> str:
+        if not 0 <= at < len(titles):
+            return "<span></span>"
+        place, title = titles[at]
+        return f'<a href="{up}{place}">{html.escape(words.format(title))}</a>'
+
+    bar = f'<nav>{link(number - 1, "← {}")}<a href="{up}index.html">all pages</a>{link(number + 1, "{} →")}</nav>'
+    head = body.replace("</head>", f"{PAGE_STYLE}</head>", 1)
+    return re.sub(r"(<body[^>]*>)", lambda found: found[1] + bar, head, count=1).replace("</body>", f"{bar}</body>", 1)
+
+
 def render(folder: Path) -> list[Path]:
     """Write one page per notebook, at the notebook's own place below nbs/, and index.html; returns the pages."""
     exporter = HTMLExporter()
     exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""  # a page asks nobody for anything
-    pages, entries = [], []
-    for path in chapters():
-        notebook = nbformat.read(path, as_version=4)
-        title, line = heading(notebook)
-        body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
-        page = folder / path.relative_to(ROOT / "nbs").with_suffix(".html")
+    notebooks = {path: nbformat.read(path, as_version=4) for path in chapters()}
+    places = [path.relative_to(ROOT / "nbs").with_suffix(".html").as_posix() for path in notebooks]
+    entries = [(place, *heading(notebook)) for place, notebook in zip(places, notebooks.values())]
+    pages = []
+    for number, (path, notebook) in enumerate(notebooks.items()):
+        place, title, _ = entries[number]
+        body, _ = exporter.from_notebook_node(without_machinery(notebook), resources={"metadata": {"name": title}})
+        body = with_navigation(with_page_links(body, path.parent), number, [entry[:2] for entry in entries], "../" * place.count("/"))
+        page = folder / place
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(with_page_links(body, path.parent), encoding="utf-8")
+        page.write_text(body, encoding="utf-8")
         pages.append(page)
-        entries.append((page.relative_to(folder).as_posix(), title, line))
     lists = ["".join(f'<li><a href="{place}">{html.escape(title)}</a> {html.escape(line)}</li>' for place, title, line in entries if place.startswith("guide/") is inside)
              for inside in (True, False)]
     index = folder / "index.html"

@@ -25,6 +25,7 @@ from vggt_lora.preflight.adapter_check import (
 )
 from .preflight.preflight import budgeted, preflight as predicted, refuse_or_warn
 from .preflight.resource_usage import ResourceMeter
+from .progress import working
 from .settings import command
 from .training.advice import next_tries, risky_settings, split_notes
 from .training.build import build_model, check_photos, items_of, make_frame_cache, resolve
@@ -129,7 +130,8 @@ class Ready:
 def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Ready:
     """Open, split, audit, load and check; all processes must agree on it."""
     distributed.on_all(lambda: tracker_names(config.report_to))
-    scenes, split, audit, photos = distributed.on_all(lambda: load_scenes(config))
+    with working("opening the scenes, splitting and auditing them"):
+        scenes, split, audit, photos = distributed.on_all(lambda: load_scenes(config))
     train_on, held_out = items_of(split.train, scenes), items_of(split.val, scenes)
     choosing = items_of(split.choose, scenes) or held_out  # the judged photos are then watched, and choose nothing
     settings = {name: repr(value) for name, value in dataclasses.asdict(config).items()}
@@ -138,12 +140,14 @@ def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Rea
     if config.resume:
         path = folder / "split.json"
         check_photos(distributed.broadcast_from_main(lambda: json.loads(path.read_text(encoding="utf-8"))), photos)
-    model = distributed.on_all(lambda: build_model(config))
+    with working("loading the base"):
+        model = distributed.on_all(lambda: build_model(config))
     width = model.config.embed_dim
     cache = distributed.main_process_first(lambda: make_frame_cache(config, model, items=[*train_on, *choosing]))
     truth = distributed.main_process_first(lambda: truth_cache(config, model, scenes, split))
     coverage, blind = distributed.on_all(lambda: look_for_depth(train_on, cache, config))
-    checked = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
+    with working("checking the adapter against the base"):
+        checked = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
     adapted, targets, base_check, options = checked
     distributed.assert_same({"the checksum of the base": adapted.base_fingerprint[:12]})
     notes = [*blind, *audit["notes"], *split_notes(split, config), *risky_settings(scenes, config)]
@@ -208,7 +212,8 @@ def conclude(
     folder = save_adapter(adapted, run.folder / "adapter", {"config": settings})
     chunks = [head.frames_chunk for head in dense_heads(adapted).values() if head.frames_chunk]
     adapted.to("meta")  # frees memory for the two networks that are compared
-    results, maps = measure(folder, ready.held_out, ready.truth, config, min(chunks, default=None))
+    with working("measuring base and saved adapter"):
+        results, maps = measure(folder, ready.held_out, ready.truth, config, min(chunks, default=None))
     results["held_out_loss"] = loss = losses_of(run.records, config)
     results["warnings"] = [*next_tries(results["effects"], config), *results["warnings"]]
     if loss["after"] is None:
@@ -216,8 +221,9 @@ def conclude(
         run.log(f"WARNING: {results['warnings'][0]}")
     run.write("results.json", results)
     run.write("report.md", report(config, results, run.folder))
-    save_figures(run, maps)
-    save_pictures(run.folder / "pictures.npz", maps)
+    with working("drawing the report"):
+        save_figures(run, maps)
+        save_pictures(run.folder / "pictures.npz", maps)
     meter.mark("evaluation")
     run.write("resource_usage.json", meter.cost(adapted, resumed=config.resume))
     save_page(run)

@@ -24,7 +24,7 @@ from .sites import FAMILIES, LAYOUTS
 from .textures import COLOURS
 from .tracks import find_points, make_tracks, toy_cameras, walk
 from .write_scene import write_demo
-from ..files.atomic import write_json, temporary_folder
+from ..files.atomic import file_lock, write_json, temporary_folder
 from ..files.cache import cache_folder
 
 # %% ../../nbs/demo/demo_scenes.ipynb #ecbb9e88
@@ -99,16 +99,12 @@ def _write_files(folder: Path, settings: dict, tick) -> None:
 # %% ../../nbs/demo/demo_scenes.ipynb #a55b54d0
 @contextlib.contextmanager
 def _locked(folder: Path):
-    """Keep other processes from writing scenes into `folder` meanwhile, where the system can."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Keep other processes from writing scenes into `folder` meanwhile."""
+    lock = file_lock(folder / ".lock", -1)  # waits as long as it takes
     try:
-        import fcntl
-    except ImportError:  # not on this system: renaming still keeps every scene whole
         yield
-        return
-    with open(folder / ".lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    finally:
+        lock.release()
 
 
 def _make(folder, name: str, settings: dict, write, tick, replace: bool) -> Path:

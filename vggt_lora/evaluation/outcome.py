@@ -17,7 +17,7 @@ from .forgetting import drift
 from .metrics import EvaluatedFrame
 from .protocols import DEFAULT
 from .regions import check_claims, region_effects, region_rows
-from .runner import base_of, evaluate_windows
+from .runner import base_of, camera_effects, camera_sentence, evaluate_windows
 from .statistics import effects, in_words
 from ..training.build import build_model
 from ..training.config import TrainConfig
@@ -83,6 +83,7 @@ def measure(
     models = {"base": base_of(model), "adapted": model}
     found = evaluate_windows(models, held_out, cache, device=device, autocast=precision, depth_range=limits)
     rows = json_rows(found.rows)
+    cameras = [e.row() | {"sentence": camera_sentence(e)} for e in camera_effects(found.pairs)]
     changes = [e.row() | {"sentence": in_words(e, METRIC_NAMES[e.metric])} for e in effects(rows, JUDGED)]
     results = {
         "protocol": {
@@ -93,6 +94,7 @@ def measure(
         "table": json_rows(found.table()), "cameras": json_rows(found.cameras()), "warnings": found.warnings,
         **in_detail(found.maps),
         "drift": drift_of(model, held_out, cache, device, precision), "effects": changes,
+        "camera_effects": cameras,
         "frames_left_out": found.left_out, "pixels_left_out": found.pixels_left_out, "frames": rows,
     }
     return results, found.maps

@@ -37,7 +37,7 @@ def report(
     lines = [
         f"# Strategy {config.strategy} on {escape_markdown(config.data)}",
         RANDOM_BASE if config.model in RANDOM else "",
-        *[f"**{effect['sentence']}**\n" for effect in results["effects"]],
+        *[f"**{effect['sentence']}**\n" for effect in (*results["effects"], *results.get("camera_effects", []))],
         f"Held-out loss: {loss['before']} before, {loss['after']} with the adapter (best {loss['best']}).", "",
         *_table(results["table"]), "",
         f"Truth: {truth}; supervision: {config.supervision}. Intervals: paired bootstrap over the held-out frames, "
@@ -102,7 +102,7 @@ def save_figures(
 
     def held_out():
         few = maps[:: max(1, len(maps) // most)][:most]
-        unit = "m" if maps[0]["metric"] else "scene units"
+        unit = "m" if maps[0].metric else "scene units"
         return depth_comparison(comparison_rows(few), "median per image", unit)
 
     for name, draw in {"losses": lambda: loss_curves(run.records), "held_out": held_out}.items():

@@ -18,7 +18,7 @@ from ..scenes.opening import find_scenes, open_scene
 from ..scenes.scene import Scene
 from ..datasets.base_depth import BaseDepth
 from ..supervision.laser import has_laser
-from ..supervision.sources import measured_part, resolve_supervision
+from ..supervision.sources import measured_part, resolve_supervision, source_names
 from .advice import without_choice
 from .config import TrainConfig
 from .distributed import resolve_device, resolve_precision
@@ -191,5 +191,8 @@ def truth_source(
     held_out = [scene for scene in scenes if scene.name in judged]
     if all(has_laser(scene) for scene in held_out):
         return "laser"
-    scene = next(scene for scene in held_out if not has_laser(scene))
-    return measured_part(resolve_supervision(scene, config.supervision))
+    without = next(scene for scene in held_out if not has_laser(scene))
+    measured = source_names(measured_part(resolve_supervision(without, config.supervision)))
+    if not any(has_laser(scene) for scene in held_out):
+        measured = [name for name in measured if name != "laser"] or measured  # name what the scenes have
+    return "+".join(measured)

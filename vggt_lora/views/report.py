@@ -97,7 +97,7 @@ def verdict_part(config: dict, results: dict | None):
     """The sentences of what changed, at the top of the page."""
     if results is None:
         return tag("p", "The run was not finished.", class_="lead alarm")
-    said = [tag("p", effect["sentence"], class_="lead" + (" alarm" if effect.get("verdict") == "worse" else "")) for effect in results.get("effects", [])]
+    said = [tag("p", effect["sentence"], class_="lead" + (" alarm" if effect.get("verdict") == "worse" else "")) for effect in (*results.get("effects", []), *results.get("camera_effects", []))]
     if config["model"] in ("random", "random-omega"):
         said.append(tag("p", "The base is random: these numbers prove that the line works, not that the depth is good.", class_="alarm"))
     return tag("div", said, tag("p", "Intervals: paired bootstrap over the held-out frames.", class_="note"))
