@@ -195,6 +195,8 @@ def recommend(settings: list[Setting], against: dict[str, list[Effect]], pairs: 
             beaten.append(setting.label)
     if beaten:
         sentence += f"; measured to be better than {' and '.join(beaten)}"
+    if effect.runs == 1:
+        sentence += ". It rests on one seed: run more seeds before you rely on it"
     return sentence + "."
 
 # %% ../../nbs/comparison/summary.ipynb #a1299082
