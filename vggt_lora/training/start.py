@@ -142,39 +142,6 @@ def _layer_line(row) -> str:
     """Return one line of model.txt: status, kind, parameters, adapter parameters, name, reason."""
     return f"{row.status:8} {row.kind:20} {row.parameters:>12,} {row.lora_parameters:>9,}  {row.name}  {row.reason}\n"
 
-# %% ../../nbs/training/start.ipynb #d655ca89
-def describe(
-    run: RunFolder,
-    config: TrainConfig,
-    beginning: Beginning,
-) -> None:
-    """Write what the run is made of: config.json, split.json, model.txt and the first lines of train.log."""
-    if not run.writes:
-        return
-    if config.resume:
-        _describe_resumed(run, config)
-        return
-    b, targets = beginning, beginning.targets
-    run.write("split.json", b.photos)
-    run.write("base_check.txt", b.base_check.text + "\n")
-    run.write("model.txt", "".join(_layer_line(row) for row in targets.rows))
-    scenes = [{"name": s.name, "frames": len(s), "metric": s.metric, "notes": list(s.notes)} for s in b.scenes]
-    about = {"config": dataclasses.asdict(config), "environment": environment()}
-    about |= {"reproducible": reproducible(resolve_device(config.device)), "split": b.audit, "scenes": scenes}
-    run.write("config.json", about)
-    for scene in b.scenes:
-        for note in scene.notes:
-            run.log(f"{scene.name}: {note}")
-    run.log(b.split.summary())
-    share = 100 * targets.trainable / targets.total
-    run.log(f"{targets.trainable:,} of {targets.total:,} parameters are trained ({share:.3f} %)")
-    run.log(b.base_check.text)
-
-# %% ../../nbs/training/start.ipynb #34f56b78
-def _layer_line(row) -> str:
-    """Return one line of model.txt: status, kind, parameters, adapter parameters, name, reason."""
-    return f"{row.status:8} {row.kind:20} {row.parameters:>12,} {row.lora_parameters:>9,}  {row.name}  {row.reason}\n"
-
 # %% ../../nbs/training/start.ipynb #4e749cae
 def _describe_resumed(run: RunFolder, config: TrainConfig) -> None:
     """Add to config.json where the run goes on, and log what differs; the record of how it began stays."""
