@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FITTED_PIXELS', 'ALIGNMENTS', 'ERRORS', 'LOG_ERRORS', 'TAU', 'COUNTS', 'SCOPES', 'counted_pixels',
            'alignment_parameters', 'align_depth', 'EvaluatedFrame', 'log_errors', 'depth_metrics', 'alignment_name',
-           'pooled_parameters', 'evaluate_frames', 'pooled', 'summarise']
+           'pooled_parameters', 'MetricRow', 'evaluate_frames', 'pooled', 'summarise']
 
 # %% ../../nbs/evaluation/metrics.ipynb #53592470
 import dataclasses
+from typing import TypedDict
 
 import numpy as np
 
@@ -185,6 +186,32 @@ def pooled_parameters(
     pred, truth = (np.concatenate(part) for part in zip(*pairs))
     return *alignment_parameters(pred, truth, how), len(pred)
 
+# %% ../../nbs/evaluation/metrics.ipynb #b5a0aa44
+class MetricRow(TypedDict, total=False):
+    """One frame, model and protocol in numbers, as `results.json` holds it; an error that does not exist is nan, in JSON null."""
+
+    protocol: str
+    model: str
+    scene: str
+    photo: str  # its name
+    alignment: str  # name, with what shares it: "median per image"
+    mae: float  # unit of the truth
+    rmse: float
+    absrel: float
+    sqrel: float
+    d1: float  # share of pixels within a factor of 1.25
+    d2: float  # 1.25²
+    d3: float  # 1.25³
+    inlier: float  # share within the factor tau
+    log_rmse: float
+    silog: float
+    pixels: int  # that were counted
+    nonpositive: int  # of these, predictions of 0 or below
+    nonfinite: int
+    scale: float  # of the alignment
+    shift: float
+    alignment_pixels: int  # that the alignment was fitted to
+
 # %% ../../nbs/evaluation/metrics.ipynb #54178649
 def evaluate_frames(
     frames,  # iterable of (pred, truth, valid, meta dict)
@@ -193,7 +220,7 @@ def evaluate_frames(
     clip: tuple[float, float] | None = None,  # aligned predictions are cut to this range
     tau: float = TAU,  # of the inlier ratio
     scored=None,  # numbers of the frames that get rows, default all; the others only enter the alignment
-) -> list[dict]:
+) -> list[MetricRow]:
     """Compare each frame under each alignment, in rows.
 
     A row has meta, `alignment`, metrics, `scale`, `shift` and `alignment_pixels`.
@@ -232,7 +259,7 @@ def pooled(
 
 
 def summarise(
-    rows: list[dict],  # of evaluate_frames
+    rows: list[MetricRow],  # of evaluate_frames
     by=("alignment",),  # keys whose values are kept apart, e.g. ("model", "alignment")
 ) -> list[dict]:
     """Average rows over frames (`mae`, ...) and over pixels (`mae_pixels`, ...), with counts."""

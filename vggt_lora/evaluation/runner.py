@@ -19,7 +19,7 @@ import torch
 from ..core import ConfigError
 from ..datasets.samples import FrameCache, Sample, load_sample
 from .cameras import camera_metrics, looks_swapped, pair_errors, pose_scale
-from .metrics import EvaluatedFrame, evaluate_frames, summarise
+from .metrics import EvaluatedFrame, MetricRow, evaluate_frames, summarise
 from .protocols import STANDARD, Protocol, find_protocols, protocol_windows
 from .statistics import Effect, in_words, paired_effect
 from ..geometry.cameras import decode_pose, relative_to_first, unproject_depth
@@ -76,7 +76,7 @@ def base_of(
 class Evaluation:
     """Rows of numbers, and the maps behind them."""
 
-    rows: list[dict]  # one per protocol, model and frame
+    rows: list[MetricRow]  # one per protocol, model and frame
     maps: list[EvaluatedFrame]  # one per frame with truth
     left_out: list[str]  # frames without any truth, named
     pixels_left_out: int = 0  # known depth outside the limits, or of weight 0
@@ -344,7 +344,7 @@ UNIT_FACTOR = 3.0  # a median factor above this, or below one over it, is report
 
 
 def unit_warnings(
-    rows: list[dict],  # of an Evaluation
+    rows: list[MetricRow],  # of an Evaluation
 ) -> list[str]:
     """Warn of predictions in another unit than the truth, by the factors of the medians."""
     found = []

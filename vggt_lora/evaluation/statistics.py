@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from ..core import ConfigError, unknown_name_message
+from .metrics import MetricRow
 
 # %% ../../nbs/evaluation/statistics.ipynb #d28e7824
 UNITS = ("frames", "scenes")  # that are drawn again
@@ -200,7 +201,7 @@ def _ends(drawn: np.ndarray, level: float) -> tuple[float, float]:
 
 # %% ../../nbs/evaluation/statistics.ipynb #3f612ce9
 def paired_values(
-    runs: list,  # rows of one run, or a list of such lists
+    runs: list[MetricRow] | list[list[MetricRow]],  # rows of one run, or a list of such lists
     metric: str,
     alignment: str,  # name, as rows carry it
     models: tuple[str, str] = ("base", "adapted"),
@@ -227,7 +228,7 @@ def paired_values(
 
 # %% ../../nbs/evaluation/statistics.ipynb #071abc80
 def effects(
-    runs: list,  # rows of one run, or a list of such lists: runs with other seeds on the same frames
+    runs: list[MetricRow] | list[list[MetricRow]],  # rows of one run, or a list of such lists: runs with other seeds on the same frames
     metrics: tuple[str, ...] = ("absrel", "d1"),
     alignment: str = "median per image",  # name, as rows carry it
     models: tuple[str, str] = ("base", "adapted"),
