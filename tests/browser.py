@@ -144,7 +144,7 @@ def open_notebook(
     """Open a notebook and wait until the application holds it."""
     driver.get(f"{url}/lab/tree/{name}?reset&token={url.token}")
     wait_for(driver, lambda d: d.execute_script(
-        "return !!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.context)"), f"{name} to open")
+        "return !!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.context)"), f"{name} to open", 180)
 
 
 def start(
@@ -249,8 +249,9 @@ def severe_log_lines(
     """Return the severe lines of the browser's own log, less the one that importing open3d causes.
 
     open3d imports dash, which opens a channel of its own in the kernel; JupyterLab knows no such channel and says so, once.
+    JupyterLab lets the browser ask for a picture attached to a cell before it puts the picture there; that it is shown is checked elsewhere.
     """
-    lines = [line["message"] for line in driver.get_log("browser") if line["level"] == "SEVERE"]
+    lines = [line["message"] for line in driver.get_log("browser") if line["level"] == "SEVERE" and not line["message"].startswith("attachment:")]
     greeting = next((line for line in lines if "Exception opening new comm" in line), None)
     if greeting is not None:
         lines.remove(greeting)

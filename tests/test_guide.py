@@ -260,7 +260,8 @@ def test_what_is_kept_of_an_output_is_neutral():
     new = nbformat.v4.new_output
     outputs = [new("stream", name="stderr", text="a warning"), new("display_data", {"text/plain": "audit: 3 photos"}, metadata={"vggt_lora": "progress"}),
                new("stream", name="stdout", text=f"run: {ROOT}/outputs/b-20301231-235959 in {Path.home()}/.cache and {tempfile.gettempdir()}/tmpab_1/x, turned 30° (1.2 s), loss 1.2 s\n"), new("stream", name="stdout", text="and on\n"),
-               new("execute_result", {"text/plain": f"{ROOT}", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}, execution_count=1)]
+               new("execute_result", {"text/plain": "Viewer()", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}, execution_count=1),
+               new("execute_result", {"text/plain": f"{ROOT}"}, execution_count=1)]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)], metadata={"widgets": {}})
     execute_notebooks.clean_outputs(notebook)
     kept = notebook.cells[0].outputs

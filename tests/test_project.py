@@ -226,6 +226,12 @@ def test_no_parameter_hides_a_name_of_the_module():
 
     fields = {f.name for f in dataclasses.fields(module.TrainConfig)}
     assert not fields & set(vars(module)), "a parameter of this name would replace it in the running notebook"
+    for cell in notebook("03_train.ipynb")["cells"]:
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
+            tree = ast.parse("".join(cell["source"]))
+            inside = {id(n) for d in ast.walk(tree) if isinstance(d, (ast.FunctionDef, ast.ClassDef)) for n in ast.walk(d)}
+            stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and id(n) not in inside}
+            assert not fields & stored, "a cell that is run again would take this for a parameter"
 
 
 # --- README ---------------------------------------------------------------------------------------------------------

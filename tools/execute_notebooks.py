@@ -124,8 +124,8 @@ def _clean(output) -> None:
     widget = [kind for kind in data if "widget" in kind]
     for kind in widget:
         del data[kind]
-    if widget and re.match(r"\w+\(", data.get("text/plain", "")):
-        del data["text/plain"]
+    if widget:
+        data.pop("text/plain", None)
     for kind, value in list(data.items()):
         if kind == "text/plain":
             data[kind] = _cut(neutral(value))

@@ -126,7 +126,7 @@ class Ready:
     choosing: list  # those that choose the best weights
     held_out: list
 
-
+# %% ../nbs/03_train.ipynb #2bd4f1a4
 def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Ready:
     """Open, split, audit, load and check; all processes must agree on it."""
     distributed.on_all(lambda: tracker_names(config.report_to))
@@ -200,7 +200,7 @@ def finish(
     results = distributed.broadcast_from_main(lambda: results)  # only the first process measures
     return Run(run.folder, config, results, run.records, maps)
 
-
+# %% ../nbs/03_train.ipynb #f4f31300
 def conclude(
     run: RunFolder,
     ready: Ready,

@@ -178,7 +178,10 @@ def recommend(settings: list[Setting], against: dict[str, list[Effect]], pairs: 
         sentence += f"; no measured difference from {' and '.join(others)}{price}"
     beaten = [s.label for s in settings if s not in equal and _pair(pairs, s.label, chosen.label)[0].verdict
               == ("better" if _goes(pairs, s.label, chosen.label) else "worse")]
-    return sentence + (f"; measured to be better than {' and '.join(beaten)}" if beaten else "") + "."
+    sentence += f"; measured to be better than {' and '.join(beaten)}" if beaten else ""
+    if first[chosen.label].runs == 1:
+        sentence += ". It rests on one seed: run more seeds before you rely on it"
+    return sentence + "."
 
 # %% ../../nbs/comparison/summary.ipynb #21e4e8ca
 def _loss(effect: Effect) -> float:

@@ -299,7 +299,7 @@ def open_scene(
     notes += unused
     known = unit_is_metre(folders, usable) if metric is None else bool(metric)
     if metric is None and not known:
-        notes.append("unit unknown: no laser data and no scene.json beside the photos; pass metric=True if it is the metre")
+        notes.append("unit unknown: no laser data and no scene.json beside the photos; give units_are_metres=yes (open_scene: metric=True) if it is the metre")
     check_convention(list(frames), model.points, str(model.folder))
     points, far = model.points, far_points(frames, model.points)
     if len(far):

@@ -184,8 +184,8 @@ def _skip(loop: Loop, chunk, found: list[WindowResult], reason: str, randoms: di
         raise TrainingError(
             f"{guard.in_row} steps in a row were skipped, the last at step {step}: {reason}, on {where}; "
             f"look at these photos in notebook 01 and replay {folder / 'bad'}; to pass them, continue with "
-            f"resume=True, output={str(folder)!r} and a higher max_skipped_steps, or skip_grad_factor=None if the gradient is only "
-            "large; another lr needs a run of its own"
+            f"resume=True, output={str(folder)!r} and a higher max_skipped_steps, or skip_grad_factor=None if the gradient "
+            "is only large; another lr needs a run of its own"
         )
 
 # %% ../../nbs/training/loop.ipynb #8f92a599
@@ -289,7 +289,7 @@ def _report_left_out(run: RunFolder, epoch: int) -> None:
 class NotFinite(TrainingError):
     """A held-out loss is not finite; the message names terms, heads and photos."""
 
-
+# %% ../../nbs/training/loop.ipynb #911db08c
 NEEDED = {"camera", "depth_conf", "depth_reg", "point_conf", "point_reg"}  # a window without these terms has no truth
 
 

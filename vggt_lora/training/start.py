@@ -109,7 +109,7 @@ class Beginning:
     coverage: list[dict]  # what supervises each training photo
     notes: list[str]  # on what can harm the run
 
-
+# %% ../../nbs/training/start.ipynb #6a4e13e0
 def describe(
     run: RunFolder,
     config: TrainConfig,

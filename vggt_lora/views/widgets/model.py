@@ -149,6 +149,11 @@ class TargetPicker(Panel):
         targets = f" -p target_modules {shlex.quote(','.join(self.patterns()))}" if self.patterns() else ""
         return f"-p strategy {self.state['strategy']}{targets} -p rank {self.state['rank']}"
 
+    def python(self) -> str:
+        """Return the choice as Python."""
+        targets = f", target_modules={','.join(self.patterns())!r}" if self.patterns() else ""
+        return f"TrainConfig(strategy={self.state['strategy']!r}{targets}, rank={self.state['rank']})"
+
     def picture(self):
         """The tree, lit where it learns; the model alone where the choice is refused."""
         if self.targets is None:
@@ -159,17 +164,19 @@ class TargetPicker(Panel):
         """The cost, and the parameters."""
         if self.targets is None:
             return f"refused: {self.fault}"
-        return "\n".join([*(f"{what + ':':15}{words}" for what, words in self.cost(self.targets).items()), "", self.parameters()])
+        return "\n".join([*(f"{what + ':':15}{words}" for what, words in self.cost(self.targets).items()), "", self.parameters(), self.python()])
 
 # %% ../../../nbs/views/widgets/model.ipynb #2bb9e9bb
 class TreePage(TargetPicker):
     """A TargetPicker with its page."""
 
     def arrange(self, inputs, screen, words):
-        """Ticks as a tree on the left, words on the right, the picture below."""
+        """Arrange the ticks on the left in a box of their own height, and beside them the picture and the words."""
         import ipywidgets
 
-        self._copy = ipywidgets.Text(self.parameters(), description="papermill", layout=ipywidgets.Layout(width="98%"))
+        wide = ipywidgets.Layout(width="98%")
+        self._copy = ipywidgets.Text(self.parameters(), description="papermill", layout=wide)
+        self._python = ipywidgets.Text(self.python(), description="Python", layout=wide)
         tree, last = [], None
         for part in self.parts:
             top = part.split(".")[0]
@@ -181,14 +188,16 @@ class TreePage(TargetPicker):
                 inputs[f"{part} blocks"].description = "blocks"
                 row.append(inputs[f"{part} blocks"])
             tree.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(padding="0 0 0 18px")))
-        left = ipywidgets.VBox([ipywidgets.HBox([inputs["strategy"], inputs["rank"]]), *tree], layout=ipywidgets.Layout(width="560px"))
-        return ipywidgets.VBox([ipywidgets.HBox([left, ipywidgets.VBox([words], layout=ipywidgets.Layout(width="640px"))]), self._copy, screen])
+        left = ipywidgets.VBox([ipywidgets.HBox([inputs["strategy"], inputs["rank"]]), *tree], layout=ipywidgets.Layout(width="400px", min_width="400px", height="520px", overflow="auto"))
+        right = ipywidgets.VBox([screen, words], layout=ipywidgets.Layout(flex="1 1 0", min_width="300px"))
+        return ipywidgets.VBox([ipywidgets.HBox([left, right]), self._copy, self._python])
 
     def refresh(self) -> None:
         """Draw anew, and write the parameters down."""
         super().refresh()
         if self.widget is not None:
             self._copy.value = self.parameters() if self.targets is not None else ""
+            self._python.value = self.python() if self.targets is not None else ""
 
 
 def target_picker(
