@@ -144,7 +144,7 @@ def open_notebook(
     """Open a notebook and wait until the application holds it."""
     driver.get(f"{url}/lab/tree/{name}?reset&token={url.token}")
     wait_for(driver, lambda d: d.execute_script(
-        "return !!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.context)"), f"{name} to open")
+        "return !!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.context)"), f"{name} to open", 180)
 
 
 def start(

@@ -41,7 +41,7 @@ EXPECTED = {
 }
 PHOTOGRAPHED = {("00_data", "azimuth"): "space", ("00_data", "points"): "plain", ("04_evaluate", "region"): "wipe", ("04_evaluate", "cloud"): "cloud", ("04_evaluate", "colour by"): "clouds"}
 MOST_MOVES = 6  # for each notebook
-PHASES = {"02_lora": "preflight of strategy a", "03_train": "measuring base and saved adapter", "05_compare": "running"}  # long work that has no bar of its own
+PHASES = {"01_depth": "dense depth of one photo", "02_lora": "preflight of strategy a", "03_train": "measuring base and saved adapter", "05_compare": "running"}  # long work that has no bar of its own
 
 
 @pytest.fixture(scope="module")

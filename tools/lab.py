@@ -41,8 +41,11 @@ def write_settings(
 
 
 def notebooks() -> list[Path]:
-    """List all notebooks: the numbered ones, and those that they link to."""
-    return sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if not path.relative_to(ROOT).as_posix().count("/."))
+    """List the numbered notebooks, the guide, and the chapters that they link to."""
+    found = [*sorted((ROOT / "nbs").glob("0*.ipynb")), *sorted((ROOT / "nbs" / "guide").glob("*.ipynb"))]
+    linked = [(path.parent / target).resolve() for path in found
+              for target in re.findall(r"\]\(([^):#]+\.ipynb)", path.read_text(encoding="utf-8"))]
+    return list(dict.fromkeys([*found, *(path for path in linked if path.is_file())]))
 
 
 def fold_machinery(notebook) -> None:
