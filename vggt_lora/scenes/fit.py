@@ -56,7 +56,7 @@ def listed(photos: Iterable, most: int = 5) -> str:
 
 # %% ../../nbs/scenes/fit.ipynb #19d83326
 NEAR = 0.01  # of the photo's long side: a keypoint this near to its point lies on it
-LEAST_SHARE = 0.5  # of a photo's keypoints; sound photos have 0.998 and more, a focal length 5 % off leaves 0.4 and less
+LEAST_SHARE = 0.5  # of a photo's keypoints; in sound photos all do, a focal length 5 % off leaves 0.4 and less
 FEWEST = 50  # keypoints, or points with a colour, by which a photo is judged: the correlation of 50 unrelated pairs exceeds 0.4 once in 250 cases
 OFF = 0.003  # of the long side, the scene's median offset; sound scenes have 0.0004 and less, a focal length 2 % off makes 0.005
 
@@ -139,8 +139,8 @@ def check_keypoints(frames: Iterable[Frame], points: Points, colours: Check) -> 
     return Check("keypoints", verdict if said else "fits", looked_at, "; ".join(said), share, LEAST_SHARE, photos)
 
 # %% ../../nbs/scenes/fit.ipynb #4b4de3e0
-LEAST_COLOUR = 0.4  # correlation of a scene below which it is refused: sound scenes have 0.84 and more, photos in a wrong order 0.1
-USUAL_COLOUR = 0.6  # correlation below which a photo is listed: sound photos have 0.80 and more, those of wrong cameras rarely more than 0.6
+LEAST_COLOUR = 0.4  # correlation of a scene below which it is refused: sound scenes have 0.79 and more, photos in a wrong order 0.1
+USUAL_COLOUR = 0.6  # correlation below which a photo is listed: sound photos have 0.74 and more, those of wrong cameras rarely more than 0.6
 AGREED = 0.75  # median correlation of photos among themselves: sound scenes have 0.84 and more, wrong cameras 0.58 and less
 SIDE = 500  # px, long side at which photos are looked at
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (BT.601)
@@ -209,7 +209,7 @@ def check_colours(frames: Iterable[Frame], points: Points) -> Check:
     photos = tuple((name, f"its brightness and its points' colours correlate by {value:.2f}") for name, value in found if value < USUAL_COLOUR)
     if figure >= USUAL_COLOUR and not photos:
         return Check("colours", "fits", looked_at, "", figure, USUAL_COLOUR)
-    head = f"brightness of the photos and colours of their points correlate by {figure:.2f} in the median photo, sound scenes by 0.8 and more"
+    head = f"brightness of the photos and colours of their points correlate by {figure:.2f} in the median photo, those of sound scenes by 0.79 and more"
     if figure >= USUAL_COLOUR:
         said = f"{len(photos)} of {len(found)} photos do not look like the points that they see: {listed(photos)}; another photo under this name, or a wrong pose"
         return Check("colours", "note", looked_at, said, figure, USUAL_COLOUR, photos)
