@@ -119,7 +119,7 @@ def edit_run_edit_run(driver) -> None:
     browser.edit_and_run_on(driver, 1, 'import os\nhome = os.sep\ndata: str = home + "no/such/folder"')
     errors = [cell["errors"] for cell in browser.code_cells(driver) if cell["errors"]]
     assert len(errors) == 1 and errors[0][0].startswith("ConfigError: data: /no/such/folder"), errors
-    shown, = browser.cell_errors(driver)
+    shown, = browser.wait_for(driver, browser.cell_errors, "the error to be drawn")
     assert len(shown.splitlines()) <= 3 and "%tb verbose" in shown and "Traceback" not in shown, shown
     browser.edit_and_run_on(driver, 1, f"data: str = {str(demo_scenes(progress=False)[0])!r}")
     assert browser.cell_errors(driver) == []
