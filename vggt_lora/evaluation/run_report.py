@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..core import escape_markdown
 from .evaluation_store import later_lines
+from .metrics import EvaluatedFrame
 from .outcome import loss_words
 from .runner import comparison_rows
 from ..files.atomic import atomic_path
@@ -93,7 +94,7 @@ def save_page(
 
 def save_figures(
     run: RunFolder,
-    maps: list[dict],  # of the held-out frames
+    maps: list[EvaluatedFrame],  # held out
     most: int = 4,  # frames drawn
 ) -> None:
     """Save loss curves and a few held-out frames as PNG; a drawing that fails is logged and ends no run."""
