@@ -157,7 +157,7 @@ def test_a_second_adapter_is_refused(base, folder):
 
 
 CHOICES = [
-    ({"strategy": "b", "target_modules": ["depth_head"]}, "brings its own"), ({"strategy": "custom"}, "needs target_modules"),
+    ({"strategy": "b", "target_modules": ["depth_head"]}, "has its own"), ({"strategy": "custom"}, "needs target_modules"),
     ({"strategy": "custom", "target_modules": " , "}, "needs target_modules"), ({"strategy": "b", "rank": 0}, "at least 1"),
     ({"strategy": "b", "rank": -3}, "at least 1"), ({"strategy": "b", "rank": 2.5}, "at least 1"), ({"strategy": "z"}, "choose one of"),
     ({"strategy": "a", "full_finetune": ["depth_head"]}, "nothing is left for adapters"),

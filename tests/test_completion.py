@@ -156,7 +156,7 @@ def test_completed_is_a_supervision_like_any_other(toy, monkeypatch):
     assert (mixed.depth[half] == 2.5).all() and (mixed.weight[half] == 1).all() and mixed.counts["half"] == half.sum()
     anchored = completed_depth(toy, toy.frames[0], (98, 140), anchors="half")
     assert (anchored.depth[half] == 2.5).all() and anchored.counts["measured"] == half.sum()
-    for anchors, words in (("completed", "cannot anchor another"), ("lasr", "Did you mean 'laser'")):
+    for anchors, words in (("completed", "which is an estimate itself"), ("lasr", "Did you mean 'laser'")):
         with pytest.raises(ConfigError, match=words):
             completed_depth(toy, toy.frames[0], (98, 140), anchors=anchors)
 

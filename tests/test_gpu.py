@@ -197,5 +197,5 @@ def test_memory_that_runs_out_costs_a_smaller_chunk_and_not_the_run(gpu, scene, 
     gpu.limit = 55_000_000
     run = train(wide(scene, tmp_path / "warned", preflight="warn"))
     said = (run.folder / "train.log").read_text()
-    assert "WARNING" in said and "the step is made again" in said
+    assert "WARNING" in said and "the step is repeated" in said
     assert np.isfinite(run.results["held_out_loss"]["after"]) and not any("skipped" in r for r in run.records)

@@ -107,7 +107,7 @@ def test_photo_resolution_clip_and_truth_range(window):
     cut = rows_of(window, exact(sample), Protocol("cut", "none", clip=(0.1, 5.0))).table()[0]
     errors = [np.abs(np.minimum(d[k], 5) - d[k]).mean() for d, k in zip(depth.astype(float), known)]
     assert cut["mae"] == pytest.approx(np.mean(errors), rel=1e-5) and cut["mae"] > 0.1
-    with pytest.raises(ConfigError, match="not offered at the photo's size"):
+    with pytest.raises(ConfigError, match="not available at the photo's size"):
         evaluate_windows({"m": exact(sample)}, [(scene, item)], FrameCache(252, supervision="completed"), "robustmvd")
 
 

@@ -255,7 +255,7 @@ def test_memory_that_one_process_lacks_is_on_record_and_each_goes_on_as_it_was(p
     assert [one["memory"]["raised"].split(";")[0] for one in found] == ["Stopped: stopped by SIGTERM after step 4 of 6"] * 2
     assert found[0]["memory resumed"] == found[1]["memory resumed"] and not found[0]["memory resumed"]["raised"]
     log = (folder / "memory" / "train.log").read_text()
-    assert log.count("process 2 of 2: out of memory: dense heads now take 1 frame at once; the step is made again") == log.count("out of memory") == 1
+    assert log.count("process 2 of 2: out of memory: dense heads now take 1 frame at once; the step is repeated") == log.count("out of memory") == 1
     assert read_checkpoint(folder / "memory" / "checkpoints" / "last.pt")["counters"]["oom_recovery"] == [{"chunk": 3, "head": False, "blocks": False}, {"chunk": 1, "head": True, "blocks": False}]
     ours, theirs = ([r["loss"] for r in without_wall(folder / name / "metrics.jsonl")] for name in ("memory", "whole"))
     assert ours == pytest.approx(theirs, rel=1e-3)  # dropout draws its numbers piece by piece
@@ -267,8 +267,8 @@ def test_processes_that_have_not_the_same_in_hand_end_before_any_work(pair):
     assert [one["other"] for one in found] == [{"settings": 1, "base": 1, "taken": 1}] * 2 and not (folder / "other").exists()
     for rank in (0, 1):
         said = (folder / f"log-{rank}").read_text()
-        assert said.count("the processes of a run must have the same in hand: lr is 0.002 in process 2 and 0.001 in process 1\n") == 1
-        assert said.count("the processes of a run must have the same in hand: the checksum of the base is ") == 1 and said.count("holds a run already; give resume=True") == 1
+        assert said.count("the processes of a run disagree: lr is 0.002 in process 2 and 0.001 in process 1\n") == 1
+        assert said.count("the processes of a run disagree: the checksum of the base is ") == 1 and said.count("holds a run already; give resume=True") == 1
 
 
 @pytest.mark.parametrize("name, words, whose", [("no memory", "TrainingError: out of memory even with one frame at once", 2), ("no validation", "TrainingError: out of memory even with", 2),

@@ -348,7 +348,7 @@ def edited_maker(monkeypatch, module: str, old: str, new: str) -> str:
 @pytest.mark.parametrize("module, old, new, same", [
     ("demo/demo_scenes.py", "Return the folder of the default scenes", "Return where the default scenes lie", True),
     ("demo/building.py", "import numpy as np", "import numpy as np\nCHANGED = 1", True),
-    ("supervision/sparse.py", "Depth from the sparse points", "Depth from sparse points", True),
+    ("supervision/sparse.py", "Project the frame's own visible", "Project the frame's visible", True),
     ("scenes/images.py", "import numpy as np", "import numpy as np  # for arrays", True),
     ("scenes/images.py", "import numpy as np", "import numpy as np\nCHANGED = 1", False),
     ("geometry/cameras.py", "import numpy as np", "import numpy as np\nCHANGED = 1", False),

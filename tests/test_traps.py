@@ -108,7 +108,7 @@ def test_photos_that_were_trained_on_cannot_be_measured_under_another_name(toy, 
     config = TrainConfig(data=str(toy), frames=4, choose_fraction=0.0, image_size=56, frame_cache=False)
     write_json(tmp_path / "run" / "config.json", {"config": dataclasses.asdict(config)})
     write_json(tmp_path / "run" / "split.json", {"train": {"elsewhere/renamed.jpg": content_hash(scene.frames[2].image_path)}, "val": {}})
-    with pytest.raises(LeakError, match="1 photos would be measured on that this run was trained on, for instance .*" + Path(scene.frames[2].name).stem):
+    with pytest.raises(LeakError, match="1 held-out photos were training photos of this run, for instance .*" + Path(scene.frames[2].name).stem):
         evaluate(tmp_path / "run", str(toy), protocol="median")
 
 

@@ -256,7 +256,7 @@ def out_of_memory(scale: Scale, folder: Path) -> Iterator[Row]:
             said = str(error)
         finally:
             limit_memory(None)
-        if said or "the step is made again" in (output / "train.log").read_text(encoding="utf-8"):
+        if said or "the step is repeated" in (output / "train.log").read_text(encoding="utf-8"):
             yield Row("a step runs out of memory", said or f"goes on in smaller pieces with {share:.0%} of {peak / 1e6:.0f} MB", not said)
             return
     yield Row("a step runs out of memory", "no limit made a step too large", False)

@@ -169,14 +169,14 @@ def load_sample(
 def collate(
     samples: list[Sample],
 ) -> dict:
-    """Stack samples of equal shape into a batch: tensors get a leading axis B, the rest become lists."""
+    """Stack samples of equal shape: tensors get a leading axis B, other fields become lists."""
     import torch
 
     shapes = {tuple(s.images.shape) for s in samples}
     if len(shapes) != 1:
         raise ConfigError(f"a batch needs windows of one shape, got {sorted(shapes)}; use a batch of one window")
-    return {
-        field.name: torch.stack(values) if isinstance(values[0], torch.Tensor) else values
-        for field in dataclasses.fields(Sample)
-        for values in [[getattr(s, field.name) for s in samples]]
-    }
+    batch = {}
+    for field in dataclasses.fields(Sample):
+        values = [getattr(sample, field.name) for sample in samples]
+        batch[field.name] = torch.stack(values) if isinstance(values[0], torch.Tensor) else values
+    return batch

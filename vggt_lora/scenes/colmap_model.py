@@ -6,7 +6,7 @@
 __all__ = ['MODEL_FOLDERS', 'MODEL_FILES', 'PINHOLE_FAMILY', 'STRAIGHT', 'WORKSPACES', 'find_model', 'ColmapCamera',
            'ColmapImage', 'ColmapModel', 'pinhole_matrix', 'rough_matrix', 'distortion_px', 'nearly_pinholes',
            'photo_count', 'distorts', 'choose_model', 'rig_poses', 'keypoint_distance', 'choose_poses', 'scan_model',
-           'points_of', 'pose_of', 'observed_points', 'read_model']
+           'points_of', 'rows_by_id', 'pose_of', 'observed_points', 'read_model']
 
 # %% ../../nbs/scenes/colmap_model.ipynb #4254fa49
 from dataclasses import dataclass, replace
@@ -243,6 +243,16 @@ def points_of(points: PointTable) -> Points:
     return Points(np.ascontiguousarray(points.xyz), points.rgb.astype(np.uint8), error, lengths, points.ids)
 
 
+def rows_by_id(ids: np.ndarray):
+    """Return a function from point ids to their rows."""
+    if len(ids) and ids.max() < 8 * len(ids):  # nearly always: a table is faster than a search
+        table = np.zeros(int(ids.max()) + 1, np.int64)
+        table[ids] = np.arange(len(ids))
+        return table.__getitem__
+    order = np.argsort(ids)
+    return lambda wanted: order[np.searchsorted(ids, wanted, sorter=order)] if len(wanted) else np.zeros(0, np.int64)
+
+
 def pose_of(
     quaternion,  # (4,) x y z w
     translation,  # (3,)
@@ -279,13 +289,12 @@ def read_model(
     columns = cameras.ids.tolist(), cameras.models, cameras.sizes.tolist(), cameras.params
     for number, model, (width, height), params in zip(*columns):
         readable[number] = ColmapCamera(number, model, (height, width), params)
-    by_id = np.argsort(points.ids)
+    row_of = rows_by_id(points.ids)
     posed = []
     for row, (ids, places) in enumerate(observed_points(images, points, check)):
-        rows = by_id[np.searchsorted(points.ids, ids, sorter=by_id)] if len(ids) else np.zeros(0, np.int64)
         pose = pose_of(np.roll(images.quaternions[row], -1), images.translations[row])  # w x y z in the file
         number, camera = int(images.ids[row]), int(images.camera_ids[row])
-        posed.append(ColmapImage(number, images.names[row], camera, pose, rows, places))
+        posed.append(ColmapImage(number, images.names[row], camera, pose, row_of(ids), places))
     found = points_of(points)
     posed, notes = choose_poses(posed, rig_poses(folder, form), readable, found)
     return ColmapModel(folder, form, readable, tuple(posed), found, (*check.notes, *notes))
