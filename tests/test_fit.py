@@ -165,3 +165,25 @@ def test_photos_of_several_sizes_name_the_setting(tmp_path):
     with pytest.raises(ConfigError, match=r"64x48 \(2: IMG_0.jpg ...\), 40x48 \(1: IMG_2.jpg\). Give camera='each photo'"):
         upright_photos(folder, photos_in(folder), "one", tmp_path / "work")
     assert upright_photos(folder, photos_in(folder), "each photo", tmp_path / "work") == folder
+
+
+# --- the folder of photos -------------------------------------------------------------------------------------------------
+
+def test_a_look_alike_folder_is_offered_and_can_be_said(source, tmp_path):
+    cases.as_it_is(source, tmp_path / "house")
+    (tmp_path / "house" / "images").rename(tmp_path / "house" / "input_4")
+    with pytest.raises(SceneError, match="input_4/dslr_images_undistorted holds 8 photos of such names"):
+        open_scene(tmp_path / "house")
+    (tmp_path / "house" / "scene.json").write_text('{"images": "input_4"}')
+    assert len(open_scene(tmp_path / "house")) == 8
+    (tmp_path / "house" / "scene.json").write_text('{"images": "../elsewhere"}')
+    with pytest.raises(SceneError, match='"images" is .*expected a folder below'):
+        open_scene(tmp_path / "house")
+
+
+def test_another_ending_is_offered(source, tmp_path):
+    cases.as_it_is(source, tmp_path / "house")
+    photo = cases.photos_of(tmp_path / "house")[0]
+    photo.rename(photo.with_suffix(".png"))
+    with pytest.raises(SceneError, match=f"{photo.stem}.png is there, but its ending"):
+        open_scene(tmp_path / "house")

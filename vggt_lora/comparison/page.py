@@ -92,7 +92,8 @@ def effects_figure(comparison: Comparison, metric: int = 0):
     rows = [{"label": s.label, **comparison.against_base[s.label][metric].row()} for s in comparison.settings]
     name = comparison.against_base[comparison.settings[0].label][metric].metric
     settings = "1 setting" if len(rows) == 1 else f"{len(rows)} settings"
-    return effects_chart(rows, f"{METRIC_NAMES.get(name, name)} against the base ({settings}, {100 * LEVEL:g} % intervals)")
+    return effects_chart(rows, f"{METRIC_NAMES.get(name, name)} against the base ({settings}, {100 * LEVEL:g} % "
+                         "intervals)")
 
 
 MOST_SHOWN = 5  # settings side by side

@@ -96,7 +96,7 @@ class EvaluatedFrame:
     labels: np.ndarray  # (H, W) uint8, codes of scenes.masks.REGIONS; 0 = none
     plan: object = None  # ImagePlan, how the photo came to the grid; None where there is no photo
     depth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # model -> (H, W)
-    confidence: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # model -> (H, W), where the model has one
+    confidence: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # model -> (H, W), if it has one
 
     def aligned(
         self,
@@ -188,7 +188,7 @@ def pooled_parameters(
 
 # %% ../../nbs/evaluation/metrics.ipynb #b5a0aa44
 class MetricRow(TypedDict, total=False):
-    """One frame, model and protocol in numbers, as `results.json` holds it; an error that does not exist is nan, in JSON null."""
+    """Metrics of one frame, model and protocol, as in results.json; an undefined error is nan, in JSON null."""
 
     protocol: str
     model: str

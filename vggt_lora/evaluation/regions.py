@@ -336,6 +336,7 @@ def check_claims(
         verdict = verdict_on(effect, low, high)
         said = in_words(effect, f"MAE {name}") if effect else f"MAE {name}: no photo has this region."
         rows.append({"region": region, "claim_low": low, "claim_high": high, "verdict": verdict,
-                     "sentence": f"Claim of other sources: MAE {name} changes by {100 * low:.0f} to {100 * high:.0f} %: "
+                     "sentence": f"Claim of other sources: MAE {name} changes by {100 * low:.0f} to "
+                     f"{100 * high:.0f} %: "
                      f"{verdict}. {said}"})
     return rows

@@ -247,7 +247,8 @@ def _keep_maps(result: Evaluation, sample: Sample, where, trusted, fresh: list[i
             plan = cache.plan(scene, window.frames[i], tuple(sample.depth.shape[1:]))
             labels = region_labels(scene, scene.frames[window.frames[i]], plan)
         depth = {name: prediction.depth[i] for name, prediction in predictions.items()}
-        confidence = {name: prediction.confidence[i] for name, prediction in predictions.items() if prediction.confidence is not None}
+        confidence = {name: prediction.confidence[i]
+                      for name, prediction in predictions.items() if prediction.confidence is not None}
         result.maps.append(EvaluatedFrame(
             sample.scene, sample.names[i], sample.images[i].permute(1, 2, 0).numpy(),
             sample.depth[i].numpy().astype(np.float64), trusted[i], sample.K[i].numpy(),
@@ -311,15 +312,17 @@ def camera_effects(
     pairs: list[dict],  # of an Evaluation with the models base and adapted
     **options,  # of paired_effect
 ) -> list[Effect]:
-    """Measure how the cameras of each photo changed, rotation and direction in degrees; [] without pairs of both models."""
+    """Measure how each photo's cameras changed, in degrees; [] without pairs of both models."""
     errors = {}  # model, scene, photo -> its pairs
     for pair in pairs:
         for photo in (pair["photo"], pair["other"]):
             errors.setdefault((pair["model"], pair["scene"], photo), []).append(pair)
-    photos = [(scene, photo) for model, scene, photo in errors if model == "base" and ("adapted", scene, photo) in errors]
+    photos = [(scene, photo) for model, scene, photo in errors if model == "base"
+              and ("adapted", scene, photo) in errors]
     found = []
     for name in CAMERA_ERRORS if photos else ():
-        base, adapted = ([_mean_error(errors[model, *photo], name) for photo in photos] for model in ("base", "adapted"))
+        base, adapted = ([_mean_error(errors[model, *photo], name) for photo in photos]
+                         for model in ("base", "adapted"))
         found.append(paired_effect(base, adapted, [scene for scene, _ in photos], metric=name, **options))
     return found
 
@@ -367,5 +370,6 @@ def comparison_rows(
     rows = []
     for frame in maps:
         aligned = {model: frame.aligned(model, how) for model in models}
-        rows.append({"photo": frame.photo, "truth": frame.truth, "valid": frame.valid, **aligned, "name": frame.name.rsplit("/", 1)[-1]})
+        rows.append({"photo": frame.photo, "truth": frame.truth, "valid": frame.valid, **aligned,
+                     "name": frame.name.rsplit("/", 1)[-1]})
     return rows

@@ -228,7 +228,7 @@ def paired_values(
 
 # %% ../../nbs/evaluation/statistics.ipynb #071abc80
 def effects(
-    runs: list[MetricRow] | list[list[MetricRow]],  # rows of one run, or a list of such lists: runs with other seeds on the same frames
+    runs: list[MetricRow] | list[list[MetricRow]],  # rows of one run, or of several seeds on the same frames
     metrics: tuple[str, ...] = ("absrel", "d1"),
     alignment: str = "median per image",  # name, as rows carry it
     models: tuple[str, str] = ("base", "adapted"),

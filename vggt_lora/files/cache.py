@@ -65,7 +65,7 @@ def file_stamp(path: Path) -> tuple:
 def cache_folder(
     name: str,  # of a kind of entries: frames, dense, prefix, demo
 ) -> Path:
-    """Return the folder of what is computed once and kept: `name` below $VGGT_LORA_CACHE, else below ~/.cache/vggt_lora."""
+    """Return the cache folder `name`: below $VGGT_LORA_CACHE, else below ~/.cache/vggt_lora."""
     named = os.environ.get("VGGT_LORA_CACHE")
     root = Path(named).expanduser() if named else Path.home() / ".cache" / "vggt_lora"
     return root / name

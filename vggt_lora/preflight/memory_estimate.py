@@ -102,7 +102,8 @@ def count(
 ) -> Counted:
     """Estimate a run on a network with shapes only; raises ConfigError if no adapter fits."""
     plain = TrainConfig()
-    return _count(shape, dataclasses.replace(config, **{name: getattr(plain, name) for name in UNREAD}), size, precision)
+    return _count(shape, dataclasses.replace(config, **{name: getattr(plain, name) for name in UNREAD}), size,
+                  precision)
 
 
 @functools.lru_cache(32)
@@ -115,7 +116,8 @@ def _count(shape, config: TrainConfig, size: tuple[int, int], precision: str) ->
     if item == 2:
         in_heads = saved_bytes(model, frames, size, heads, after=max(network(model)._layers_read(heads)))
         saved = in_heads + (saved - in_heads) // 2
-    used = config.feature_cache != "off" and boundary is not None and (bool(config.distinct_epochs) or not config.varies)
+    used = (config.feature_cache != "off" and boundary is not None
+            and (bool(config.distinct_epochs) or not config.varies))
     layers = range(EMBEDDING, boundary + 1) if used else ()
     modules = [module for layer in layers for _, module in part(network(model), layer)]
     away = sum(p.numel() for module in modules for p in module.parameters()) if config.distinct_epochs else 0

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'MANY_PHOTOS', 'PHOTOS', 'scene_root', 'scene_folders', 'find_part', 'files_below',
-           'link_command', 'undistort_command', 'photo_folder', 'photo_size', 'photo_path', 'size_factors',
-           'is_raw_depth', 'laser_beside', 'unit_is_metre', 'unused_models', 'mask_folder', 'frame_of', 'open_scene',
-           'is_scene', 'why_no_scene', 'find_scenes']
+           'link_command', 'undistort_command', 'plain_stem', 'look_alike', 'photo_folder', 'photo_size', 'photo_path',
+           'size_factors', 'is_raw_depth', 'laser_beside', 'scene_json', 'said_images', 'unit_is_metre',
+           'unused_models', 'mask_folder', 'frame_of', 'open_scene', 'is_scene', 'why_no_scene', 'find_scenes']
 
 # %% ../../nbs/scenes/opening.ipynb #e80c875e
 import json
 import shlex
+import unicodedata
 from itertools import chain, islice
 from pathlib import Path
 
@@ -90,6 +91,21 @@ def undistort_command(
     return f"python -c {shlex.quote(code)}"
 
 # %% ../../nbs/scenes/opening.ipynb #f1f7bd54
+def plain_stem(name: str) -> str:
+    """Return a file's name without folder and ending, in one case and one Unicode form."""
+    return unicodedata.normalize("NFC", Path(name).stem).casefold()
+
+
+def look_alike(names: list[str], folders: list[Path]) -> str:
+    """Offer the folder of a scene whose files have the most of these names, as far as ending, case and Unicode form go; empty where there is none."""
+    wanted, counts = {plain_stem(name) for name in names}, {}
+    for place in chain.from_iterable(folder.glob(pattern) for folder in folders for pattern in ("*/", "*/*/")):
+        pictures = [f for f in place.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")] if place.is_dir() else []
+        counts[place] = len({plain_stem(f.name) for f in pictures} & wanted)
+    best = max(counts, key=counts.get, default=None)
+    return f" {best} holds {counts[best]} photos of such names: is that the folder?" if best is not None and counts[best] else ""
+
+
 def photo_folder(
     model: ColmapModel,
     folders: list[Path],  # of the scene
@@ -108,13 +124,17 @@ def photo_folder(
     if best is None:
         looked = dict.fromkeys(str(folder) for place in places for folder in place)
         raise SceneError(f"none of the {len(names)} photos found, the first is {names[0]}; link their folder: "
-                         f"{link_command(names[0], folders[0])} (or say where the photos lie with images=). Looked in {', '.join(looked)}")
+                         f"{link_command(names[0], folders[0])} (or say where the photos lie with images=, or as \"images\" in scene.json).{look_alike(names, folders)} Looked in {', '.join(looked)}")
     missing = [name for name in names if not (best / name).is_file()]
     if not missing:
         return best
-    twins = [f.name for f in (best / missing[0]).parent.glob("*") if f.name.lower() == Path(missing[0]).name.lower()]
+    near = (best / missing[0]).parent
+    files = list(near.glob("*")) if near.is_dir() else []
+    twins = [f.name for f in files if f.name.lower() == Path(missing[0]).name.lower()]
+    alike = [f.name for f in files if plain_stem(f.name) == plain_stem(missing[0])]
     raise SceneError(f"{len(missing)} of {len(names)} photos are missing in {best}: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
-                     + (f"; {twins[0]} is there, but upper and lower case differ" if twins else ""))
+                     + (f"; {twins[0]} is there, but upper and lower case differ" if twins else
+                        f"; {alike[0]} is there, but its ending or the form of its letters (Unicode) differs: rename it to {Path(missing[0]).name}" if alike else ""))
 
 
 def photo_size(
@@ -196,23 +216,45 @@ def laser_beside(
     return usable, notes
 
 
+def scene_json(
+    folders: list[Path],  # of the scene
+) -> tuple[Path | None, dict]:
+    """Read what the user says of a scene, {} where there is nothing; raises SceneError for a broken file."""
+    said = find_part(folders, "scene.json")
+    if said is None:
+        return None, {}
+    try:
+        content = read_json(said)
+    except ValueError as error:
+        raise SceneError(f"{said}: is not valid JSON ({error}); expected for instance {{\"unit\": \"metre\"}}") from error
+    return said, content if isinstance(content, dict) else {}
+
+
+def said_images(
+    folders: list[Path],  # of the scene
+) -> Path | None:
+    """Return the folder of photos that scene.json names, relative to it; raises SceneError where it is no folder of the scene."""
+    said, content = scene_json(folders)
+    if said is None or content.get("images") is None:
+        return None
+    folder = said.parent / str(content["images"])
+    if not folder.is_dir() or not folder.resolve().is_relative_to(said.parent.resolve()):
+        raise SceneError(f"{said}: \"images\" is {content['images']!r}; expected a folder below {said.parent}")
+    return folder
+
+
 def unit_is_metre(
     folders: list[Path],  # of the scene
     laser: bool = False,  # whether laser data can be read: where scene.json says nothing, its unit is the scene's
 ) -> bool:
     """Say whether the unit is known to be the metre; raises SceneError for a broken scene.json."""
-    said = find_part(folders, "scene.json")
-    if said is not None:
-        try:
-            content = read_json(said)
-        except ValueError as error:
-            raise SceneError(f"{said}: is not valid JSON ({error}); expected for instance {{\"unit\": \"metre\"}}") from error
-        unit = content.get("unit") if isinstance(content, dict) else None
-        if unit is not None:
-            if unit not in ("metre", "arbitrary"):
-                raise SceneError(f"{said}: " + unknown_name_message("unit", unit, ("metre", "arbitrary")))
-            return unit == "metre"
-    return laser
+    said, content = scene_json(folders)
+    unit = content.get("unit")
+    if unit is None:
+        return laser
+    if unit not in ("metre", "arbitrary"):
+        raise SceneError(f"{said}: " + unknown_name_message("unit", unit, ("metre", "arbitrary")))
+    return unit == "metre"
 
 # %% ../../nbs/scenes/opening.ipynb #1b0208d4
 def unused_models(
@@ -278,7 +320,7 @@ def open_scene(
     model = read_model(chosen)
     if not model.images:
         raise SceneError(f"{model.folder}: the model holds no posed image; expected at least one in images{model.form}")
-    folder = photo_folder(model, folders, user_path(images) if images else None)
+    folder = photo_folder(model, folders, user_path(images) if images else said_images(folders))
     ordered = sorted(model.images, key=lambda i: (natsort_keygen()(i.name), i.name))
     masks = mask_folder(folder, folders)
     undistort = undistort_command(model.folder, folder, root)
