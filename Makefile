@@ -108,7 +108,7 @@ coverage: env
 	$(BIN)/python -m coverage run tools/run_chapters.py
 	$(BIN)/python -m coverage combine -q
 	@printf '# Coverage\n\nWritten by `make coverage`: lines that pytest and the chapters run; what is left out is in `.coveragerc`.\n\n' >docs/coverage.md
-	$(BIN)/python -m coverage report --skip-covered --fail-under=90 --format=markdown >>docs/coverage.md
+	$(BIN)/python -m coverage report --skip-covered --show-missing --fail-under=90 --format=markdown >>docs/coverage.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

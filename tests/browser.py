@@ -11,6 +11,7 @@ Use:
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -238,9 +239,10 @@ def first_screen(
 def cell_errors(
     driver,
 ) -> list[str]:
-    """Return the text of every error shown in the notebook."""
+    """Return the text of every error shown in the notebook; JupyterLab draws it as it draws what goes to stderr."""
     from selenium.webdriver.common.by import By
-    return [shown.text for shown in driver.find_elements(By.CSS_SELECTOR, '[data-mime-type="application/vnd.jupyter.error"]')]
+    texts = [shown.text for shown in driver.find_elements(By.CSS_SELECTOR, '[data-mime-type="application/vnd.jupyter.stderr"]')]
+    return [text for text in texts if re.match(r"-{20}|\w+(Error|Exception|Interrupt)\b", text)]
 
 
 def severe_log_lines(

@@ -119,30 +119,39 @@ def edit_run_edit_run(driver) -> None:
     browser.edit_and_run_on(driver, 1, 'import os\nhome = os.sep\ndata: str = home + "no/such/folder"')
     errors = [cell["errors"] for cell in browser.code_cells(driver) if cell["errors"]]
     assert len(errors) == 1 and errors[0][0].startswith("ConfigError: data: /no/such/folder"), errors
-    shown, = browser.cell_errors(driver)
+    shown, = browser.wait_for(driver, browser.cell_errors, "the error to be drawn")
     assert len(shown.splitlines()) <= 3 and "%tb verbose" in shown and "Traceback" not in shown, shown
     browser.edit_and_run_on(driver, 1, f"data: str = {str(demo_scenes(progress=False)[0])!r}")
     assert browser.cell_errors(driver) == []
 
 
-def look_on_meanwhile(driver, url) -> None:
-    """In another tab, as after a reload: `watch_run()` finds the training and follows it."""
-    first = driver.current_window_handle
-    browser.wait_for(driver, lambda d: (RUN / ".run.lock").exists(), "the training to begin", 300)
+def train_small(folder: Path) -> list[str]:
+    """The command of a small training."""
+    small = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return [sys.executable, "-m", "vggt_lora.train", *small, "--output", str(folder)]
+
+
+@pytest.mark.slow
+def test_a_training_is_found_again(page):
+    """In a page that knows nothing of the training, as after a reload, `watch_run()` finds it and follows it."""
+    url, driver = page
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     cell = nbformat.v4.new_code_cell("from vggt_lora.views.widgets.run import watch_run\nwatch_run()")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), FOLDER / "served" / "watch.ipynb")
-    driver.switch_to.new_window("tab")
-    browser.open_notebook(driver, url, "watch.ipynb")
-    browser.run_all(driver)
     text = "return [...document.querySelectorAll('.jp-OutputArea .widget-html-content')].map(shown => shown.innerText).join(' ')"
-    assert browser.cell_errors(driver) == []
-    said = browser.wait_for(driver, lambda d: "step" in (now := d.execute_script(text)) and now, "the run to be shown")
-    browser.wait_for(driver, lambda d: d.execute_script(text) not in ("", said), "the run to move", 300)
+    training = subprocess.Popen(train_small(FOLDER / "watched"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        browser.wait_for(driver, lambda d: (FOLDER / "watched" / ".run.lock").exists(), "the training to begin", 300)
+        browser.open_notebook(driver, url, "watch.ipynb")
+        browser.run_all(driver)
+        assert browser.cell_errors(driver) == []
+        said = browser.wait_for(driver, lambda d: "step" in (now := d.execute_script(text)) and now, "the run to be shown")
+        browser.wait_for(driver, lambda d: d.execute_script(text) not in ("", said), "the run to move", 300)
+        assert training.wait(600) == 0
+    finally:
+        training.kill()
     browser.save(driver)
     driver.execute_script("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
-    driver.close()
-    driver.switch_to.window(first)
 
 
 @pytest.mark.slow
@@ -150,13 +159,9 @@ def look_on_meanwhile(driver, url) -> None:
 def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
     url, driver = page
     if name == "04_evaluate" and not (RUN / "results.json").is_file():  # 03 was not asked for, or failed
-        small = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        subprocess.run([sys.executable, "-m", "vggt_lora.train", *small, "--output", str(RUN)], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(train_small(RUN), cwd=ROOT, check=True, capture_output=True)
     browser.open_notebook(driver, url, small_copy(name))
-    browser.start(driver)
-    if name == "03_train":
-        look_on_meanwhile(driver, url)
-    phases = browser.wait_until_run(driver)
+    phases = browser.run_all(driver)
     assert not browser.restarts(url), "the kernel died on the way"
     assert name not in PHASES or len([line for line in phases if line.startswith(PHASES[name])]) > 1, phases
     cells = browser.code_cells(driver)

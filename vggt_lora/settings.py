@@ -10,6 +10,7 @@ __all__ = ['TYPES', 'setting', 'Setting', 'settings_of', 'check_values', 'settin
 import argparse
 import contextlib
 import dataclasses
+import html
 import sys
 import types
 import typing
@@ -115,25 +116,31 @@ def settings_table(
     config,  # a configuration class, or a configuration, whose values are shown instead of the defaults
     folded: bool = False,  # fold each section, for a long table
 ) -> str:
-    """Return a Markdown table of all settings by section; values that differ from the default are bold."""
+    """Return Markdown with a table of all settings by section; values that differ from the default are bold."""
     cls = config if isinstance(config, type) else type(config)
-    head = f"| setting | {'default' if cls is config else 'value'} | allowed | meaning |\n|---|---|---|---|"
-    tables = {}
+    head = ("setting", "default" if cls is config else "value", "allowed", "meaning")
+    sections = {}
     for setting in settings_of(cls):
         value = getattr(config, setting.name)
-        shown = f"`{value!r}`" if value == setting.default else f"**`{value!r}`**"
-        row = " | ".join([f"`{setting.name}`", shown, setting.allowed, setting.about])
-        tables.setdefault(setting.section, [head]).append(f"| {row} |")
-    parts = []
-    for title, lines in tables.items():
-        table = "\n".join(lines)
-        if folded:
-            names = ", ".join(line.split("`")[1] for line in lines[1:])
-            table = f"<details><summary><b>{title}</b>: {names}</summary>\n\n{table}\n\n</details>"
-        elif title:
-            table = f"**{title}**\n\n{table}"
-        parts.append(table)
-    return "\n\n".join(parts)
+        shown = f"<code>{html.escape(repr(value))}</code>"
+        if value != setting.default:
+            shown = f"<b>{shown}</b>"
+        row = (f"<code>{setting.name}</code>", shown, setting.allowed, html.escape(setting.about, quote=False))
+        sections.setdefault(setting.section, []).append(row)
+    return "\n\n".join(_section_table(title, head, rows, folded) for title, rows in sections.items())
+
+
+def _section_table(title: str, head: tuple, rows: list[tuple], folded: bool) -> str:
+    """Return the table of one section, in Markdown, or folded in one block of HTML."""
+    if not folded:
+        lines = [" | ".join(cells) for cells in (head, ["---"] * len(head), *rows)]
+        table = "\n".join(f"| {line} |" for line in lines)
+        return f"**{title}**\n\n{table}" if title else table
+    names = ", ".join(row[0] for row in rows)
+    lines = ["<tr><th>" + "</th><th>".join(head) + "</th></tr>"]
+    lines += ["<tr><td>" + "</td><td>".join(row) + "</td></tr>" for row in rows]
+    table = "<table>" + "".join(lines) + "</table>"
+    return f"<details><summary><b>{title}</b>: {names}</summary>{table}</details>"
 
 # %% ../nbs/settings.ipynb #e9ee0563
 def settings_parser(
