@@ -114,7 +114,7 @@ def named_like(source):
 
 def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "cache"))
-    settings = {"data": str(toy.root), "supervision": "laser+sparse", "choose_fraction": 0.0, "epochs": 1, "frames": 4, "model": "random", "image_size": 56, "rank": 4, "lr": 1e-3}
+    settings = {"data": str(toy.root), "supervision": "sparse", "choose_fraction": 0.0, "epochs": 1, "frames": 4, "model": "random", "image_size": 56, "rank": 4, "lr": 1e-3}
     without = train(TrainConfig(output=str(tmp_path / "without"), frame_cache=False, **settings))
     assert not (tmp_path / "cache" / "frames").exists()
     config = TrainConfig(output=str(tmp_path / "stored"), **settings)
