@@ -33,7 +33,7 @@ help:
 	@echo "make torture      env, then every command killed, at 100 random instants and before about 200 writes in all; the result goes to docs/torture.md"
 	@echo "make newcomer     all that the README tells a newcomer, on a fresh clone, timed; the log goes to docs/newcomer.md"
 	@echo "make test-matrix  the quick tests with Python 3.11 and 3.12, pinned and lowest versions, each in an environment of its own"
-	@echo "make coverage     env, then pytest and the chapters with the lines of the package that they run; fails below 90 %; docs/coverage.md is the table"
+	@echo "make coverage     env, then pytest and the chapters with the lines of the package that they run; fails below 90 %; outputs/coverage.md is the table"
 	@echo "make system  only the system packages that Open3D and the browser check need"
 	@echo "make clean   remove $(VENV) and build leftovers; outputs/ stays"
 
@@ -101,14 +101,14 @@ newcomer:
 test-matrix:
 	$(PYTHON) tools/test_matrix.py
 
-# Processes that tests start are counted too, and the chapters' own checks. The table goes to docs/coverage.md.
+# Processes that tests start are counted too, and the chapters' own checks. The table goes to outputs/coverage.md.
 coverage: env
 	$(BIN)/python -m coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -q -n 2 --dist loadfile tests
 	$(BIN)/python -m coverage run tools/run_chapters.py
 	$(BIN)/python -m coverage combine -q
-	@printf '# Coverage\n\nWritten by `make coverage`: lines that pytest and the chapters run; what is left out is in `.coveragerc`.\n\n' >docs/coverage.md
-	$(BIN)/python -m coverage report --skip-covered --show-missing --fail-under=90 --format=markdown >>docs/coverage.md
+	@printf '# Coverage\n\nWritten by `make coverage`: lines that pytest and the chapters run; what is left out is in `.coveragerc`.\n\n' >outputs/coverage.md
+	$(BIN)/python -m coverage report --skip-covered --show-missing --fail-under=90 --format=markdown >>outputs/coverage.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

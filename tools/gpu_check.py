@@ -71,7 +71,7 @@ class Row:
     what: str
     result: str
     passed: bool = True
-    hardware: str = ""  # the command of a row of the README's hardware table; empty where it is none
+    hardware: str = ""  # the command of a row of the hardware table in nbs/guide/measurements.ipynb; empty where it is none
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
