@@ -273,7 +273,7 @@ def test_a_link_out_of_the_hubs_cache_is_refused(name, tmp_path, monkeypatch):
         (home / "blobs" / file).write_text("{}")
         (home / "snapshots" / "abc" / file).symlink_to(home / "blobs" / file)
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision=None: asked.append(file) or str(home / "snapshots" / "abc" / file))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision=None, **rest: asked.append(file) or str(home / "snapshots" / "abc" / file))
     assert find_weights("some/model").path.name == "model.safetensors"
     (home / "snapshots" / "abc" / name).unlink()
     (home / "snapshots" / "abc" / name).symlink_to(tmp_path / "secret")
