@@ -165,7 +165,7 @@ def main(
         print(f"{p.prog}: {fault}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{p.prog}: interrupted; what has arrived is kept, the same command goes on from there", file=sys.stderr)
+        print(f"\n{p.prog}: interrupted; the received bytes are kept, the same command goes on from there", file=sys.stderr)
         return 130
     return 0
 
