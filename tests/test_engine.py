@@ -297,7 +297,7 @@ def test_replay_gives_the_number_of_the_step(scene, tmp_path, precision):
     losses = {}
 
     def skip(loop, chunk, said, *rest):
-        losses[loop.progress.step] = said[0]["values"]["loss"]
+        losses[loop.progress.step] = said[0].values["loss"]
         return original(loop, chunk, said, *rest)
 
     original, loop_module._skip = loop_module._skip, skip

@@ -49,7 +49,7 @@ def test_every_strategy_learns_and_its_file_reproduces_the_numbers(scene, tmp_pa
     assert any(a["absrel"] != b["absrel"] for a, b in zip(*changed)), "the adapter changes nothing"
     assert all(row["protocol"] for name in ("table", "frames", "cameras", "regions", "claims", "confidence") for row in run.results[name])
     assert {"drift", "warnings"} <= set(run.results)
-    with pytest.raises(LeakError, match="was trained on"):
+    with pytest.raises(LeakError, match="were training photos of this run"):
         evaluate(run, scene)  # all photos of the scene, and so those of the training
 
 
@@ -203,11 +203,11 @@ def test_a_scene_that_changed_cannot_move_training_photos_into_validation(scene,
     smaller = without_last(scene, tmp_path / "smaller", 2)
     (tmp_path / "run" / "config.json").write_text((tmp_path / "run" / "config.json").read_text().replace(str(scene), str(smaller)))
     changed = dataclasses.replace(config, data=str(smaller))
-    with pytest.raises(LeakError, match="was trained on"):
+    with pytest.raises(LeakError, match="were training photos of this run"):
         train(dataclasses.replace(changed, resume=True))
-    with pytest.raises(LeakError, match="was trained on"):
+    with pytest.raises(LeakError, match="were training photos of this run"):
         evaluate(tmp_path / "run")
-    with pytest.raises(LeakError, match="was trained on"):
+    with pytest.raises(LeakError, match="were training photos of this run"):
         evaluate(tmp_path / "run", dataclasses.replace(config, train_fraction=0.3))
 
 

@@ -91,7 +91,7 @@ class Counted:
         return max(self.standing, self.standing - self.leaving + self.saved)
 
 # %% ../../nbs/preflight/memory_estimate.ipynb #8f44547e
-UNREAD = ("data", "output", "seed")  # settings that change no count
+UNREAD = ("data", "output", "resume", "seed")  # settings that change no count
 
 
 def count(
