@@ -313,7 +313,7 @@ def test_widgets_show_names_as_text():
     monitor = MonitorPage(lambda: None)
     monitor.show(EVIL, 1, 2, None, False, False)
     tree = TreePage.__new__(TreePage)
-    tree.parts, tree.parameters = [f"{EVIL}.a"], lambda: EVIL
+    tree.parts, tree.parameters, tree.python = [f"{EVIL}.a"], lambda: EVIL, lambda: EVIL
     inputs = {name: ipywidgets.Checkbox(description=name) for name in ("strategy", "rank", f"{EVIL}.a")}
     pages = [Evil({EVIL: Choice((EVIL, "b")), "tick": Tick()}).page(), Broken({"a": Tick()}).page(), PhotoSlider([EVIL], lambda i: np.zeros((2, 2, 3))).page(), monitor.page,
              tree.arrange(inputs, ipywidgets.Image(), ipywidgets.HTML())]
