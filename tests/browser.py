@@ -253,7 +253,8 @@ def severe_log_lines(
     open3d imports dash, which opens a channel of its own in the kernel; JupyterLab knows no such channel and says so, once.
     JupyterLab lets the browser ask for a picture attached to a cell before it puts the picture there; that it is shown is checked elsewhere.
     """
-    lines = [line["message"] for line in driver.get_log("browser") if line["level"] == "SEVERE" and not line["message"].startswith("attachment:")]
+    lines = [line["message"] for line in driver.get_log("browser") if line["level"] == "SEVERE"]
+    lines = [line for line in lines if not line.startswith("attachment:") and "beforeunload" not in line]  # a reload without a click
     greeting = next((line for line in lines if "Exception opening new comm" in line), None)
     if greeting is not None:
         lines.remove(greeting)

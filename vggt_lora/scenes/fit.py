@@ -334,4 +334,4 @@ def refuse_misfit(
     """Raise SceneError where a check says that a scene cannot be meant."""
     for check in checks:
         if check.verdict == "refuse":
-            raise SceneError(f"{where}: {check.said} [{check.name}: {check.looked_at}]")
+            raise SceneError(f"{where} (cameras, images, points3D.txt or .bin): {check.said} [{check.name}: {check.looked_at}]")
