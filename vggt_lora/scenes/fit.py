@@ -11,7 +11,6 @@ __all__ = ['VERDICTS', 'NEAR', 'LEAST_SHARE', 'FEWEST', 'OFF', 'LEAST_COLOUR', '
 
 # %% ../../nbs/scenes/fit.ipynb #86822a67
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -199,8 +198,7 @@ def check_colours(frames: Iterable[Frame], points: Points) -> Check:
     frames, own = list(frames), points.rgb @ np.array(LUMA)
     if len(points) < FEWEST or own.std() < 1:
         return Check("colours", "not checked", "the points have no colours" if len(points) else "there are no points")
-    with ThreadPoolExecutor() as pool:
-        seen = list(pool.map(lambda frame: seen_brightness(frame, points), frames))
+    seen = [seen_brightness(frame, points) for frame in frames]
     found = [(frame.name, correlation(here, own[rows])) for frame, (rows, here) in zip(frames, seen)]
     found = [(name, value) for name, value in found if np.isfinite(value)]
     if not found:
