@@ -187,7 +187,7 @@ def is_raw_depth(
     size = path.stat().st_size
     if not size or size % 4:
         return False
-    values = np.memmap(path, "<f4", "r")
+    values = np.fromfile(path, "<f4")
     some = values[:: max(1, len(values) // 10_000)]
     known = some[np.isfinite(some)]
     return bool((some >= 0).all() and len(known) and known.max() < 1e6)  # bytes of another format are NaN, negative or huge somewhere
