@@ -132,7 +132,13 @@ def judge(
 
 # %% ../../nbs/pretraining/measures.ipynb #23b7b4bb
 @torch.no_grad()
-def one_and_six(model: VGGT, worlds: list, size: tuple[int, int] = (154, 224), photos: int = 6, stride: int = 2) -> dict:
+def one_and_six(
+    model: VGGT,
+    worlds: list,  # of World
+    size: tuple[int, int] = (154, 224),
+    photos: int = 6,
+    stride: int = 2,
+) -> dict:
     """Return the AbsRel of photos that the network sees alone, `absrel_one`, and together, `absrel_six`."""
     model.eval()
     device = next(model.parameters()).device
