@@ -23,7 +23,7 @@ help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
 	@echo "make train   env, vggt_lora_doctor, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
 	@echo "make lab     env, then JupyterLab on a working copy of the numbered notebooks in outputs/lab"
-	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest without what proves hardening"
+	@echo "make test    env, then the export check, nbdev_test, the numbered notebooks made small, and pytest without what proves hardening"
 	@echo "make test-slow   env, then the rest of pytest: attacks, kills, two processes, a stand-in for a GPU, a real browser"
 	@echo "make gpu-check   env, then in ten minutes what only a GPU can show, on its stand-in where there is none; the page is outputs/gpu-check/"
 	@echo "make browser-test   env, then the numbered notebooks in a real JupyterLab and Chromium; screenshots in outputs/browser/"

@@ -22,6 +22,8 @@ from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.replay import replay
 from vggt_lora.training.run import without_wall
 
+pytestmark = pytest.mark.usefixtures("preflights")
+
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
