@@ -22,6 +22,11 @@ HARDENING = {
 }
 
 
+# Files whose tests take more than a minute, the longest first.
+LONGEST = ("test_chapters", "test_browser_notebooks", "test_gpu", "test_stops", "test_torture", "test_engine", "test_papermill",
+           "test_train", "test_adversary", "test_twice", "test_loop", "test_wheel", "test_adapters", "test_dense", "test_demo_buildings")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def light_runs():
     """Let runs in this process draw no figures and measure no memory beforehand: each costs more than the steps of a
@@ -61,3 +66,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(item.path).stem in HARDENING:
             item.add_marker(pytest.mark.slow)
+    names = [Path(item.path).stem for item in items]
+    order = {name: LONGEST.index(name) if name in LONGEST else len(LONGEST) for name in names}
+    items.sort(key=lambda item: order[Path(item.path).stem])  # stable: within a file nothing moves

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def base():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return VGGT(VGGTConfig.tiny()).eval()
+        return VGGT(VGGTConfig.golden()).eval()
 
 
 @pytest.fixture(scope="module")
