@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'STOP', 'LUMINANCE', 'METRIC_NAMES', 'VggtLoraError', 'SceneError', 'WeightsError', 'ConfigError',
-           'clear_tracebacks', 'TrainingError', 'unknown_name_message', 'escape_markdown', 'set_names',
-           'parameter_cells', 'notebook_parameters', 'project_root', 'user_path', 'amount', 'is_oom_error',
+           'clear_tracebacks', 'TrainingError', 'unknown_name_message', 'escape_markdown', 'markdown_table',
+           'set_names', 'parameter_cells', 'notebook_parameters', 'project_root', 'user_path', 'amount', 'is_oom_error',
            'short_of_memory']
 
 # %% ../nbs/core.ipynb #c1519743
@@ -83,6 +83,22 @@ def escape_markdown(
 ) -> str:
     """Write a text so that Markdown shows it as it is: no emphasis, link, formula, cell border or HTML begins in it."""
     return "".join(f"&#{ord(c)};" if c in "&<>$\\`*[]|~#" else c for c in " ".join(str(text).split()))
+
+# %% ../nbs/core.ipynb #401b9477
+def markdown_table(
+    header: tuple[str, ...],
+    rows: list[tuple],  # a cell is a text, a whole number, a float, or None
+    digits: int = 4,  # after the point of a float
+) -> str:
+    """Return a Markdown table; None and NaN become a dash, and texts are not escaped."""
+    def shown(cell: object) -> str:
+        if cell is None or cell != cell:
+            return "–"
+        return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+
+    lines = [header, ["---"] * len(header), *([shown(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
 
 # %% ../nbs/core.ipynb #0c7421bf
 def set_names(

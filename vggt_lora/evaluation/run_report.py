@@ -13,6 +13,7 @@ from .evaluation_store import later_lines
 from .metrics import EvaluatedFrame
 from .outcome import loss_words
 from .runner import comparison_rows
+from .tables import depth_table
 from ..files.atomic import atomic_path
 from ..model.config import RANDOM
 from ..training.config import TrainConfig
@@ -40,7 +41,7 @@ def report(
         RANDOM_BASE if config.model in RANDOM else "",
         *[f"**{effect['sentence']}**\n" for effect in (*results["effects"], *results.get("camera_effects", []))],
         f"Held-out loss: {loss['before']} before, {loss['after']} with the adapter (best {loss['best']}).", "",
-        *_table(results["table"]), "",
+        depth_table(results["table"]), "",
         f"Truth: {truth}; supervision: {config.supervision}. Intervals: paired bootstrap over the held-out frames, "
         "after the median of each image.",
         ALIGNMENTS,
@@ -57,20 +58,6 @@ def report(
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/evaluation/run_report.ipynb #370e05e6
-def _table(rows: list[dict]) -> list[str]:
-    """Return the Markdown table of the errors."""
-    columns = ("absrel", "mae", "rmse", "d1", "inlier")
-    lines = [
-        "| protocol | model | alignment | frames | AbsRel | MAE | RMSE | δ<1.25 | inliers |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        values = ["–" if row[name] is None else f"{row[name]:.4f}" for name in columns]
-        cells = [row["protocol"], row["model"], row["alignment"], str(row["frames"]), *values]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
 def _camera_line(row: dict) -> str:
     """Return the sentence on the cameras of one model."""
     rotation, translation, auc = (row[name] or 0 for name in ("rotation_median", "translation_median", "auc_30"))
