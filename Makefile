@@ -1,8 +1,8 @@
 # Two commands for a fresh machine: `make train` and `make test`. Both build the environment first.
-# Needs Python 3.11 or 3.12, git and make. `make help` lists the targets.
+# Needs Python 3.11 to 3.14, git and make. `make help` lists the targets.
 
-PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
-	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
 	>/dev/null 2>&1 && echo $$p && break; done)
 # Extra pip arguments for torch alone, for instance an index with CPU builds: make env TORCH_ARGS="--index-url URL"
 TORCH_ARGS ?=
@@ -23,7 +23,7 @@ help:
 	@echo "make env     create $(VENV) with the tested versions (and system packages where root may install them)"
 	@echo "make train   env, vggt_lora_doctor, then the main job: nbs/03_train.ipynb by papermill, results in outputs/"
 	@echo "make lab     env, then JupyterLab on a working copy of the numbered notebooks in outputs/lab"
-	@echo "make test    env, then the export check, nbdev_test over every notebook, and pytest without what proves hardening"
+	@echo "make test    env, then the export check, nbdev_test, the numbered notebooks made small, and pytest without what proves hardening"
 	@echo "make test-slow   env, then the rest of pytest: attacks, kills, two processes, a stand-in for a GPU, a real browser"
 	@echo "make gpu-check   env, then in ten minutes what only a GPU can show, on its stand-in where there is none; the page is outputs/gpu-check/"
 	@echo "make browser-test   env, then the numbered notebooks in a real JupyterLab and Chromium; screenshots in outputs/browser/"
@@ -32,7 +32,7 @@ help:
 	@echo "make wheel   env, then dist/: the source distribution and the wheel, with the weights of the tiny network inside"
 	@echo "make torture      env, then every command killed, at 100 random instants and before about 200 writes in all; the result goes to docs/torture.md"
 	@echo "make newcomer     all that the README tells a newcomer, on a fresh clone, timed; the log goes to docs/newcomer.md"
-	@echo "make test-matrix  the quick tests with Python 3.11 and 3.12, pinned and lowest versions, each in an environment of its own"
+	@echo "make test-matrix  the quick tests with each Python from 3.11 to 3.14 that is here, pinned and lowest versions, each in an environment of its own"
 	@echo "make coverage     env, then pytest and the chapters with the lines of the package that they run; fails below 90 %; outputs/coverage.md is the table"
 	@echo "make system  only the system packages that Open3D and the browser check need"
 	@echo "make clean   remove $(VENV) and build leftovers; outputs/ stays"
@@ -43,7 +43,7 @@ system:
 	@sh tools/system_packages.sh
 
 $(STAMP): settings.ini setup.py constraints.txt
-	@test -n "$(PYTHON)" || { echo "make env: no Python 3.11 or 3.12 with venv was found (on Debian also install python3-venv); name one: make env PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "make env: no Python 3.11 to 3.14 with venv was found (on Debian also install python3-venv); name one: make env PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt $(TORCH_ARGS) torch
 	$(PIP) install -q -c constraints.txt -e '.[dev]'

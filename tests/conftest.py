@@ -1,4 +1,5 @@
 """What all tests share."""
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,24 +22,40 @@ HARDENING = {
 }
 
 
+# Files whose tests take more than a minute, the longest first.
+LONGEST = ("test_chapters", "test_browser_notebooks", "test_gpu", "test_stops", "test_torture", "test_engine", "test_papermill",
+           "test_train", "test_adversary", "test_twice", "test_loop", "test_wheel", "test_adapters", "test_dense", "test_demo_buildings")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def drawn_figures():
-    """Let runs in this process draw no figures, which cost as much as the steps of a small run; gives what draws them."""
+def light_runs():
+    """Let runs in this process draw no figures and measure no memory beforehand: each costs more than the steps of a
+    small run. Gives both functions as they are; None where no file of tests imports them."""
     train = sys.modules.get("vggt_lora.train")
-    if train is None:  # no file of tests imports it: nothing is worth seconds of imports
+    if train is None:  # nothing is worth seconds of imports
         yield None
         return
-    draw = train.save_figures
+    draw, fit = train.save_figures, train._fit
+
+    def fit_at_once(ready, config, *more):
+        return fit(ready, dataclasses.replace(config, preflight="off"), *more)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "save_figures", lambda run, maps: None)
-        yield draw
+        patch.setattr(train, "_fit", fit_at_once)
+        yield draw, fit
 
 
 @pytest.fixture
-def figures(drawn_figures, monkeypatch):
+def figures(light_runs, monkeypatch):
     """Let the runs of a test draw their figures, as a user's runs do."""
-    if drawn_figures:
-        monkeypatch.setattr("vggt_lora.train.save_figures", drawn_figures)
+    monkeypatch.setattr("vggt_lora.train.save_figures", light_runs[0])
+
+
+@pytest.fixture
+def preflights(light_runs, monkeypatch):
+    """Let the runs of a test measure memory beforehand, as a user's runs do."""
+    monkeypatch.setattr("vggt_lora.train._fit", light_runs[1])
 
 
 def pytest_configure(config):
@@ -49,3 +66,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(item.path).stem in HARDENING:
             item.add_marker(pytest.mark.slow)
+    names = [Path(item.path).stem for item in items]
+    order = {name: LONGEST.index(name) if name in LONGEST else len(LONGEST) for name in names}
+    items.sort(key=lambda item: order[Path(item.path).stem])  # stable: within a file nothing moves

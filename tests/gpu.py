@@ -171,13 +171,31 @@ def tensors_of(tree) -> list:
     return found
 
 
+def inner_of(tree, met: list):
+    """A nest with the numbers of its tensors in place of those that lie on the GPU; `met` receives all its tensors."""
+    kind = type(tree)
+    if kind is OnGPU:
+        met.append(tree)
+        return tree.inner
+    if kind is tuple or kind is list:
+        return kind([inner_of(item, met) for item in tree])
+    if isinstance(tree, torch.Tensor):
+        met.append(tree)
+    elif isinstance(tree, (tuple, list, dict)):
+        return each(lambda leaf: inner_of(leaf, met), tree)
+    return tree
+
+
 def execute(func, args, kwargs):
     """One operation: look where its tensors are, compute on the CPU, and put the result where it belongs."""
-    here = any(isinstance(t, OnGPU) for t in tensors_of((args, kwargs)))
+    met: list = []
+    bare_args, bare_kwargs = inner_of(args, met), {name: inner_of(value, met) for name, value in kwargs.items()}
+    wrapped = {id(t.inner): t for t in met if type(t) is OnGPU}
+    here = bool(wrapped)
     asked = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
     if here and asked == "cpu":  # C++ has asked, who takes the stand-in for the CPU; what a person asks is `to` above
         asked = "cuda"
-    if here and func not in COPIES:
+    if here and any(type(t) is not OnGPU for t in met) and func not in COPIES:
         indexed = func in INDEXED  # an index may lie on the CPU, what it points into may not
         beside = [t for t in tensors_of((args[:1], args[2:], kwargs) if indexed else (args, kwargs)) if not isinstance(t, OnGPU) and (t.dim() or indexed and t is args[0])]
         if beside:
@@ -185,25 +203,18 @@ def execute(func, args, kwargs):
     generator = kwargs.get("generator")
     if generator is not None and "cuda" in (asked, here and "cuda") and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}' ({func})")
-    wrapped = {}
-
-    def bare(leaf):
-        if isinstance(leaf, OnGPU):
-            wrapped[id(leaf.inner)] = leaf
-            return leaf.inner
-        return leaf
-
-    args, kwargs = each(bare, (args, kwargs))
     if asked == "cuda":
-        kwargs["device"] = MEMORY.place
+        bare_kwargs["device"] = MEMORY.place
     compute = func if MEMORY.numbers or not (here or asked == "cuda") else functools.partial(make_up, func)
-    result = compute(*args, **kwargs)
+    result = compute(*bare_args, **bare_kwargs)
     there = asked == "cuda" or here and func is not aten.copy_.default  # copy_ writes where it is told to
 
     def put(leaf):
-        return wrapped.get(id(leaf)) if id(leaf) in wrapped else OnGPU(leaf) if there and isinstance(leaf, torch.Tensor) else leaf
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        return wrapped[id(leaf)] if id(leaf) in wrapped else OnGPU(leaf) if there else leaf
 
-    return each(put, result)
+    return put(result) if isinstance(result, torch.Tensor) else each(put, result)
 
 
 def make_up(func, *args, **kwargs):
@@ -237,9 +248,11 @@ class Names(TorchFunctionMode):
     """Hears a person ask for `cuda`, before C++ looks for the hardware."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
         if func is Tensor.cuda:
             return to(args[0], GPU)
+        if not kwargs and func is not Tensor.to:
+            return func(*args)
+        kwargs = dict(kwargs or {})
         if func is Tensor.to and not isinstance(args[0], OnGPU):
             device = wanted(args[1:], kwargs)[0]
             return to(args[0], *args[1:], **kwargs) if device is not None and device.type == "cuda" else func(*args, **kwargs)

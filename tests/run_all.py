@@ -1,6 +1,7 @@
 """What `make test` and `make test-slow` run; it counts, and cannot pass on nothing.
 
-    python tests/run_all.py            the export check, every notebook, and pytest without the mark `slow`
+    python tests/run_all.py            the export check, every notebook, and pytest without the mark `slow`, which runs
+                                       the numbered notebooks too, made small
     python tests/run_all.py --slow     the notebooks that have cells marked `#| slow`, and pytest with the mark
 """
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+CHAPTERS = "0*_*.ipynb"  # run by tests/test_chapters.py with small settings: their own take minutes
 
 
 def run(title: str, command: list[str], **environment: str) -> tuple[int, str]:
@@ -36,12 +38,12 @@ def watched(log: Path) -> dict[str, str]:
 
 
 def notebooks(slow: bool = False) -> set[str]:
-    """The notebooks that nbdev_test has to run: all but drafts, or those of them that have slow cells."""
+    """The notebooks that nbdev_test has to run: all but drafts and chapters, or those of them that have slow cells."""
     found = set()
     for path in (ROOT / "nbs").rglob("*.ipynb"):
         name = path.relative_to(ROOT / "nbs")
         draft = any(part.startswith(("_", ".")) for part in name.parts)
-        if not draft and (not slow or re.search(r'"#\|\s*slow\b', path.read_text(encoding="utf-8"))):
+        if not draft and not name.match(CHAPTERS) and (not slow or re.search(r'"#\|\s*slow\b', path.read_text(encoding="utf-8"))):
             found.add(str(path.relative_to(ROOT)))
     return found
 
@@ -75,7 +77,7 @@ def main() -> int:
         export, _ = run("export check", [sys.executable, "-m", "pytest", "-q", "tests/test_export.py"])
         failed += ["export check"] if export else []
 
-    expected, options = notebooks(slow), []
+    expected, options = notebooks(slow), ["--skip_file_re", r"^(0\d_|[_.])"]
     if slow:
         names = "|".join(re.escape(Path(name).name) for name in sorted(expected))
         options = ["--flags", "slow", "--file_re", f"^({names})$"]
@@ -83,9 +85,10 @@ def main() -> int:
         done, faults = run_notebooks(expected, *options)
         failed += faults
 
-    # Two workers; the tests of one file stay together, because they share what is expensive to set up.
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "2", "--dist", "loadfile", "--durations", "20", "-m", "slow" if slow else "not slow",
-               "--ignore=tests/test_export.py", "tests"]
+    # Two workers; the tests of one file stay together, because they share what is expensive to set up, and the files
+    # that take longest come first (conftest.py), so that no worker waits for the other's last file.
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder",
+               "--durations", "20", "-m", "slow" if slow else "not slow", "--ignore=tests/test_export.py", "tests"]
     code, text = run("pytest", command, OMP_NUM_THREADS="1")
     if code:
         failed.append("pytest")

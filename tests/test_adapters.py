@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def base():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return VGGT(VGGTConfig.tiny()).eval()
+        return VGGT(VGGTConfig.golden()).eval()
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +187,8 @@ def test_blanks_between_patterns_do_not_matter(base, targets):
 
 # --- the notebook ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("parameters, word", [
-    (["-p", "stratgy", "a"], "Did you mean 'strategy'"), (["-p", "STRATEGIES", "a"], "unknown parameter 'STRATEGIES'"),
-], ids=["misspelt", "another variable"])
-def test_notebook_02_stops_at_a_wrong_parameter(parameters, word, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/02_lora.ipynb", str(tmp_path / "out.ipynb"), *parameters], cwd=ROOT,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-    assert done.returncode and "ConfigError" in done.stderr and word in done.stderr
-
-
-def test_notebook_02_takes_patterns_with_blanks(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/02_lora.ipynb", str(tmp_path / "out.ipynb"), "-p", "strategy", "custom",
-                           "-p", "target_modules", "depth_head, camera_head"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_notebook_02_stops_at_a_wrong_parameter(tmp_path):
+    """A variable of the notebook that is no parameter."""
+    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/02_lora.ipynb", str(tmp_path / "out.ipynb"), "-p", "STRATEGIES", "a"],
+                          cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    assert done.returncode and "ConfigError" in done.stderr and "unknown parameter 'STRATEGIES'" in done.stderr

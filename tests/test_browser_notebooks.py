@@ -18,22 +18,13 @@ from vggt_lora.training.config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 import browser  # noqa: E402
+from chapters import SMALL, parameters  # noqa: E402
 import lab  # noqa: E402  found by way of browser
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "browser"  # ignored by git
 RUN = FOLDER / "run"
-SMALL = {"epochs": 1, "frames": 4, "overlap": 0.0, "image_size": 112, "scenes": "demo_a,demo_held", "hold_out": "demo_held"}
-PARAMETERS = {
-    "00_data": {},
-    "01_depth": {"image_size": 252, "audit_photos": 6},
-    "02_lora": {},
-    "03_train": {**SMALL, "output": str(RUN)},
-    "04_evaluate": {"run": str(RUN), "pictures": 1, "protocol": "median"},
-    "05_compare": {"output": str(FOLDER / "compare"), "grid": "strategy=a", "jobs": 1, "pictures": 1,
-                   "settings": "; ".join(f'{name}="{value}"' if "," in str(value) else f"{name}={value}" for name, value in SMALL.items())},
-    "06_predict": {"model": "tiny", "image_size": 112, "output": str(FOLDER / "predict")},
-}
+PARAMETERS = parameters(FOLDER)
 # (kind, description of the control, words that stand in its output afterwards, or None), in this order, for what is known by name. Words or not, something beside
 # the control's own read-out has to change, and a picture with it. Any other control is moved as well, one in each output that has none here.
 EXPECTED = {

@@ -3,6 +3,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,6 +13,8 @@ import cases  # noqa: E402
 from vggt_lora.core import ConfigError, SceneError  # noqa: E402
 from vggt_lora.demo.demo_scenes import toy_scene  # noqa: E402
 from vggt_lora.reference_data import real_scene  # noqa: E402
+from vggt_lora.scenes import fit, opening  # noqa: E402
+from vggt_lora.scenes.fit import Check  # noqa: E402
 from vggt_lora.scenes.opening import open_scene  # noqa: E402
 
 
@@ -36,6 +39,45 @@ def test_a_check_that_cannot_be_made_says_so(source, tmp_path):
     keypoints, colours = open_scene(tmp_path / "grey").fit[:2]
     assert (keypoints.verdict, colours.verdict) == ("fits", "not checked")
     assert "no colours" in colours.looked_at
+
+
+# What a part of scenes/fit becomes when it is taken away, and the cases that must then lose their answer.
+SILENT = {
+    **{f"check_{name}": lambda *_, name=name: Check(name, "fits", "") for name in ("keypoints", "colours", "unit", "centre", "upright")},
+    "among_photos": lambda *_: float("nan"),
+    "camera_hint": lambda *_: "",
+    "keypoint_fit": lambda *_: None,
+    "far_points": lambda *_: np.zeros(0, np.int64),
+    "refuse_misfit": lambda *_: None,
+}
+NEEDED_BY = {
+    "check_keypoints": ("principal_point_zero", "focal_too_short", "keypoints_of_another_size"),
+    "check_colours": ("swapped_photos", "mirrored_photos", "one_foreign_photo", "random_colours"),
+    "check_unit": ("millimetres",),
+    "check_centre": ("cropped_photos",),
+    "check_upright": ("turned_by_exif",),
+    "among_photos": ("random_colours",),
+    "camera_hint": ("principal_point_zero", "focal_too_short", "stale_poses"),
+    "keypoint_fit": ("keypoints_of_another_size",),
+    "far_points": ("far_points",),
+    "refuse_misfit": ("swapped_photos", "stale_poses"),
+}
+
+
+@pytest.mark.parametrize("part, name", [(part, name) for part, names in NEEDED_BY.items() for name in names])
+def test_without_a_check_its_cases_lose_their_answer(part, name, source, tmp_path, monkeypatch):
+    for module in (fit, opening):
+        if hasattr(module, part):
+            monkeypatch.setattr(module, part, SILENT[part])
+    one = cases.CASES[name]
+    one.build(source, tmp_path / name)
+    answer, said = cases.answer_to(tmp_path / name)
+    assert answer != one.answer or not all(words in said for words in one.words)
+
+
+def test_every_check_has_a_case_that_needs_it():
+    checks = {name for name in fit.__all__ if name.startswith("check_")} - {"check_fit"}  # which calls the others
+    assert checks <= NEEDED_BY.keys()
 
 
 @pytest.mark.parametrize("name", cases.SOUND)

@@ -22,6 +22,8 @@ from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.replay import replay
 from vggt_lora.training.run import without_wall
 
+pytestmark = pytest.mark.usefixtures("preflights")
+
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
@@ -88,7 +90,7 @@ def test_the_stand_in_counts_and_runs_out(gpu):
 
 def peak_of_steps(memory, kind: str, strategy: str, folder) -> int:
     """The most that lies on the GPU in two steps of benchmarks/train_step.py."""
-    stepper = train_step.Stepper(train_step.new_base(VGGTConfig.tiny(), "cuda"), strategy, kind, train_step.random_sample(3, (56, 84)), "cuda", "bf16", folder, True)
+    stepper = train_step.Stepper(train_step.new_base(VGGTConfig.golden(), "cuda"), strategy, kind, train_step.random_sample(3, (56, 84)), "cuda", "bf16", folder, True)
     gc.collect()
     memory.peak = memory.now
     assert np.isfinite(stepper.step()) and np.isfinite(stepper.step())
@@ -104,7 +106,7 @@ def test_without_numbers_it_counts_the_same(monkeypatch, tmp_path, kind, strateg
             found.append(peak_of_steps(memory, kind, strategy, tmp_path / str(numbers)))
             gc.collect()
             assert not memory.now
-    assert found[0] == found[1] > 10_000_000
+    assert found[0] == found[1] > 3_000_000
 
 
 SPARING = {"gradient_checkpointing": True, "frames_chunk": 1, "head_precision": "bf16"}

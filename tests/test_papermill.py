@@ -22,7 +22,6 @@ def papermill(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("parameter, messages", [
-    (("strategi", "b"), ["unknown parameter 'strategi'", "Did you mean 'strategy'?"]),
     (("use_rsolra", "True"), ["unknown parameter 'use_rsolra'", "Did you mean 'use_rslora'?"]),
     (("strategy", "z"), ["unknown strategy 'z'", "choose one of: a, b, c, custom"]),
 ])
@@ -33,25 +32,6 @@ def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
     for message in messages:
         assert message in done.stderr
     assert not output.exists()
-
-
-SMALL = ["-p", "epochs", "1", "-p", "image_size", "56", "-p", "frames", "4", "-p", "overlap", "0.25"]  # overlap is not in the parameters cell
-
-
-def test_papermill_without_an_output_path_prints_the_notebook(tmp_path):
-    before = (ROOT / "nbs" / "03_train.ipynb").read_bytes()
-    done = papermill("nbs/03_train.ipynb", "-p", "strategy", "b", *SMALL, "-p", "output", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["nbformat"] == 4
-    assert (ROOT / "nbs" / "03_train.ipynb").read_bytes() == before
-    for name in ("config.json", "model.txt", "train.log", "metrics.jsonl", "results.json", "report.md", "figures/losses.png",
-                 "figures/held_out.png", "checkpoints/last.pt", "checkpoints/best.pt", "adapter/adapter_config.json",
-                 "adapter/adapter_model.safetensors"):
-        assert (tmp_path / "run" / name).is_file(), name
-    assert any((tmp_path / "run" / "tensorboard").iterdir())
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    held_out = [r["loss"] for r in records if r["split"] == "val"]
-    assert held_out[-1] < held_out[0]
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -84,16 +64,21 @@ def test_the_command_line_fails_with_its_message_last(arguments, status, last):
 # --- README ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in readme_commands() if "papermill nbs/" in c and "facebook/" not in c and "path/to" not in c])
-def test_readme_papermill_commands_run(command, tmp_path):
-    """As written, from the repository root, made small; the results go to a folder of the test's own."""
-    words = shlex.split(command.split("&&")[-1])
-    output = next(i for i, w in enumerate(words) if w.startswith("outputs/"))
-    words[output] = str(tmp_path / "executed.ipynb")
-    if "nbs/03_train.ipynb" in words:
-        words += [*SMALL, "-p", "output", str(tmp_path / "run")]
-    done = papermill(*words[1:])
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_readme_papermill_commands_run(tmp_path):
+    """03 as written, with all its default settings; then 04, of that run and with one protocol. Results go to a folder of the test's own."""
+    given = {"nbs/03_train.ipynb": ["-p", "output", str(tmp_path / "run")],
+             "nbs/04_evaluate.ipynb": ["-p", "run", str(tmp_path / "run"), "-p", "protocol", "median"]}
+    commands = [c for c in readme_commands() if "papermill nbs/" in c and "facebook/" not in c and "path/to" not in c]
+    assert len(commands) == len(given)
+    for command, (notebook, more) in zip(commands, given.items()):
+        words = shlex.split(command.split("&&")[-1])
+        output = next(i for i, word in enumerate(words) if word.startswith("outputs/"))
+        words[output] = str(tmp_path / "executed.ipynb")
+        assert notebook in words
+        done = papermill(*words[1:], *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    loss = json.loads((tmp_path / "run" / "results.json").read_text())["held_out_loss"]
+    assert loss["after"] < loss["before"]
 
 
 def test_readme_python_runs():

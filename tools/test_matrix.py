@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHONS = ("3.11", "3.12")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 VERSIONS = ("pinned", "lowest")
 QUICK = "-q -m 'not slow' tests/test_geometry.py tests/test_numbers.py tests/test_losses.py tests/test_metrics.py tests/test_adapters.py tests/test_model_goldens.py tests/test_scenes.py"
 

@@ -106,10 +106,20 @@ def _converted(setting: Setting, value):
         return float(value)
     if type(value) is setting.type:
         return value
-    hints = {bool: "; write True or False", str: "; with papermill use -r for text that looks like a number"}
     expected = setting.type.__name__ + (" or None" if setting.optional else "")
     found = f"{type(value).__name__} {value!r}"
-    raise ConfigError(f"{setting.name} must be {expected}, got {found}{hints.get(setting.type, '')}")
+    raise ConfigError(f"{setting.name} must be {expected}, got {found}{_hint(setting, value)}")
+
+
+def _hint(setting: Setting, value) -> str:
+    """Say how a value of a wrong type is written; empty where its error says enough."""
+    if value is None:
+        return f"; leave {setting.name} out to use its default, {setting.default!r}"
+    if isinstance(value, list):
+        text = ",".join(map(str, value))
+        return f"; write one text: {setting.name}: '{text}'" if setting.type is str else "; write one value"
+    hints = {bool: "; write True or False", str: "; with papermill use -r for text that looks like a number"}
+    return hints.get(setting.type, "")
 
 # %% ../nbs/settings.ipynb #dd309702
 def settings_table(
@@ -223,7 +233,8 @@ def read_settings(
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
         raise ConfigError(f"--config {path}: cannot be read: {fault}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: expected lines such as `epochs: 20`, found {type(values).__name__}")
+        found = "an empty file" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"--config {path}: expected lines such as `epochs: 20`, found {found}")
     known = {s.name: s for s in settings_of(cls)}
     for name, value in values.items():
         if name not in known:

@@ -24,9 +24,9 @@ def resize_position_table(
     if rows == columns == stored:
         return table
     exact = table if table.dtype == torch.float64 else table.float()
-    picture = exact[:, 1:].unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
-    picture = F.interpolate(picture, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([exact[:, :1], picture.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    grid_map = exact[:, 1:].unflatten(1, (stored, stored)).permute(0, 3, 1, 2)
+    grid_map = F.interpolate(grid_map, size=(rows, columns), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([exact[:, :1], grid_map.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 # %% ../../nbs/model/vit.ipynb #cba9730f
 class PatchConvolution(nn.Module):
