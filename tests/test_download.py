@@ -623,7 +623,7 @@ def test_weights_are_continued_and_found_by_the_hub_client(server, content, tmp_
     server.files.update({name: content, "someone/net/resolve/main/config.json": b"{}"})
     server.mode.cut = 120_000
     code, out, err = hub(server, tmp_path, "someone/net", "--tries", "1")
-    assert code == 1 and "someone/net: the licence is told on the page of this repository" in out and "model.safetensors, 307 kB" in out
+    assert code == 1 and "someone/net: see the licence on the page of this repository" in out and "model.safetensors, 307 kB" in out
     assert "gave up after 1 attempt; the received bytes are kept" in err and not list(tmp_path.rglob("model.safetensors"))
     (part,) = tmp_path.rglob("*.part")
     kept = part.stat().st_size

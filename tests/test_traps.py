@@ -47,7 +47,7 @@ def test_every_trap_names_tests_that_exist():
         assert trap.tests and trap.caught_by
         for named in trap.tests:
             path, _, name = named.partition("::")
-            assert name in defined_tests(ROOT / path), f"{trap.name}: {named} does not exist"
+            assert name in defined_tests(ROOT / "tests" / path), f"{trap.name}: {named} does not exist"
             assert name in trap_table()
 
 

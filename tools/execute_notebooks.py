@@ -13,6 +13,7 @@ import argparse
 import base64
 import difflib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -90,7 +91,10 @@ def shrink(notebook, path: Path, limit: int = LIMIT) -> None:
 
 def neutral(text: str) -> str:
     """What a cell printed, as it would read on another machine at another time."""
-    for place, name in ((f"{ROOT}/", ""), (str(ROOT), "."), (f"{Path.home()}/", "~/"), (f"{tempfile.gettempdir()}/", "$TMPDIR/")):
+    places = [(f"{ROOT}/", ""), (str(ROOT), "."), (f"{Path.home()}/", "~/"), (f"{tempfile.gettempdir()}/", "$TMPDIR/")]
+    if os.environ.get("VGGT_LORA_CACHE"):
+        places.insert(0, (os.environ["VGGT_LORA_CACHE"].rstrip("/"), "~/.cache/vggt_lora"))
+    for place, name in places:
         text = text.replace(place, name)
     text = re.sub(r"\$TMPDIR/tmp\w+", "$TMPDIR", text)
     text = re.sub(r"\b20\d{6}-\d{6}\b", "<date>-<time>", text)

@@ -46,14 +46,14 @@ class CompareConfig:
     name: str = setting("compare", "name of the comparison: its folder is outputs/<name>")
     grid: str = setting(
         "strategy=a,b,c; seed=0,1",
-        'what varies, such as "strategy=a,b; rank=8,16; lr=1e-4,3e-4; seed=0,1"',
+        'what varies: "rank=8,16; seed=0,1"',
     )
-    settings: str = setting("", 'what all runs share, such as "data=path/to/facade; model=facebook/VGGT-1B; epochs=20"')
+    settings: str = setting("", 'what all runs share, such as "data=path/to/facade; epochs=20"')
     output: str = setting("", "folder of the comparison; empty: outputs/<name>")
     jobs: int | None = setting(None, "runs at a time; None: as many as the machine allows", range=(1, 10_000))
     cluster: str = setting("local", "local, or slurm: the points go out as one job array", choices=CLUSTERS)
     slurm: str = setting(
-        "", 'options of submitit for slurm, such as "slurm_partition=gpu; gpus_per_node=1; mem_gb=64"'
+        "", 'options of submitit, such as "slurm_partition=gpu; gpus_per_node=1"'
     )
     hours: float = setting(24.0, "hours that a run may take", range=(0.01, 8_760))
     retry: bool = setting(True, "try runs that failed before again")

@@ -38,12 +38,12 @@ class PredictConfig:
     """Settings of a prediction; a bad value raises ConfigError before any work."""
 
     photos: str = setting(
-        "demo", 'folder of photos, scene folder, "demo" (its held-out building) or a demo building such as demo_a',
+        "demo", 'folder of photos, scene folder, "demo", or a demo building such as demo_a',
         section="photos and network",
     )
     model: str = setting(
         "",
-        "run folder, PEFT folder, weights, hub name, or tiny; empty: the newest finished run, tiny where there is none",
+        "run folder, PEFT folder, weights or hub name; empty: the newest run, else tiny",
     )
     output: str = setting("", "folder to write; empty: outputs/predict-<date>-<time>")
     base: str = setting("", "another name or place of the adapter's base")
@@ -56,7 +56,7 @@ class PredictConfig:
     overlap: float = setting(0.5, "share of a window that the next window repeats", range=(0, 0.95))
     loop: bool = setting(True, "close the chain of windows where the walk comes back to its beginning")
     image_size: int | None = setting(
-        None, "long side in px, a multiple of the patch (VGGT 14, VGGT-Ω 16); None: the model's own",
+        None, "long side in px, a multiple of the patch; None: the model's own",
         section="photos", range=(14, 8_400),
     )
     keep_confident: float = setting(

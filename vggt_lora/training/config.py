@@ -25,7 +25,7 @@ class ScopeSettings:
 
     strategy: str = setting("a", "layers that get adapters: a, b, c or custom", section="base and scenes")
     model: str = setting(
-        "tiny", "base: tiny (pretrained, in the package), random, random-omega, a hub name, a folder or a file"
+        "tiny", "base: tiny (in the package), random, random-omega, hub name, folder or file"
     )
     data: str = setting("demo", "demo, a scene folder, or a folder of scene folders")
     scenes: str = setting("", "names of the scenes to use, separated by commas; empty: all")
@@ -34,7 +34,7 @@ class ScopeSettings:
         choices=("auto", "yes", "no"),
     )
     hold_out: str = setting(
-        "", "scenes kept whole for validation, separated by commas; empty: a share of every scene's photos"
+        "", "scenes that only judge, separated by commas; empty: part of each scene"
     )
     groups: str = setting(
         "", 'scenes that show one place and must not be held out apart, such as "castle,entry; north,south"'
@@ -80,7 +80,7 @@ class WindowSettings:
         range=(0, 0.5),
     )
     image_size: int | None = setting(
-        None, "long side in px, a multiple of the patch (VGGT 14, VGGT-Ω 16); None: the model's own",
+        None, "long side in px, a multiple of the patch; None: the model's own",
         section="photos", range=(14, 8_400),
     )
     image_mode: str = setting(
@@ -94,7 +94,7 @@ class SupervisionSettings:
     """Hold what supervises depth, and what is cached."""
 
     supervision: str = setting(
-        "auto", 'auto, or sparse, laser, dense, colmap, completed, anchored joined by "+"',
+        "auto", 'auto, or sparse, laser, dense, colmap, completed, anchored, with "+"',
         section="supervision and caches",
     )
     frame_cache: bool = setting(True, "keep preprocessed frames on disk for the next run; changes no number")
@@ -131,7 +131,7 @@ class OptimizerSettings:
     """Hold AdamW, its learning rate, and the guard of a step."""
 
     lr: float | None = setting(
-        None, "peak learning rate; None: the strategy's own, scaled to the width of the network",
+        None, "peak learning rate; None: the strategy's own, scaled to the network",
         section="optimiser", range=(1e-12, 1),
     )
     min_lr: float = setting(1e-6, "learning rate at the end of the cosine", range=(0, 1))
