@@ -62,7 +62,8 @@ def draw_shares(
     for kind in dict.fromkeys(kinds):
         first, last = kinds.index(kind), len(kinds) - 1 - kinds[::-1].index(kind)
         if kind != "all":
-            ax.text((first + last) / 2, -1.05, GROUPS[kind].format(unit=audit.unit), ha="center", va="bottom", fontsize=9)
+            heading = GROUPS[kind].format(unit=audit.unit)
+            ax.text((first + last) / 2, -1.05, heading, ha="center", va="bottom", fontsize=9)
         ax.axvline(last + 0.5, color="white", linewidth=4)
     ax.set(xticks=range(len(columns)), yticks=range(len(audit.sources)))
     ax.set_xticklabels([name for _, name in columns], fontsize=8)
@@ -82,7 +83,8 @@ def draw_agreements(
         ax.plot([low], [row], "o", color=PLAIN, markersize=7, label=None if row else "median")
         ax.plot([high], [row], "|", color=PLAIN, markersize=12, markeredgewidth=2, label=None if row else "90 %")
     ax.set_title("how far sources differ where both know a pixel", fontsize=10)
-    ax.set(yticks=range(len(audit.agreements)), ylim=(len(audit.agreements) - 0.4, -0.6), xlabel="relative difference (%)")
+    ax.set(yticks=range(len(audit.agreements)), ylim=(len(audit.agreements) - 0.4, -0.6),
+           xlabel="relative difference (%)")
     ax.set_yticklabels([f"{p['one']}\n{p['other']}\n{p['pixels']:,} pixels" for p in audit.agreements], fontsize=8)
     if audit.agreements:
         ax.set_xscale("log")
@@ -110,10 +112,13 @@ def draw_suspects(
     if len(wrapped) > most:
         wrapped = [*wrapped[: most - 1], ("0.4", f"and {len(wrapped) - most + 1} more lines: see the table")]
     ax.set_axis_off()
-    title, colour = (f"{len(audit.suspects)} suspicious", SUSPECT) if audit.suspects else ("no photo stands out", "black")
+    title, colour = "no photo stands out", "black"
+    if audit.suspects:
+        title, colour = f"{len(audit.suspects)} suspicious", SUSPECT
     ax.set_title(title, fontsize=10, loc="left", color=colour)
     for row, (colour, line) in enumerate(wrapped):
-        ax.text(0, 0.94 - row / most, line, fontsize=7.5, color=colour, va="top", transform=ax.transAxes, parse_math=False)
+        ax.text(0, 0.94 - row / most, line, fontsize=7.5, color=colour, va="top", transform=ax.transAxes,
+                parse_math=False)
 
 # %% ../../nbs/views/audits.ipynb #baf50812
 def strips(
