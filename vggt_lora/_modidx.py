@@ -3853,5 +3853,7 @@ d = { 'settings': { 'branch': 'main',
                                                                                                 'vggt_lora/views/widgets/scene.py'),
                                                'vggt_lora.views.widgets.scene.space_picture': ( 'views/widgets/scene.html#space_picture',
                                                                                                 'vggt_lora/views/widgets/scene.py'),
+                                               'vggt_lora.views.widgets.scene.windows_of': ( 'views/widgets/scene.html#windows_of',
+                                                                                             'vggt_lora/views/widgets/scene.py'),
                                                'vggt_lora.views.widgets.scene.windows_with': ( 'views/widgets/scene.html#windows_with',
                                                                                                'vggt_lora/views/widgets/scene.py')}}}
