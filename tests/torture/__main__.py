@@ -23,7 +23,7 @@ KILLS = {"demo": 16, "store": 18, "dense depth": 12, "checkpoints": 16, "trainin
 WRITES = {"demo": 16, "store": 20, "dense depth": 16, "checkpoints": 60, "training": 60, "prefix": 12, "export": 16}  # about 200: a command may have fewer
 PARTS = ("kills", "writes", "pairs", "wants")
 SHORT_WRITES = ("checkpoints",)
-STARVED = ("store", "dense depth", "prefix", "export")  # in the short form
+STARVED = ("store", "export")  # in the short form
 
 
 def load() -> None:

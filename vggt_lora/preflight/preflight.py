@@ -28,7 +28,8 @@ from ..efficiency.feature_store import FeatureReport
 from ..efficiency.frozen_prefix import EMBEDDING, dense_heads, network, part
 from .memory_estimate import count
 from .resource_usage import free_memory
-from .memory_profile import PHASES, Point, Watch, extrapolate, measure_window, settle, untouched
+from .memory_profile import PHASES, Point, Watch, existing_objects_kept, extrapolate, measure_window
+from .memory_profile import settle, untouched
 from ..progress import working
 from ..threads import machine_is_busy
 from ..training.build import build_model, make_frame_cache, items_of, open_scenes, add_adapter, split_scenes
@@ -297,12 +298,13 @@ def preflight(
         aside, now = _aside(store, place), settle(device)
         bench = _Bench(model, config, sample, aside, now, _room(device, now, free), later,
                        _leaving(model, plan, config), SLACK if device == "cpu" else 0.0)
-        points = bench.points(config)
-        floor = count(network(model).config, dataclasses.replace(config, frames=bench.full), size, precision).least
-        peaks = bench.predicted(points, bench.full)
-        if not peaks:  # not even one photo could be measured
-            peaks = {"train": max(floor, math.ceil(bench.room * 1.01))}
-        proposal, proposed = ({}, 0) if max(peaks.values()) <= bench.room else _propose(bench)
+        with existing_objects_kept():
+            points = bench.points(config)
+            floor = count(network(model).config, dataclasses.replace(config, frames=bench.full), size, precision).least
+            peaks = bench.predicted(points, bench.full)
+            if not peaks:  # not even one photo could be measured
+                peaks = {"train": max(floor, math.ceil(bench.room * 1.01))}
+            proposal, proposed = ({}, 0) if max(peaks.values()) <= bench.room else _propose(bench)
     counts = [p.frames for p in points]
     basis = "measured" if bench.full in counts else f"extrapolated from {', '.join(map(str, counts)) or 'nothing'}"
     evaluation = max(peaks.get("fill", 0), peaks.get("validate", 0) + bench.freed, now)

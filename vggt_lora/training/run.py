@@ -20,7 +20,13 @@ from pathlib import Path
 
 from ..core import STOP, ConfigError, project_root, user_path
 from ..files.atomic import write_json, write_text, file_lock
-from .checkpoint import CheckpointError, checkpoint_files, load_checkpoint, read_checkpoint, save_checkpoint
+from vggt_lora.training.checkpoint import (
+    CheckpointError,
+    checkpoint_files,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from .config import TrainConfig
 from .trackers import open_trackers, tracker_names
 
