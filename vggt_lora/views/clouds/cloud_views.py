@@ -16,8 +16,8 @@ from ..figures import new_figure
 COLOURINGS = ("colour", "photo", "confidence", "error", "region")
 UNKNOWN = (200, 200, 200)  # grey
 CLASS_COLOURS = np.array([  # Okabe and Ito (2008), then two more; distinct for colour-blind readers too
-    (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (240, 228, 66), (0, 0, 0), (204, 121, 167),
-    (0, 51, 102), (120, 60, 0),
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (240, 228, 66), (0, 0, 0),
+    (204, 121, 167), (0, 51, 102), (120, 60, 0),
 ], np.uint8)
 
 
