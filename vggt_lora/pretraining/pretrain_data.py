@@ -32,7 +32,7 @@ class PretrainConfig:
     worlds_per_step: float = 0.1  # by how many that number grows in each step ...
     most_worlds: int = 3000  # ... up to this
     lr: float = 1e-3  # peak, of AdamW
-    muon_lr: float = 3e-3  # peak, of Muon, whose steps are scaled to AdamW's root mean square
+    muon_lr: float = 2e-3  # peak, of Muon, whose steps are scaled to AdamW's root mean square
     weight_decay: float = 0.05
     warmup: int = 200  # steps
     decay_steps: int = 8_000  # steps, at the end, with the rate falling to 0
@@ -50,7 +50,7 @@ class PretrainConfig:
     camera_lr: float = 5e-4  # peak
     camera_noise: float = 0.1  # on its tokens, as a share of their spread
     check_every: int = 500  # steps between measurements on the held-out worlds
-    save_every: int = 100  # steps between checkpoints
+    save_every: int = 50  # steps between checkpoints
     held_out: int = 24  # worlds that are only measured on
     seed: int = 0
     threads: int = 1  # of torch, in each worker
