@@ -43,8 +43,9 @@ def test_a_chapter_runs_to_its_end_and_asks_no_other_machine(name, room, monkeyp
 
 def test_the_run_of_03_is_complete_and_has_learned(room):
     run = room / "run"
-    for name in ("config.json", "model.txt", "train.log", "metrics.jsonl", "results.json", "report.md", "figures/losses.png",
-                 "figures/held_out.png", "checkpoints/last.pt", "checkpoints/best.pt", "adapter/adapter_config.json",
+    for name in ("config.json", "model.txt", "train.log", "metrics.jsonl", "results.json", "report.md",
+                 "figures/losses.png", "figures/held_out.png",
+                 "checkpoints/last.pt", "checkpoints/best.pt", "adapter/adapter_config.json",
                  "adapter/adapter_model.safetensors"):
         assert (run / name).is_file(), name
     assert any((run / "tensorboard").iterdir())

@@ -599,13 +599,14 @@ def test_two_at_a_time_are_refused(scenes):
     scenes()
 
 
-def test_the_console_script_is_installed(monkeypatch):
+def test_the_console_script_is_installed():
+    """In a process of its own: here another test may have imported Python's distutils in place of setuptools' copy."""
     import importlib
-    from distutils.core import run_setup  # setuptools' own copy
 
-    monkeypatch.chdir(ROOT)
-    entries = run_setup("setup.py", stop_after="init").entry_points["console_scripts"]
-    name, _, target = entries[0].partition("=")
+    code = ("import setuptools; from distutils.core import run_setup; "
+            "print(run_setup('setup.py', stop_after='init').entry_points['console_scripts'][0])")
+    entry = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    name, _, target = entry.split()[-1].partition("=")
     module, _, function = target.partition(":")
     assert (name, getattr(importlib.import_module(module), function)) == ("vggt_lora_download", main)
 

@@ -323,7 +323,7 @@ def test_evaluate_takes_models_folders_and_configurations(folder):
     everything = evaluate(flat, folder, protocol="median")
     held_out = evaluate({"base": flat}, TrainConfig(data=str(folder), train_fraction=0.5, frames=3, frame_cache=False), protocol=("median", "none"))
     assert (everything.table()[0]["frames"], held_out.table()[0]["frames"]) == (6, 3) and calls == [6, 3]
-    with pytest.raises(ConfigError, match="needs data"):
+    with pytest.raises(ConfigError, match="data is missing: to evaluate models"):
         evaluate(flat)
     with pytest.raises(ConfigError, match="Did you mean 'robustmvd'"):
         evaluate(flat, folder, protocol="robust")

@@ -526,7 +526,7 @@ NO_POINTS = [line if i % 2 or i == 0 else "" for i, line in enumerate(IMAGES)]
 
 
 @pytest.mark.parametrize("step, images, points, says", [
-    ("00_data.ipynb", IMAGES, ONE_BEHIND, "1 observations in 1 photos are of points behind the camera"),
+    ("00_data.ipynb", IMAGES, ONE_BEHIND, "left out: 1 observations of points behind the camera, in 1 photos"),
     ("00_data.ipynb", [*IMAGES[:2], "31 21 9"], ["9 1 2 30 10 20 30 0.5 12 0"], "no split: scene house has one photo"),
     ("01_depth.ipynb", NO_POINTS, ["# none"], "No photo of this scene sees any point"),
     ("01_depth.ipynb", [IMAGES[0], *IMAGES[1::2]], POINTS, "no point with a stored keypoint"),
