@@ -310,7 +310,7 @@ def test_the_guides_command_for_a_base_alone_runs_on_demo_data(folder, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Unable to parse" not in done.stderr
     written = (tmp_path / "robustmvd.ipynb").read_text(encoding="utf-8")
-    assert re.search(r"robustmvd +base +median per image +6 ", written)
+    assert re.search(r"\| robustmvd \| base \| median per image \| 6 \|", written)
 
 
 def test_evaluate_takes_models_folders_and_configurations(folder):

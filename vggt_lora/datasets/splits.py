@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FEWEST_JUDGES', 'SIDES', 'THUMBNAIL', 'SAME_PHOTO', 'SAME_PLACE', 'LeakError', 'validation_count', 'scene_groups',
            'torn_groups', 'Split', 'split_windows', 'scene_blocks', 'file_identity', 'content_hash', 'shared_photos',
-           'thumbnail', 'one_place', 'near_copies', 'moment_of', 'instant_twins', 'split_twins', 'audit_split']
+           'thumbnail', 'one_place', 'near_copies', 'moment_of', 'instant_twins', 'split_twins', 'frames_by_side',
+           'refuse_shared_photos', 'audit_split']
 
 # %% ../../nbs/datasets/splits.ipynb #4d267887
 import hashlib
@@ -334,6 +335,56 @@ def split_twins(split: Split, scenes: dict[str, Scene]) -> list[str]:
         found += [scenes[name].frames[i].name for i in judged if seen & set(twins.get(i, ()))]
     return found
 
+# %% ../../nbs/datasets/splits.ipynb #7bc5ec5f
+def frames_by_side(
+    split: Split,
+    scenes: dict[str, Scene],  # by name
+) -> dict[str, list]:
+    """Return the (scene, frame) pairs of each side; raises SceneError where the split does not fit the scenes."""
+    sides = {}
+    for side in SIDES:
+        sides[side] = []
+        for name, indices in split.frame_sets(side).items():
+            if name not in scenes:
+                raise SceneError(
+                    "the split names a scene that was not given: " + unknown_name_message("scene", name, scenes)
+                )
+            if indices[0] < 0 or indices[-1] >= len(scenes[name]):
+                raise SceneError(
+                    f"the split names frame {indices[-1]} of scene {name}, which has {len(scenes[name])}; was the scene"
+                    " changed?"
+                )
+            sides[side] += [(scenes[name], scenes[name].frames[i]) for i in indices]
+        if not sides[side] and side != "choose":
+            raise SceneError(f"no frame on the side {side!r} of the split; expected both sides to have some")
+    return sides
+
+
+def refuse_shared_photos(
+    sides: dict[str, list],  # see frames_by_side
+) -> None:
+    """Raise LeakError for a photo, or a copy of one, that is on two sides."""
+    frames = {side: [frame for _, frame in pairs] for side, pairs in sides.items()}
+    leaks = shared_photos([*frames["train"], *frames["choose"]], frames["val"])
+    leaks += shared_photos(frames["train"], frames["choose"])
+    if leaks:
+        named = "; ".join(
+            str(a.image_path) if a.image_path == b.image_path else f"{a.image_path} = {b.image_path}"
+            for a, b in leaks[:5]
+        )
+        raise LeakError(
+            f"{len(leaks)} photos are in training and in validation: {named}{' ...' if len(leaks) > 5 else ''}"
+        )
+    copies = near_copies([*sides["train"], *sides["choose"]], sides["val"])
+    copies += near_copies(sides["train"], sides["choose"])
+    if copies:
+        named = "; ".join(f"{a.image_path} ~ {b.image_path}" for a, b in copies[:5])
+        raise LeakError(
+            f"{len(copies)} photos are in training and in validation as copies (resized, re-encoded or brightened):"
+            f" {named}{' ...' if len(copies) > 5 else ''}; leave one of each pair out, or hold out both scenes together"
+            " (groups)"
+        )
+
 # %% ../../nbs/datasets/splits.ipynb #3583e17d
 def audit_split(
     split: Split,
@@ -345,44 +396,8 @@ def audit_split(
     Raises LeakError naming files or scenes.
     """
     scenes = {s.name: s for s in ([scenes] if isinstance(scenes, Scene) else scenes)}
-    sides, of_scene = {}, {}
-    for side in SIDES:
-        sides[side], of_scene[side] = [], []
-        for name, indices in split.frame_sets(side).items():
-            if name not in scenes:
-                raise SceneError(
-                    "the split names a scene that was not given: " + unknown_name_message("scene", name, scenes)
-                )
-            if indices[0] < 0 or indices[-1] >= len(scenes[name]):
-                raise SceneError(
-                    f"the split names frame {indices[-1]} of scene {name}, which has {len(scenes[name])}; was the scene"
-                    " changed?"
-                )
-            sides[side] += [scenes[name].frames[i] for i in indices]
-            of_scene[side] += [(scenes[name], scenes[name].frames[i]) for i in indices]
-        if not sides[side] and side != "choose":
-            raise SceneError(f"no frame on the side {side!r} of the split; expected both sides to have some")
-    leaks = shared_photos([*sides["train"], *sides["choose"]], sides["val"]) + shared_photos(
-        sides["train"], sides["choose"]
-    )
-    if leaks:
-        named = "; ".join(
-            str(a.image_path) if a.image_path == b.image_path else f"{a.image_path} = {b.image_path}"
-            for a, b in leaks[:5]
-        )
-        raise LeakError(
-            f"{len(leaks)} photos are in training and in validation: {named}{' ...' if len(leaks) > 5 else ''}"
-        )
-    copies = near_copies([*of_scene["train"], *of_scene["choose"]], of_scene["val"]) + near_copies(
-        of_scene["train"], of_scene["choose"]
-    )
-    if copies:
-        named = "; ".join(f"{a.image_path} ~ {b.image_path}" for a, b in copies[:5])
-        raise LeakError(
-            f"{len(copies)} photos are in training and in validation as copies (resized, re-encoded or brightened):"
-            f" {named}{' ...' if len(copies) > 5 else ''}; leave one of each pair out, or hold out both scenes together"
-            " (groups)"
-        )
+    sides = frames_by_side(split, scenes)
+    refuse_shared_photos(sides)
     groups = scene_groups(groups, list(scenes))
     torn = torn_groups(groups, {**split.frame_sets("train"), **split.frame_sets("choose")}, split.frame_sets("val"))
     if torn:
@@ -390,15 +405,13 @@ def audit_split(
             f"one place is in training and in validation: {'; '.join(torn)}; hold out all of a group or none of it"
         )
     twins = split_twins(split, scenes)
-    notes = (
-        [
+    notes = []
+    if twins:
+        notes.append(
             f"{len(twins)} of {len(sides['val'])} judged frames were taken at the same instant as a frame that trains,"
             f" by another camera of the rig ({twins[0]}): they flatter the result; hold out a scene that was taken at"
             " another time"
-        ]
-        if twins
-        else []
-    )
+        )
     counts = {
         name: {"photos": len(scene), **{side: len(split.frame_sets(side).get(name, ())) for side in sides}}
         for name, scene in scenes.items()
@@ -410,7 +423,7 @@ def audit_split(
         "val_frames": len(sides["val"]),
         "train_windows": len(split.train),
         "val_windows": len(split.val),
-        "shared": len(leaks),
+        "shared": 0,  # else refused above
         "dropped_windows": len(split.dropped_windows),
         "shortened_windows": len(split.shortened_windows),
         "unused_frames": split.unused_frames,

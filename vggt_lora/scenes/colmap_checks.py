@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'name_fault', 'first', 'repeated', 'check_cameras', 'check_images', 'check_points', 'TrackCheck',
-           'check_tracks', 'one_way_entries', 'keypoints_on_points', 'check_convention']
+           'without_keypoints', 'check_tracks', 'one_way_entries', 'keypoints_on_points', 'check_convention']
 
 # %% ../../nbs/scenes/colmap_checks.ipynb #d5c6cdbb
 from dataclasses import dataclass
@@ -111,6 +111,17 @@ class TrackCheck:
     dropped: np.ndarray | None = None  # (track entries,) bool, those whose keypoint names no point
 
 
+def without_keypoints(images: ImageTable) -> TrackCheck:
+    """Return what the tracks alone tell: which photo sees which point, but not where."""
+    stripped = any(k is None for k in images.keypoints)
+    how = f"the second line of every image is {'missing (stripped)' if stripped else 'empty'}"
+    note = (
+        f"{images.places.path.name}: {how}; which photo sees which point is known from the tracks, where it"
+        " sees it is not"
+    )
+    return TrackCheck([np.zeros(0, bool) for _ in images.keypoints], True, [note])
+
+
 def check_tracks(images: ImageTable, points: PointTable) -> TrackCheck:
     """Compare tracks with keypoints; raises SceneError at the point's place where they contradict each other."""
     order = np.argsort(images.ids)
@@ -133,20 +144,7 @@ def check_tracks(images: ImageTable, points: PointTable) -> TrackCheck:
         )
     counts = np.array([0 if k is None else len(k) for k in images.keypoints], np.int64)
     if len(index) and not counts.any():
-        stripped = any(k is None for k in images.keypoints)
-        how = (
-            "the second line of every image is missing (stripped)"
-            if stripped
-            else "the second line of every image is empty"
-        )
-        return TrackCheck(
-            [np.zeros(0, bool) for _ in counts],
-            True,
-            [
-                f"{images.places.path.name}: {how}; which photo sees which point is known from the tracks, where it"
-                " sees it is not"
-            ],
-        )
+        return without_keypoints(images)
     if (entry := first(index >= counts[image] if len(index) else np.zeros(0, bool))) is not None:
         raise points.places.fault(
             owner[entry],

@@ -6,7 +6,8 @@
 __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'MANY_PHOTOS', 'PHOTOS', 'scene_root', 'scene_folders', 'find_part', 'files_below',
            'link_command', 'undistort_command', 'plain_stem', 'look_alike', 'photo_folder', 'photo_size', 'photo_path',
            'size_factors', 'is_raw_depth', 'laser_beside', 'scene_json', 'said_images', 'unit_is_metre',
-           'unused_models', 'mask_folder', 'frame_of', 'open_scene', 'is_scene', 'why_no_scene', 'find_scenes']
+           'unused_models', 'mask_folder', 'frame_of', 'scene_model', 'photo_notes', 'open_scene', 'is_scene',
+           'why_no_scene', 'find_scenes']
 
 # %% ../../nbs/scenes/opening.ipynb #e80c875e
 import json
@@ -363,17 +364,12 @@ ETH3D_PHOTOS = {
 MANY_PHOTOS = 200  # from here on opening takes seconds, and a bar shows
 
 
-def open_scene(
-    path: Path | str,  # ETH3D scene folder, or a COLMAP model (text or binary) or a folder that holds one
-    *,
-    images: Path | str | None = None,  # folder that image names are relative to; default: looked for
-    metric: bool | None = None,  # whether the unit is the metre; default: from scene.json, else from laser data
-) -> Scene:
-    """Open a scene; raises SceneError naming file, line and fault, or the searched places."""
-    path = user_path(path)
-    root = scene_root(path)
-    folders = scene_folders(root)
-    calibration = find_part(folders, "dslr_calibration_undistorted")
+def scene_model(
+    path: Path,
+    root: Path,  # see scene_root
+    calibration: Path | None,  # ETH3D's folder of the model
+) -> tuple:
+    """Return the model of a scene and notes on the choice; raises SceneError for several scenes or no posed image."""
     inside = (
         [f.name for f in sorted(path.glob("*")) if (f / "dslr_calibration_undistorted").is_dir()]
         if path.is_dir()
@@ -387,6 +383,47 @@ def open_scene(
     model = read_model(chosen)
     if not model.images:
         raise SceneError(f"{model.folder}: the model holds no posed image; expected at least one in images{model.form}")
+    return model, notes
+
+
+def photo_notes(
+    pairs: list,  # (frame, whether it was scaled to its photo)
+    model,
+    root: Path,
+    masks: Path | None,  # folder of COLMAP's masks
+    eth3d: bool,
+) -> list[str]:
+    """Say which photos have another size than their camera, are missing, or have no mask."""
+    notes = []
+    if any(scaled for _, scaled in pairs):
+        frame = next(frame for frame, scaled in pairs if scaled)
+        height, width = model.cameras[frame.camera_id].size
+        notes.append(
+            f"{sum(s for _, s in pairs)} of {len(pairs)} photos have another size than their camera ({frame.name}:"
+            f" {frame.size[1]}x{frame.size[0]} against {width}x{height}); K and observations were scaled to the photos"
+        )
+    expected = ETH3D_PHOTOS.get(root.name, len(pairs)) if eth3d else len(pairs)
+    if expected != len(pairs):
+        notes.append(f"ETH3D's {root.name} has {expected} photos, this folder {len(pairs)}")
+    if masks is not None and not any(frame.photo_mask_path for frame, _ in pairs):
+        notes.append(
+            f"{masks} is not used: it holds no file such as {pairs[0][0].name}.png (COLMAP's names; 0 = leave out)"
+        )
+    return notes
+
+
+def open_scene(
+    path: Path | str,  # ETH3D scene folder, or a COLMAP model (text or binary) or a folder that holds one
+    *,
+    images: Path | str | None = None,  # folder that image names are relative to; default: looked for
+    metric: bool | None = None,  # whether the unit is the metre; default: from scene.json, else from laser data
+) -> Scene:
+    """Open a scene; raises SceneError naming file, line and fault, or the searched places."""
+    path = user_path(path)
+    root = scene_root(path)
+    folders = scene_folders(root)
+    calibration = find_part(folders, "dslr_calibration_undistorted")
+    model, notes = scene_model(path, root, calibration)
     folder = photo_folder(model, folders, user_path(images) if images else said_images(folders))
     ordered = sorted(model.images, key=lambda i: (natsort_keygen()(i.name), i.name))
     masks = mask_folder(folder, folders)
@@ -400,20 +437,7 @@ def open_scene(
         notes.append(
             f"{unused} further model{'s' if unused > 1 else ''} in sparse/ not used; this is sparse/{model.folder.name}"
         )
-    if any(scaled for _, scaled in pairs):
-        frame = next(frame for frame, scaled in pairs if scaled)
-        height, width = model.cameras[frame.camera_id].size
-        notes.append(
-            f"{sum(s for _, s in pairs)} of {len(pairs)} photos have another size than their camera ({frame.name}:"
-            f" {frame.size[1]}x{frame.size[0]} against {width}x{height}); K and observations were scaled to the photos"
-        )
-    expected = ETH3D_PHOTOS.get(root.name, len(pairs)) if calibration is not None else len(pairs)
-    if expected != len(pairs):
-        notes.append(f"ETH3D's {root.name} has {expected} photos, this folder {len(pairs)}")
-    if masks is not None and not any(frame.photo_mask_path for frame, _ in pairs):
-        notes.append(
-            f"{masks} is not used: it holds no file such as {pairs[0][0].name}.png (COLMAP's names; 0 = leave out)"
-        )
+    notes += photo_notes(pairs, model, root, masks, calibration is not None)
     frames = tuple(frame for frame, _ in pairs)
     usable, unused = laser_beside(folders, list(frames))
     notes += unused

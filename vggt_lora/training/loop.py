@@ -182,10 +182,10 @@ def _skip(loop: Loop, chunk, found: list[WindowResult], reason: str, randoms: di
     loop.run.log(f"step {step} was skipped: {reason} ({where}); {file}")
     if guard.in_row >= guard.most:
         raise TrainingError(
-            f"{guard.in_row} steps in a row were skipped, the last at step {step}: {reason}, on {where}; "
-            f"look at these photos in notebook 01 and replay {folder / 'bad'}; to pass them, continue with "
-            f"resume=True, output={str(folder)!r} and a higher max_skipped_steps, or skip_grad_factor=None if the gradient "
-            "is only large; another lr needs a run of its own"
+            f"{guard.in_row} steps in a row were skipped, the last at step {step}: {reason}, on {where}; look at these"
+            f" photos in notebook 01 and replay {folder / 'bad'}; to pass them, continue with resume=True,"
+            f" output={str(folder)!r} and a higher max_skipped_steps, or skip_grad_factor=None if the gradient is only"
+            " large; another lr needs a run of its own"
         )
 
 # %% ../../nbs/training/loop.ipynb #8f92a599
