@@ -235,9 +235,10 @@ def test_card_and_export_name_the_licence(tmp_path):
     assert "noncommercial research only" in str(export_merged(folder, tmp_path / "merged"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, changes", [("vggt", {"model": "random", "image_size": 56}), ("omega", {"model": "random-omega", "image_size": 64})])
 def test_cached_training_equals_uncached(tmp_path, monkeypatch, family, changes):
-    """Twenty steps of strategy b with and without the kept states of the frozen half: every loss is the same."""
+    """More than 50 steps of strategy b with and without the kept states of the frozen half: every loss is the same."""
     from vggt_lora.demo.demo_scenes import toy_scene
     from vggt_lora.train import train
     from vggt_lora.training.config import TrainConfig
@@ -246,11 +247,11 @@ def test_cached_training_equals_uncached(tmp_path, monkeypatch, family, changes)
     monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "cache"))
     scene, losses = toy_scene(tmp_path / "data", frames=12, size=(84, 112)), {}
     for cache in ("off", "float32"):
-        config = TrainConfig(data=str(scene), output=str(tmp_path / cache), strategy="b", epochs=5, frames=3, rank=2, lr=1e-3, supervision="laser+sparse",
+        config = TrainConfig(data=str(scene), output=str(tmp_path / cache), strategy="b", epochs=13, frames=3, rank=2, lr=1e-3, supervision="laser+sparse",
                              feature_cache=cache, device="cpu", **changes)
         run = train(config)
         losses[cache] = [record["loss"] for record in without_wall(run.folder / "metrics.jsonl") if record["split"] == "train"]
         log = (run.folder / "train.log").read_text()
         assert ("states after layer 2 in float32" in log) == (cache == "float32")
-    assert len(losses["off"]) >= 20 and losses["off"] == pytest.approx(losses["float32"], rel=1e-4)
+    assert len(losses["off"]) >= 50 and losses["off"] == pytest.approx(losses["float32"], rel=1e-4)
     assert "The base is random" in (run.folder / "report.md").read_text()
