@@ -384,7 +384,7 @@ def test_the_command_keeps_what_was_wanted_last_and_touches_nothing_but_entries(
     assert store.main(["--folder", str(tmp_path), "--prune", str(3.5 * size / 1e9)]) == 0
     assert [index for index in range(8) if entries[index].exists()] == [0, 1, 7]
     said = capsys.readouterr().out
-    assert "removed 5 frames" in said and "1 half-written" in said and all(path.exists() for path in strangers)
+    assert "removed 5 least recently used frames" in said and "1 half-written" in said and all(path.exists() for path in strangers)
     for wrong in ("-1", "nan", "inf", "many"):
         with pytest.raises(SystemExit) as stopped:
             store.main(["--folder", str(tmp_path), "--prune", wrong])
