@@ -488,7 +488,7 @@ def audit_notes(findings: list[FrameFindings], scene, chosen: int) -> tuple[str,
 
 def audit_scene(
     scene,  # Scene
-    image_size: int = 518,  # px, long side, a multiple of 14
+    image_size: int = 518,  # px, long side, a multiple of the patch
     sources=("sparse", "laser"),  # depth sources or mixtures, see datasets.samples
     frames=None,  # indices of the photos to look at, in order; default: all
     limits: AuditLimits = AuditLimits(),
