@@ -69,7 +69,8 @@ def named_base(
         raise ConfigError(f"{source.adapter} does not record its base; give base=, for instance "
                           "base='facebook/VGGT-1B'")
     if source.base in RANDOM:
-        raise ConfigError(f"{source.adapter} was trained on random weights, so there is no base checkpoint to export")
+        raise ConfigError(f"{source.adapter} was trained on random weights, which no file holds; to export or use an "
+                          "adapter, train it on a base from a file or the hub")
     return source.base
 
 # %% ../../nbs/adapters/export.ipynb #bd29d54f
