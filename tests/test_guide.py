@@ -130,12 +130,18 @@ SMALL = {  # what makes a command cheap, by its notebook
 }
 
 
+def small_options() -> list[str]:
+    """What makes a training cheap, as options of a command line."""
+    names, values = SMALL["03_train"][1::3], SMALL["03_train"][2::3]
+    return [word for name, value in zip(names, values) for word in (f"--{name.replace('_', '-')}", value)]
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """One small finished run for every command that wants one."""
     folder = tmp_path_factory.mktemp("guide") / "run"
-    words = [f"--{word.replace('_', '-')}" if i % 3 == 1 else word for i, word in enumerate(SMALL["03_train"]) if i % 3]
-    done = subprocess.run([sys.executable, "-m", "vggt_lora.train", "--strategy", "b", *words, "--output", str(folder)], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "vggt_lora.train", "--strategy", "b", *small_options(), "--output", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -182,6 +188,8 @@ def test_the_guides_commands_run(command, request, tmp_path):
             if SMALL[step][i + 1] not in given:
                 words += SMALL[step][i:i + 3]
         words += {"03_train": ["-p", "output", str(tmp_path / "run")], "04_evaluate": ["-p", "run", str(request.getfixturevalue("run_folder"))] if step == "04_evaluate" else []}.get(step, [])
+    if words[:3] == ["python", "-m", "vggt_lora.train"]:
+        words += [*small_options(), "--output", str(tmp_path / "run")]
     if words[0] == "ls":
         words = ["ls", "-d", words[1]]
     words[0] = sys.executable if words[0] == "python" else str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
