@@ -17,7 +17,7 @@ import typing
 
 
 # %% ../nbs/settings.ipynb #54fba710
-from .core import ConfigError, VggtLoraError, unknown_name_message
+from .core import ConfigError, VggtLoraError, markdown_table, unknown_name_message
 
 # %% ../nbs/settings.ipynb #9494cd47
 TYPES = (str, int, float, bool)
@@ -143,8 +143,7 @@ def settings_table(
 def _section_table(title: str, head: tuple, rows: list[tuple], folded: bool) -> str:
     """Return the table of one section, in Markdown, or folded in one block of HTML."""
     if not folded:
-        lines = [" | ".join(cells) for cells in (head, ["---"] * len(head), *rows)]
-        table = "\n".join(f"| {line} |" for line in lines)
+        table = markdown_table(head, rows)
         return f"**{title}**\n\n{table}" if title else table
     names = ", ".join(row[0] for row in rows)
     lines = ["<tr><th>" + "</th><th>".join(head) + "</th></tr>"]
