@@ -23,8 +23,11 @@ HARDENING = {
 
 
 # Files whose tests take more than a minute, the longest first.
-LONGEST = ("test_chapters", "test_browser_notebooks", "test_gpu", "test_stops", "test_torture", "test_engine", "test_papermill",
-           "test_train", "test_adversary", "test_twice", "test_loop", "test_wheel", "test_adapters", "test_dense", "test_demo_buildings")
+LONGEST = (
+    "test_chapters", "test_browser_notebooks", "test_gpu", "test_stops", "test_torture", "test_engine",
+    "test_papermill", "test_train", "test_adversary", "test_twice", "test_loop", "test_wheel", "test_adapters",
+    "test_dense", "test_demo_buildings",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -45,7 +45,8 @@ def test_the_command_line_has_every_field_and_trains(tmp_path):
     from vggt_lora.train import TrainConfig
 
     assert [s.name for s in settings_of(TrainConfig)] == [f.name for f in dataclasses.fields(TrainConfig)]
-    done = command("--model", "random", "--scenes", "demo_a", "--epochs", "1", "--image-size", "56", "--frames", "4", "--preflight", "off", "--output", str(tmp_path / "run"))
+    small = ["--scenes", "demo_a", "--epochs", "1", "--image-size", "56", "--frames", "4", "--preflight", "off"]
+    done = command("--model", "random", *small, "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["image_size"] == 56
