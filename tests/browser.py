@@ -26,8 +26,15 @@ import lab  # noqa: E402
 
 NOTEBOOK_SETTINGS = {"windowingMode": "none"}  # every cell is in the page, also what lies below the window's edge
 CHROMIUM_OPTIONS = (
-    "--headless=new", "--disable-dev-shm-usage", "--window-size=1400,1000", "--enable-unsafe-swiftshader",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic",
+    "--headless=new",
+    "--disable-dev-shm-usage",
+    "--window-size=1400,1000",
+    "--enable-unsafe-swiftshader",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-quic",
 )
 
 
@@ -46,8 +53,11 @@ def what_is_missing() -> str | None:
     """Say in plain words why a browser check cannot run here, or return None where it can."""
     if os.environ.get("VGGT_LORA_SKIP_BROWSER"):
         return "browser checks are switched off by VGGT_LORA_SKIP_BROWSER"
-    for module, remedy in (("selenium", "pip install 'vggt_lora[dev]'"), ("jupyterlab", "pip install 'vggt_lora[notebooks]'"),
-                           ("ipywidgets", "pip install 'vggt_lora[views]'")):
+    for module, remedy in (
+        ("selenium", "pip install 'vggt_lora[dev]'"),
+        ("jupyterlab", "pip install 'vggt_lora[notebooks]'"),
+        ("ipywidgets", "pip install 'vggt_lora[views]'"),
+    ):
         try:
             __import__(module)
         except ImportError:
@@ -63,7 +73,8 @@ def jupyterlab(
     folder: Path,  # served as root; JupyterLab saves what it runs, so give it copies
     timeout: float = 60.0,  # seconds until the server must answer
 ):
-    """Run JupyterLab on a free port of this machine and yield its `Address`; its settings and log lie beside `folder`."""
+    """Run JupyterLab on a free port of this machine and yield its `Address`; its settings and log lie beside `folder`.
+    """
     folder = Path(folder).resolve()
     settings = folder.parent / f"{folder.name}_jupyter"
     lab.write_settings(settings)  # as `make env` does
@@ -73,13 +84,18 @@ def jupyterlab(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--expose-app-in-browser", f"--ServerApp.root_dir={folder}"]
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+        "--ServerApp.port_retries=0", "--expose-app-in-browser", f"--ServerApp.root_dir={folder}",
+    ]
     command += ["--allow-root"] if _is_root() else []
     address = Address(f"http://127.0.0.1:{port}")
     address.token = secrets.token_hex(16)  # a server without one would run code for every user of this machine
-    own = {"JUPYTER_TOKEN": address.token, "JUPYTER_CONFIG_DIR": settings, "JUPYTERLAB_SETTINGS_DIR": settings / "settings", "JUPYTERLAB_WORKSPACES_DIR": settings / "workspaces",
-           "IPYTHONDIR": settings / "ipython"}
+    own = {
+        "JUPYTER_TOKEN": address.token, "JUPYTER_CONFIG_DIR": settings,
+        "JUPYTERLAB_SETTINGS_DIR": settings / "settings", "JUPYTERLAB_WORKSPACES_DIR": settings / "workspaces",
+        "IPYTHONDIR": settings / "ipython",
+    }
     log = address.log = settings / "server.log"
     with open(log, "wb") as output:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder,
@@ -88,11 +104,18 @@ def jupyterlab(
         end = time.monotonic() + timeout
         while True:
             try:
-                with urllib.request.urlopen(urllib.request.Request(f"{address}/api/status", headers={"Authorization": f"token {address.token}"}), timeout=2):
+                with urllib.request.urlopen(
+                    urllib.request.Request(
+                        f"{address}/api/status", headers={"Authorization": f"token {address.token}"}
+                    ),
+                    timeout=2,
+                ):
                     break
             except OSError:
                 if server.poll() is not None or time.monotonic() > end:
-                    raise RuntimeError(f"JupyterLab did not answer; its log ends with:\n{log.read_text(errors='replace')[-2000:]}") from None
+                    raise RuntimeError(
+                        f"JupyterLab did not answer; its log ends with:\n{log.read_text(errors='replace')[-2000:]}"
+                    ) from None
                 time.sleep(0.2)
         yield address
     finally:
@@ -112,10 +135,15 @@ def chromium(
     from selenium import webdriver
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for option in (*CHROMIUM_OPTIONS, f"--user-data-dir={Path(profile).resolve()}", *(["--no-sandbox"] if _is_root() else [])):
+    for option in (
+        *CHROMIUM_OPTIONS,
+        f"--user-data-dir={Path(profile).resolve()}",
+        *(["--no-sandbox"] if _is_root() else []),
+    ):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))  # named, so that selenium downloads none
+    # named, so that selenium downloads none
+    service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
     driver = webdriver.Chrome(options=options, service=service)
     driver.set_script_timeout(300)
     try:
@@ -144,8 +172,14 @@ def open_notebook(
 ) -> None:
     """Open a notebook and wait until the application holds it."""
     driver.get(f"{url}/lab/tree/{name}?reset&token={url.token}")
-    wait_for(driver, lambda d: d.execute_script(
-        "return !!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.context)"), f"{name} to open", 180)
+    wait_for(
+        driver,
+        lambda d: d.execute_script(
+            "return !!(window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.context)"
+        ),
+        f"{name} to open",
+        180,
+    )
 
 
 def start(
@@ -154,10 +188,12 @@ def start(
 ) -> None:
     """Begin to run cells through the application, after the kernel is ready; `wait_until_run` waits for the last.
 
-    Not through the menu: that races with the start of the kernel. The promise resolves when all cells are done; the page is asked for it again and
-    again, since one long call would run into the limits of the driver and of selenium's connection. Meanwhile `phases` collects what progress lines say.
+    Not through the menu: that races with the start of the kernel. The promise resolves when all cells are done; the
+    page is asked for it again and again, since one long call would run into the limits of the driver and of selenium's
+    connection. Meanwhile `phases` collects what progress lines say.
     """
-    driver.execute_script("""
+    driver.execute_script(
+        """
         window.allCells = {done: false, fault: null};
         window.phases = new Set();
         const line = /^[\\w ]+: +(\\d\\d:\\d\\d|\\d+%)/;
@@ -170,15 +206,20 @@ def start(
             await context.sessionContext.ready;
             await context.sessionContext.session.kernel.info;
             await jupyterapp.commands.execute(arguments[0]);
-        })().then(() => { allCells.done = true; }, error => { allCells = {done: true, fault: String(error)}; }).finally(() => clearInterval(watching));
-    """, command)
+        })().then(() => { allCells.done = true; }, error => { allCells = {done: true, fault: String(error)}; })
+            .finally(() => clearInterval(watching));
+    """,
+        command,
+    )
 
 
 def wait_until_run(
     driver,
     timeout: float = 1200.0,  # seconds; generous, since it only ends what hangs
 ) -> list[str]:
-    """Wait for the cells that `start` runs; returns the progress lines that were seen. RuntimeError says what went wrong."""
+    """Wait for the cells that `start` runs; returns the progress lines that were seen. RuntimeError says what went
+    wrong.
+    """
     wait_for(driver, lambda d: d.execute_script("return allCells.done"), "all cells to run", timeout)
     fault = driver.execute_script("return allCells.fault")
     if fault:
@@ -215,23 +256,31 @@ def dialogs(
     driver,
 ) -> list[str]:
     """Return the text of every dialog and notification on the page."""
-    return driver.execute_script("return [...document.querySelectorAll('.jp-Dialog, .Toastify__toast')].map(shown => shown.innerText)")
+    return driver.execute_script(
+        "return [...document.querySelectorAll('.jp-Dialog, .Toastify__toast')].map(shown => shown.innerText)"
+    )
 
 
 def first_screen(
     driver,
 ) -> dict:
-    """Return what the notebook shows without scrolling: {"pictures": decoded images, "parameters": from 0 (not there) to 1 (the whole cell)}; {} before it is open."""
+    """Return what the notebook shows without scrolling: {"pictures": decoded images, "parameters": from 0 (not there)
+    to 1 (the whole cell)}; {} before it is open.
+    """
     return driver.execute_script("""
-        const current = jupyterapp.shell.currentWidget, outer = current && current.node.querySelector('.jp-WindowedPanel-outer');
-        const cell = outer && current.content && current.content.widgets.find(cell => (cell.model.getMetadata('tags') || []).includes('parameters'));
+        const current = jupyterapp.shell.currentWidget;
+        const outer = current && current.node.querySelector('.jp-WindowedPanel-outer');
+        const tagged = cell => (cell.model.getMetadata('tags') || []).includes('parameters');
+        const cell = outer && current.content && current.content.widgets.find(tagged);
         if (!cell) return {};
         const panel = outer.getBoundingClientRect();
         const share = element => {
             const box = element.getBoundingClientRect();
-            return box.height && Math.max(0, Math.min(box.bottom, panel.bottom) - Math.max(box.top, panel.top)) / box.height;
+            const inside = Math.min(box.bottom, panel.bottom) - Math.max(box.top, panel.top);
+            return box.height && Math.max(0, inside) / box.height;
         };
-        const pictures = [...current.node.querySelectorAll('.jp-MarkdownCell img')].filter(image => image.naturalWidth && share(image) > 0.99);
+        const pictures = [...current.node.querySelectorAll('.jp-MarkdownCell img')]
+            .filter(image => image.naturalWidth && share(image) > 0.99);
         return {pictures: pictures.length, parameters: share(cell.node)};
     """)
 
@@ -241,7 +290,11 @@ def cell_errors(
 ) -> list[str]:
     """Return the text of every error shown in the notebook; JupyterLab draws it as it draws what goes to stderr."""
     from selenium.webdriver.common.by import By
-    texts = [shown.text for shown in driver.find_elements(By.CSS_SELECTOR, '[data-mime-type="application/vnd.jupyter.stderr"]')]
+
+    texts = [
+        shown.text
+        for shown in driver.find_elements(By.CSS_SELECTOR, '[data-mime-type="application/vnd.jupyter.stderr"]')
+    ]
     return [text for text in texts if re.match(r"-{20}|\w+(Error|Exception|Interrupt)\b", text)]
 
 
@@ -250,11 +303,13 @@ def severe_log_lines(
 ) -> list[str]:
     """Return the severe lines of the browser's own log, less the one that importing open3d causes.
 
-    open3d imports dash, which opens a channel of its own in the kernel; JupyterLab knows no such channel and says so, once.
-    JupyterLab lets the browser ask for a picture attached to a cell before it puts the picture there; that it is shown is checked elsewhere.
+    open3d imports dash, which opens a channel of its own in the kernel; JupyterLab knows no such channel and says so,
+    once. JupyterLab lets the browser ask for a picture attached to a cell before it puts the picture there; that it is
+    shown is checked elsewhere.
     """
     lines = [line["message"] for line in driver.get_log("browser") if line["level"] == "SEVERE"]
-    lines = [line for line in lines if not line.startswith("attachment:") and "beforeunload" not in line]  # a reload without a click
+    # a reload without a click
+    lines = [line for line in lines if not line.startswith("attachment:") and "beforeunload" not in line]
     greeting = next((line for line in lines if "Exception opening new comm" in line), None)
     if greeting is not None:
         lines.remove(greeting)
@@ -312,27 +367,39 @@ def press_slider(
 def restarts(
     url: Address,
 ) -> list[str]:
-    """Return the lines of the server's log that speak of a kernel that died; JupyterLab shows no error then, and runs no further cell."""
-    return [line for line in url.log.read_text(errors="replace").splitlines() if "KernelRestarter: restarting kernel" in line]
+    """Return the lines of the server's log that speak of a kernel that died; JupyterLab shows no error then, and runs
+    no further cell.
+    """
+    return [
+        line
+        for line in url.log.read_text(errors="replace").splitlines()
+        if "KernelRestarter: restarting kernel" in line
+    ]
 
 
 def save(
     driver,
 ) -> None:
     """Save the open notebook and wait until it is saved."""
-    driver.execute_script("window.saved = false; jupyterapp.shell.currentWidget.context.save().finally(() => { saved = true; })")
+    driver.execute_script(
+        "window.saved = false; jupyterapp.shell.currentWidget.context.save().finally(() => { saved = true; })"
+    )
     wait_for(driver, lambda d: d.execute_script("return saved"), "the notebook to be saved")
 
 
 def code_cells(
     driver,
 ) -> list[dict]:
-    """Return the code cells of the open notebook as the application holds them: {"source", "count" (None: never run), "errors" [texts]}."""
+    """Return the code cells of the open notebook as the application holds them: {"source", "count" (None: never run),
+    "errors" [texts]}.
+    """
     return driver.execute_script("""
         const text = value => Array.isArray(value) ? value.join('') : String(value);
-        return jupyterapp.shell.currentWidget.content.model.sharedModel.cells.filter(cell => cell.cell_type === 'code').map(cell => cell.toJSON()).map(cell => ({
+        const cells = jupyterapp.shell.currentWidget.content.model.sharedModel.cells;
+        return cells.filter(cell => cell.cell_type === 'code').map(cell => cell.toJSON()).map(cell => ({
             source: text(cell.source), count: cell.execution_count,
-            errors: cell.outputs.filter(output => output.output_type === 'error').map(output => output.ename + ': ' + output.evalue)}));
+            errors: cell.outputs.filter(output => output.output_type === 'error')
+                .map(output => output.ename + ': ' + output.evalue)}));
     """)
 
 
@@ -350,29 +417,41 @@ def controls(
     driver,
 ) -> list[tuple[int, str, str]]:
     """Return (number of its output on the page, kind, description) of every control that is shown."""
-    return [tuple(found) for found in driver.execute_script("""
+    return [
+        tuple(found)
+        for found in driver.execute_script(
+            """
         const found = [];
         document.querySelectorAll('.jp-Cell-outputArea').forEach((area, number) => {
             for (const [kind, selector] of Object.entries(arguments[0]))
                 for (const element of area.querySelectorAll(selector)) {
                     const label = element.querySelector('.widget-label');
                     if (element.offsetParent && !(kind === 'button' && element.closest('.widget-toggle-buttons')))
-                        found.push([number, kind, (label && label.offsetParent ? label.innerText : element.innerText).trim()]);
+                        found.push([number, kind,
+                                    (label && label.offsetParent ? label.innerText : element.innerText).trim()]);
                 }
         });
         return found;
-    """, CONTROLS)]
+    """,
+            CONTROLS,
+        )
+    ]
 
 
 def shown_in(
     driver,
     area: int,  # number of the output on the page
 ) -> dict:
-    """Return what an output shows: {"text": all of it, less what the controls themselves say, "images": checksums of the decoded pictures}."""
-    return driver.execute_script("""
+    """Return what an output shows: {"text": all of it, less what the controls themselves say, "images": checksums of
+    the decoded pictures}.
+    """
+    return driver.execute_script(
+        """
         const area = document.querySelectorAll('.jp-Cell-outputArea')[arguments[0]];
         const own = [...area.querySelectorAll(arguments[1])];
-        const texts = [...area.querySelectorAll('.widget-label, .widget-html, .widget-htmlmath, .jp-OutputArea-output pre, .jp-RenderedHTMLCommon')]
+        const written = '.widget-label, .widget-html, .widget-htmlmath, .jp-OutputArea-output pre, '
+            + '.jp-RenderedHTMLCommon';
+        const texts = [...area.querySelectorAll(written)]
             .filter(element => !own.some(control => control.contains(element))).map(element => element.innerText);
         const sum = drawn => {
             const width = drawn.naturalWidth || drawn.width, height = drawn.naturalHeight || drawn.height;
@@ -382,11 +461,15 @@ def shown_in(
             const context = canvas.getContext('2d');
             context.drawImage(drawn, 0, 0);
             let total = 0;
-            for (const pixel of new Uint32Array(context.getImageData(0, 0, width, height).data.buffer)) total = (Math.imul(total, 31) + pixel) | 0;
+            for (const pixel of new Uint32Array(context.getImageData(0, 0, width, height).data.buffer))
+                total = (Math.imul(total, 31) + pixel) | 0;
             return [width, height, total];
         };
         return {text: texts.join('\\n'), images: [...area.querySelectorAll('img, canvas')].map(sum)};
-    """, area, ", ".join(CONTROLS.values()))
+    """,
+        area,
+        ", ".join(CONTROLS.values()),
+    )
 
 
 def control_in(
@@ -396,15 +479,21 @@ def control_in(
     label: str,  # its description
 ):
     """Return a control's element, scrolled to the middle of the window."""
-    element = driver.execute_script("""
+    element = driver.execute_script(
+        """
         const name = element => {
             const label = element.querySelector('.widget-label');
             return (label && label.offsetParent ? label.innerText : element.innerText).trim();
         };
-        const found = [...document.querySelectorAll('.jp-Cell-outputArea')[arguments[0]].querySelectorAll(arguments[1])].find(element => name(element) === arguments[2]);
+        const area = document.querySelectorAll('.jp-Cell-outputArea')[arguments[0]];
+        const found = [...area.querySelectorAll(arguments[1])].find(element => name(element) === arguments[2]);
         if (found) found.scrollIntoView({block: 'center'});
         return found;
-    """, area, CONTROLS[kind], label)
+    """,
+        area,
+        CONTROLS[kind],
+        label,
+    )
     if element is None:
         raise LookupError(f"no {kind} {label!r} in output {area}")
     return element
@@ -425,7 +514,8 @@ def move(
     if kind == "slider":
         handle = element.find_element(By.CSS_SELECTOR, ".noUi-handle")
         at_end = handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax")
-        driver.execute_script("arguments[0].focus()", handle)  # as the tab key would; a click may meet a page that still moves
+        # as the tab key would; a click may meet a page that still moves
+        driver.execute_script("arguments[0].focus()", handle)
         ActionChains(driver).send_keys(Keys.ARROW_LEFT if at_end else Keys.ARROW_RIGHT).perform()
     elif kind == "choice":
         chosen = Select(element.find_element(By.TAG_NAME, "select"))
@@ -450,7 +540,8 @@ def tall_screenshot(
     size = driver.get_window_size()
     height = driver.execute_script("""
         const cells = document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook-cell');
-        return cells.length ? cells[cells.length - 1].getBoundingClientRect().bottom - cells[0].getBoundingClientRect().top : 0;
+        if (!cells.length) return 0;
+        return cells[cells.length - 1].getBoundingClientRect().bottom - cells[0].getBoundingClientRect().top;
     """)
     driver.set_window_size(size["width"], min(most, max(size["height"], int(height) + 250)))
     driver.execute_script("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")

@@ -97,7 +97,7 @@ def turn(number: int, words: list[str], degrees: float = 20.0) -> list[str]:
     return words
 
 
-# --- keypoints and colours ---------------------------------------------------------------------------------------------
+# --- keypoints and colours --------------------------------------------------------------------------------------------
 
 @case("fits")
 def as_it_is(source, out):
@@ -112,7 +112,8 @@ def swapped_photos(source, out):
     photos = photos_of(source)
     (out / "images/dslr_images_undistorted").mkdir(parents=True)
     for place, photo in enumerate(photos):
-        other = Image.open(photos[(place + len(photos) // 2) % len(photos)])  # the scene has two cameras of different size
+        # the scene has two cameras of different size
+        other = Image.open(photos[(place + len(photos) // 2) % len(photos)])
         other.resize(Image.open(photo).size).save(out / "images/dslr_images_undistorted" / photo.name, quality=95)
 
 
@@ -181,7 +182,7 @@ def keypoints_of_another_size(source, out):
     map_lines(sparse / "images.txt", double, pose=False)
 
 
-# --- what a folder promises ---------------------------------------------------------------------------------------------
+# --- what a folder promises -------------------------------------------------------------------------------------------
 
 @case("note", "none of its 8 files (.png) is read", "unit unknown")
 def png_depth(source, out):
@@ -189,7 +190,9 @@ def png_depth(source, out):
     write(source, out)
     (out / "ground_truth_depth/dslr_images").mkdir(parents=True)
     for photo in photos_of(source):
-        Image.fromarray(np.full((40, 60), 9000, np.uint16)).save(out / "ground_truth_depth/dslr_images" / f"{photo.stem}.png")
+        Image.fromarray(np.full((40, 60), 9000, np.uint16)).save(
+            out / "ground_truth_depth/dslr_images" / f"{photo.stem}.png"
+        )
 
 
 @case("note", "files (.JPG) is read", "unit unknown")
@@ -198,7 +201,9 @@ def photo_as_depth(source, out):
     write(source, out)
     (out / "ground_truth_depth/dslr_images").mkdir(parents=True)
     for photo in photos_of(source):
-        Image.fromarray(np.full((40, 60), 9000, np.uint16)).save(out / "ground_truth_depth/dslr_images" / photo.name, "PNG")
+        Image.fromarray(np.full((40, 60), 9000, np.uint16)).save(
+            out / "ground_truth_depth/dslr_images" / photo.name, "PNG"
+        )
 
 
 def scale_model(sparse: Path, factor: float) -> None:
@@ -209,7 +214,9 @@ def scale_model(sparse: Path, factor: float) -> None:
             words = line.split()
             lines[i] = " ".join([words[0], *(repr(factor * float(v)) for v in words[1:4]), *words[4:]])
     (sparse / "points3D.txt").write_text("\n".join(lines) + "\n")
-    map_lines(sparse / "images.txt", lambda _, words: [*words[:5], *(repr(factor * float(v)) for v in words[5:8]), *words[8:]])
+    map_lines(
+        sparse / "images.txt", lambda _, words: [*words[:5], *(repr(factor * float(v)) for v in words[5:8]), *words[8:]]
+    )
 
 
 @case("note", "nearer than 0.1 or farther than 100 m", "millimetre")
@@ -237,7 +244,11 @@ def cropped_photos(source, out):
     (sparse / "cameras.txt").write_text("\n".join(lines) + "\n")
     camera_of: list[str] = []
     map_lines(sparse / "images.txt", lambda _, words: camera_of.append(words[8]) or words)
-    map_lines(sparse / "images.txt", lambda k, words: [repr(float(w) - cuts[camera_of[k]]) if i % 3 == 0 else w for i, w in enumerate(words)], pose=False)
+    map_lines(
+        sparse / "images.txt",
+        lambda k, words: [repr(float(w) - cuts[camera_of[k]]) if i % 3 == 0 else w for i, w in enumerate(words)],
+        pose=False,
+    )
 
 
 @case("note", "EXIF orientation 6", "lying on their side")
@@ -251,7 +262,7 @@ def turned_by_exif(source, out):
             image.save(photo, "JPEG", quality=95, exif=exif)
 
 
-# --- lengths, poses and lenses --------------------------------------------------------------------------------------------
+# --- lengths, poses and lenses ----------------------------------------------------------------------------------------
 
 @case("note", "3 of ", "they are left out")
 def far_points(source, out):
@@ -286,14 +297,24 @@ def stale_frames(source, out):
 def nearly_pinhole(source, out):
     """Cameras OPENCV with coefficients of 1e-10, as an undistorter leaves them."""
     path = write(source, out) / "cameras.txt"
-    path.write_text("".join(f"{line.replace(' PINHOLE ', ' OPENCV ')}{'' if line.startswith('#') else ' 1e-10 -3e-11 0 0'}\n" for line in path.read_text().splitlines()))
+    path.write_text(
+        "".join(
+            f"{line.replace(' PINHOLE ', ' OPENCV ')}{'' if line.startswith('#') else ' 1e-10 -3e-11 0 0'}\n"
+            for line in path.read_text().splitlines()
+        )
+    )
 
 
 @case("refuse", "distorts; expected", "its lens moves pixels by up to")
 def real_distortion(source, out):
     """Cameras OPENCV whose distortion moves pixels."""
     path = write(source, out) / "cameras.txt"
-    path.write_text("".join(f"{line.replace(' PINHOLE ', ' OPENCV ')}{'' if line.startswith('#') else ' 1e-3 0 0 0'}\n" for line in path.read_text().splitlines()))
+    path.write_text(
+        "".join(
+            f"{line.replace(' PINHOLE ', ' OPENCV ')}{'' if line.startswith('#') else ' 1e-3 0 0 0'}\n"
+            for line in path.read_text().splitlines()
+        )
+    )
 
 
 @case("note", "entries whose keypoints name no point")
@@ -303,10 +324,14 @@ def one_way_tracks(source, out):
     rows = [line.split() for line in (sparse / "points3D.txt").read_text().splitlines()]
     two_views = {row[0] for row in rows if row and row[0] != "#" and len(row) == 12}
     assert two_views
-    map_lines(sparse / "images.txt", lambda _, words: ["-1" if i % 3 == 2 and word in two_views else word for i, word in enumerate(words)], pose=False)
+    map_lines(
+        sparse / "images.txt",
+        lambda _, words: ["-1" if i % 3 == 2 and word in two_views else word for i, word in enumerate(words)],
+        pose=False,
+    )
 
 
-# --- layouts ----------------------------------------------------------------------------------------------------------------
+# --- layouts ----------------------------------------------------------------------------------------------------------
 
 @case("note", "sparse/1 holds 8 photos, sparse/0 3; the larger one is opened")
 def scrap_model_first(source, out):
@@ -347,7 +372,9 @@ def eth3d_rig(source, out):
 
 @case("note", "another size than their camera")
 def renamed_copies(source, out):
-    """Sound by itself: all photos at two thirds of their size, re-encoded, under other names (beside the first scene it leaks)."""
+    """Sound by itself: all photos at two thirds of their size, re-encoded, under other names (beside the first scene it
+    leaks).
+    """
     model = model_of(source)
     for number, key in enumerate(sorted(model.images)):
         image = model.images[key]
@@ -358,7 +385,7 @@ def renamed_copies(source, out):
     write(source, out, model, photos=False)
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 def answer_to(folder: Path) -> tuple[str, str]:
     """What is said of a scene: ("refuse", message), ("note", notes) or ("fits", checks); the unit alone is no note."""
@@ -394,12 +421,20 @@ def main() -> None:
             one.build(source, Path(work) / name)
             answer, said = answer_to(Path(work) / name)
             print(f"{name:28} {answer:7} {one.answer:7} {said.replace(work + os.sep, '')[:400]}")
-    print("\nsound scenes: least and median of the photos\nscene                    keypoints: share    offset (long sides)    colours          farthest / median depth   notes")
+    print(
+        "\nsound scenes: least and median of the photos\nscene                    keypoints: share    offset (long "
+        "sides)    colours          farthest / median depth   notes"
+    )
     for path in sound_scenes():
         scene = open_scene(path)
         rows = photo_figures(scene.frames, scene.points)
-        text = "  ".join(f"{name} {np.nanmin(v):.3g} {np.nanmedian(v):.3g} {np.nanmax(v):.3g}" for name, v in rows.items())
-        print(f"{scene.name:24} {text}  {[c.verdict for c in check_fit(scene.frames, scene.points)]} {len(scene.notes)} notes")
+        text = "  ".join(
+            f"{name} {np.nanmin(v):.3g} {np.nanmedian(v):.3g} {np.nanmax(v):.3g}" for name, v in rows.items()
+        )
+        print(
+            f"{scene.name:24} {text}  {[c.verdict for c in check_fit(scene.frames, scene.points)]} {len(scene.notes)} "
+            "notes"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """A GPU that stands in: its tensors say that they lie there, compute on the CPU, and refuse what a real GPU refuses.
 
-Every operation looks on which side its tensors are; one that mixes them raises as CUDA does, and so does a way to numpy without `.cpu()`. What lies there is counted
-by the storage, in blocks of 512 bytes as torch's allocator does, against a limit that can run out. autocast computes the operations in float32 that it computes so on
-a GPU. What only hardware can show stays open: speed, the work space of kernels, fragments between blocks, and the rounding of other kernels.
+Every operation looks on which side its tensors are; one that mixes them raises as CUDA does, and so does a way to numpy
+without `.cpu()`. What lies there is counted by the storage, in blocks of 512 bytes as torch's allocator does, against a
+limit that can run out. autocast computes the operations in float32 that it computes so on a GPU. What only hardware can
+show stays open: speed, the work space of kernels, fragments between blocks, and the rounding of other kernels.
 
-Without numbers it holds a network of any size: tensors there have a shape and lie nowhere, what is asked of them is made up (1.0, a million, True), and every mask
-selects everything. What is counted is then the memory alone.
+Without numbers it holds a network of any size: tensors there have a shape and lie nowhere, what is asked of them is
+made up (1.0, a million, True), and every mask selects everything. What is counted is then the memory alone.
 """
 import contextlib
 import functools
@@ -21,10 +22,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten, F, Tensor = torch.ops.aten, torch.nn.functional, torch.Tensor
 BLOCK = 512  # bytes
-# in bf16 on the CPU and in float32 on a GPU; https://docs.pytorch.org/docs/stable/amp.html, the part of its list that a network and its losses call
-IN_FLOAT32 = {F.layer_norm, torch.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.softplus, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.normalize,
-              *(getattr(place, name) for place in (torch, Tensor) for name in ("exp", "expm1", "log", "log1p", "pow", "rsqrt", "reciprocal", "sum", "prod", "cumsum", "norm")),
-              Tensor.__pow__, torch.linalg.norm, torch.linalg.vector_norm}
+# in bf16 on the CPU and in float32 on a GPU; https://docs.pytorch.org/docs/stable/amp.html, the part of its list that a
+# network and its losses call
+IN_FLOAT32 = {
+    F.layer_norm,
+    torch.layer_norm,
+    F.group_norm,
+    F.softmax,
+    torch.softmax,
+    Tensor.softmax,
+    F.softplus,
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.normalize,
+    *(
+        getattr(place, name)
+        for place in (torch, Tensor)
+        for name in ("exp", "expm1", "log", "log1p", "pow", "rsqrt", "reciprocal", "sum", "prod", "cumsum", "norm")
+    ),
+    Tensor.__pow__,
+    torch.linalg.norm,
+    torch.linalg.vector_norm,
+}
 
 
 class Memory:
@@ -47,7 +67,10 @@ class Memory:
             if key in self._known:
                 return
             if self.now + size > self.limit:
-                raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has a total capacity of {self.limit / 2**30:.2f} GiB")
+                raise torch.OutOfMemoryError(
+                    f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has a total capacity of "
+                    f"{self.limit / 2**30:.2f} GiB"
+                )
             self._known[key] = weakref.ref(storage, lambda _: self._drop(key, size))
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -62,19 +85,25 @@ MEMORY = Memory()
 
 
 class OnGPU(torch.Tensor):
-    """A tensor of the stand-in; its numbers are `inner`, on the CPU. Autograd and C++ take it for one of the CPU: what asks in Python is told otherwise."""
+    """A tensor of the stand-in; its numbers are `inner`, on the CPU. Autograd and C++ take it for one of the CPU: what
+    asks in Python is told otherwise.
+    """
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor):
         MEMORY.add(inner)
-        self = torch.Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, layout=inner.layout, device=CPU)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            layout=inner.layout, device=CPU,
+        )
         self.inner = inner
         return self
 
     def __repr__(self, *, tensor_contents=None):
         return f"OnGPU({self.inner!r})"
 
-    def __tensor_flatten__(self):  # by this Module.to knows that it must exchange tensors, and parameters stay the objects that they were
+    # by this Module.to knows that it must exchange tensors, and parameters stay the objects that they were
+    def __tensor_flatten__(self):
         return ["inner"], None
 
     @staticmethod
@@ -92,7 +121,9 @@ class OnGPU(torch.Tensor):
         if func == Tensor.data.__set__:
             args[0].inner = args[1].inner
         if func in IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = each(lambda t: t.float() if isinstance(t, OnGPU) and t.dtype == torch.bfloat16 else t, (args, kwargs))
+            args, kwargs = each(
+                lambda t: t.float() if isinstance(t, OnGPU) and t.dtype == torch.bfloat16 else t, (args, kwargs)
+            )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -140,22 +171,41 @@ def move(tensor, device):
         inner = (tensor.inner if isinstance(tensor, OnGPU) else tensor).detach()
         if device.type == "cuda":
             return OnGPU(inner.clone() if MEMORY.numbers else inner.to("meta"))
-        return inner.to("meta") if device.type == "meta" else inner.clone() if MEMORY.numbers else torch.ones(inner.shape, dtype=inner.dtype)
+        return (
+            inner.to("meta")
+            if device.type == "meta"
+            else inner.clone()
+            if MEMORY.numbers
+            else torch.ones(inner.shape, dtype=inner.dtype)
+        )
 
 
 def refuse(*_, **__):
-    raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+    raise TypeError(
+        "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+    )
 
 
 ANSWERS = {
-    Tensor.device.__get__: lambda t: GPU, Tensor.is_cuda.__get__: lambda t: True, Tensor.is_cpu.__get__: lambda t: False, Tensor.get_device: lambda t: 0,
-    Tensor.to: to, Tensor.cpu: lambda t, *_, **__: to(t, CPU), Tensor.cuda: lambda t, *_, **__: t,
-    Tensor.numpy: refuse, Tensor.__array__: refuse,
-    Tensor.tolist: lambda t: t.cpu().tolist(), Tensor.__format__: lambda t, spec: format(t.cpu(), spec),
-    Tensor.data_ptr: lambda t: t.inner.data_ptr(), Tensor.untyped_storage: lambda t: t.inner.untyped_storage(),
+    Tensor.device.__get__: lambda t: GPU,
+    Tensor.is_cuda.__get__: lambda t: True,
+    Tensor.is_cpu.__get__: lambda t: False,
+    Tensor.get_device: lambda t: 0,
+    Tensor.to: to,
+    Tensor.cpu: lambda t, *_, **__: to(t, CPU),
+    Tensor.cuda: lambda t, *_, **__: t,
+    Tensor.numpy: refuse,
+    Tensor.__array__: refuse,
+    Tensor.tolist: lambda t: t.cpu().tolist(),
+    Tensor.__format__: lambda t, spec: format(t.cpu(), spec),
+    Tensor.data_ptr: lambda t: t.inner.data_ptr(),
+    Tensor.untyped_storage: lambda t: t.inner.untyped_storage(),
 }
 COPIES = {aten._to_copy.default, aten.copy_.default, aten.copy.default}
-INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default, aten._unsafe_index.Tensor}
+INDEXED = {
+    aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+}
 
 
 def each(change, tree):
@@ -197,9 +247,16 @@ def execute(func, args, kwargs):
         asked = "cuda"
     if here and any(type(t) is not OnGPU for t in met) and func not in COPIES:
         indexed = func in INDEXED  # an index may lie on the CPU, what it points into may not
-        beside = [t for t in tensors_of((args[:1], args[2:], kwargs) if indexed else (args, kwargs)) if not isinstance(t, OnGPU) and (t.dim() or indexed and t is args[0])]
+        beside = [
+            t
+            for t in tensors_of((args[:1], args[2:], kwargs) if indexed else (args, kwargs))
+            if not isinstance(t, OnGPU) and (t.dim() or indexed and t is args[0])
+        ]
         if beside:
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func}, on the CPU: {[tuple(t.shape) for t in beside]})")
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                f"({func}, on the CPU: {[tuple(t.shape) for t in beside]})"
+            )
     generator = kwargs.get("generator")
     if generator is not None and "cuda" in (asked, here and "cuda") and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}' ({func})")
@@ -232,7 +289,12 @@ def make_up(func, *args, **kwargs):
     if func is aten.masked_select.default:
         return torch.empty(args[0].numel(), dtype=args[0].dtype, device="meta")
     if func in INDEXED:
-        places = [[torch.empty(i.numel(), dtype=torch.int64, device="meta")] * i.dim() if i is not None and i.dtype == torch.bool else [i if i is None else i.to("meta")] for i in args[1]]
+        places = [
+            [torch.empty(i.numel(), dtype=torch.int64, device="meta")] * i.dim()
+            if i is not None and i.dtype == torch.bool
+            else [i if i is None else i.to("meta")]
+            for i in args[1]
+        ]
         return func(args[0], sum(places, []), *args[2:], **kwargs)
     return func(*args, **kwargs)
 
@@ -255,7 +317,11 @@ class Names(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is Tensor.to and not isinstance(args[0], OnGPU):
             device = wanted(args[1:], kwargs)[0]
-            return to(args[0], *args[1:], **kwargs) if device is not None and device.type == "cuda" else func(*args, **kwargs)
+            return (
+                to(args[0], *args[1:], **kwargs)
+                if device is not None and device.type == "cuda"
+                else func(*args, **kwargs)
+            )
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
             if func in (torch.tensor, torch.as_tensor, torch.asarray):
                 return to(func(*args, **kwargs | {"device": None}), GPU)
@@ -264,9 +330,14 @@ class Names(TorchFunctionMode):
 
 
 def backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
-    """`Tensor.backward` on the direct way; on torch's own, what is computed again in the backward pass would ask C++ where it is."""
+    """`Tensor.backward` on the direct way; on torch's own, what is computed again in the backward pass would ask C++
+    where it is.
+    """
     gradient = torch.ones_like(tensor) if gradient is None else gradient
-    _engine_run_backward((tensor,), (gradient,), bool(retain_graph or create_graph), create_graph, tuple(inputs or ()), allow_unreachable=True, accumulate_grad=True)
+    _engine_run_backward(
+        (tensor,), (gradient,), bool(retain_graph or create_graph), create_graph, tuple(inputs or ()),
+        allow_unreachable=True, accumulate_grad=True,
+    )
 
 
 class Autocast(torch.autocast):
@@ -278,21 +349,36 @@ class Autocast(torch.autocast):
 
 @contextlib.contextmanager
 def standing_in(monkeypatch, limit: int = 1 << 60, bf16: bool = True, numbers: bool = True):
-    """torch finds one GPU of `limit` bytes while inside, with tensors that hold numbers or only shapes; gives its Memory."""
+    """torch finds one GPU of `limit` bytes while inside, with tensors that hold numbers or only shapes; gives its
+    Memory.
+    """
     cuda, state = torch.cuda, [torch.zeros(16, dtype=torch.uint8)]
     MEMORY.limit, MEMORY.peak, MEMORY.numbers = limit, MEMORY.now, numbers
-    answers = {"_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "set_device": None, "synchronize": None, "empty_cache": None,
-               "get_device_name": "a stand-in", "get_device_capability": (9, 0), "is_bf16_supported": bf16, "manual_seed": None, "manual_seed_all": None}
+    answers = {
+        "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
+        "set_device": None, "synchronize": None, "empty_cache": None, "get_device_name": "a stand-in",
+        "get_device_capability": (9, 0), "is_bf16_supported": bf16, "manual_seed": None, "manual_seed_all": None,
+    }
     for name, value in answers.items():
         monkeypatch.setattr(cuda, name, lambda *_, value=value, **__: value)
-    calls = {"memory_allocated": lambda: MEMORY.now, "memory_reserved": lambda: MEMORY.now, "max_memory_allocated": lambda: MEMORY.peak,
-             "mem_get_info": lambda: (MEMORY.limit - MEMORY.now, MEMORY.limit), "reset_peak_memory_stats": lambda: setattr(MEMORY, "peak", MEMORY.now),
-             "get_rng_state": lambda: state[0].clone(), "get_rng_state_all": lambda: [state[0].clone()]}
+    calls = {
+        "memory_allocated": lambda: MEMORY.now,
+        "memory_reserved": lambda: MEMORY.now,
+        "max_memory_allocated": lambda: MEMORY.peak,
+        "mem_get_info": lambda: (MEMORY.limit - MEMORY.now, MEMORY.limit),
+        "reset_peak_memory_stats": lambda: setattr(MEMORY, "peak", MEMORY.now),
+        "get_rng_state": lambda: state[0].clone(),
+        "get_rng_state_all": lambda: [state[0].clone()],
+    }
     for name, call in calls.items():
         monkeypatch.setattr(cuda, name, lambda *_, call=call, **__: call())
     monkeypatch.setattr(cuda, "set_rng_state", lambda one, device=0: state.__setitem__(0, one.clone()))
     monkeypatch.setattr(Tensor, "backward", backward)
-    monkeypatch.setitem(torch.utils.checkpoint._allowed_determinism_checks_to_fns, "default", lambda t: {"shape": t.shape, "dtype": t.dtype})
+    monkeypatch.setitem(
+        torch.utils.checkpoint._allowed_determinism_checks_to_fns,
+        "default",
+        lambda t: {"shape": t.shape, "dtype": t.dtype},
+    )
     for place in (torch, torch.amp, torch.amp.autocast_mode):
         monkeypatch.setattr(place, "autocast", Autocast)
     with Operations(), Names():

@@ -21,8 +21,10 @@ def run(title: str, command: list[str], **environment: str) -> tuple[int, str]:
     """Run one stage from the repository root, showing and keeping its output."""
     print(f"\n== {title}", flush=True)
     started = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, errors="replace", env={**os.environ, **environment})
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", env={**os.environ, **environment},
+    )
     lines = []
     for line in process.stdout:
         print(line, end="", flush=True)
@@ -34,7 +36,10 @@ def run(title: str, command: list[str], **environment: str) -> tuple[int, str]:
 
 def watched(log: Path) -> dict[str, str]:
     """The environment in which every process writes down what it asks of other machines."""
-    return {"VGGT_LORA_ASKED": str(log), "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests" / "watch"), os.environ.get("PYTHONPATH")]))}
+    return {
+        "VGGT_LORA_ASKED": str(log),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests" / "watch"), os.environ.get("PYTHONPATH")])),
+    }
 
 
 def notebooks(slow: bool = False) -> set[str]:
@@ -43,7 +48,11 @@ def notebooks(slow: bool = False) -> set[str]:
     for path in (ROOT / "nbs").rglob("*.ipynb"):
         name = path.relative_to(ROOT / "nbs")
         draft = any(part.startswith(("_", ".")) for part in name.parts)
-        if not draft and not name.match(CHAPTERS) and (not slow or re.search(r'"#\|\s*slow\b', path.read_text(encoding="utf-8"))):
+        if (
+            not draft
+            and not name.match(CHAPTERS)
+            and (not slow or re.search(r'"#\|\s*slow\b', path.read_text(encoding="utf-8")))
+        ):
             found.add(str(path.relative_to(ROOT)))
     return found
 
@@ -51,7 +60,8 @@ def notebooks(slow: bool = False) -> set[str]:
 def run_notebooks(expected: set[str], *options: str) -> tuple[set[str], list[str]]:
     """Run notebooks by nbdev_test; return those that were completed, and the stages that failed."""
     failed = []
-    # Figures without a screen; one thread for each of the two workers, or they would wait for each other. Whatever they ask of other machines is written down.
+    # Figures without a screen; one thread for each of the two workers, or they would wait for each other. Whatever they
+    # ask of other machines is written down.
     asked = Path(tempfile.mkdtemp()) / "asked.txt"
     command = [str(BIN / "nbdev_test"), "--n_workers", "2", "--do_print", "--timing", *options]
     code, text = run("notebooks", command, MPLBACKEND="agg", OMP_NUM_THREADS="1", **watched(asked))
@@ -93,7 +103,9 @@ def main() -> int:
     if code:
         failed.append("pytest")
     tests = sum(int(n) for n in re.findall(r"(\d+) passed", text))
-    lost = sum(int(n) for n in re.findall(r"(\d+) (?:failed|errors?)\b", text.strip().splitlines()[-1] if text.strip() else ""))
+    lost = sum(
+        int(n) for n in re.findall(r"(\d+) (?:failed|errors?)\b", text.strip().splitlines()[-1] if text.strip() else "")
+    )
     skipped = sum(int(n) for n in re.findall(r"(\d+) skipped", text))
 
     print(f"\nfailed stages: {', '.join(failed) or 'none'}")

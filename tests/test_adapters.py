@@ -71,15 +71,22 @@ def test_the_intact_adapter_loads(base, images, folder):
     assert names and all("lora_" in n or "modules_to_save" in n for n in names)
 
 
-@pytest.mark.parametrize("values, word", [
-    ({"peft_type": "IA3"}, "peft_type is 'IA3'"), ({"peft_type": ...}, "peft_type is None"), ({"peft_type": 3}, "peft_type is 3"),
-    ({"lora_alpha": "x"}, "lora_alpha is 'x'"), ({"lora_alpha": None}, "lora_alpha"), ({"lora_dropout": "x"}, "lora_dropout"),
-    ({"r": "4"}, "r is '4'"), ({"r": 0}, "r is 0"), ({"r": 2.5}, "r is 2.5"), ({"r": True}, "r is True"), ({"r": ...}, "r is None"),
-    ({"target_modules": 5}, "target_modules is 5"), ({"target_modules": ...}, "target_modules is None"), ({"target_modules": [1]}, "target_modules"),
-    ({"target_modules": "("}, "does not fit"), ({"target_modules": ["no_such_layer"]}, "does not fit"),
-    ({"modules_to_save": "depth_head.norm"}, "modules_to_save"), ({"modules_to_save": [None]}, "modules_to_save"),
-    ({"r": 3}, "shape"), ({"modules_to_save": None}, "unexpected"), ({"task_type": "NOTHING"}, "adapter_config.json"),
-], ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    "values, word",
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"), ({"peft_type": ...}, "peft_type is None"),
+        ({"peft_type": 3}, "peft_type is 3"), ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
+        ({"lora_alpha": None}, "lora_alpha"), ({"lora_dropout": "x"}, "lora_dropout"), ({"r": "4"}, "r is '4'"),
+        ({"r": 0}, "r is 0"), ({"r": 2.5}, "r is 2.5"), ({"r": True}, "r is True"), ({"r": ...}, "r is None"),
+        ({"target_modules": 5}, "target_modules is 5"), ({"target_modules": ...}, "target_modules is None"),
+        ({"target_modules": [1]}, "target_modules"), ({"target_modules": "("}, "does not fit"),
+        ({"target_modules": ["no_such_layer"]}, "does not fit"),
+        ({"modules_to_save": "depth_head.norm"}, "modules_to_save"), ({"modules_to_save": [None]}, "modules_to_save"),
+        ({"r": 3}, "shape"), ({"modules_to_save": None}, "unexpected"),
+        ({"task_type": "NOTHING"}, "adapter_config.json"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
 def test_a_wrong_configuration_is_refused_by_name(base, images, folder, values, word):
     change(folder / "adapter_config.json", **values)
     message = refused(base, images, folder)
@@ -103,7 +110,8 @@ def test_tensors_that_do_not_fit_are_refused(base, images, folder):
     from safetensors.torch import load_file, save_file
 
     path = folder / "adapter_model.safetensors"
-    tensors = {key: value.clone() for key, value in load_file(path).items()}  # older safetensors leave them mapped to the file that is written below
+    # older safetensors leave them mapped to the file that is written below
+    tensors = {key: value.clone() for key, value in load_file(path).items()}
     name = sorted(tensors)[0]
     for changed, word in [({k: v for k, v in tensors.items() if k != name}, "1 keys missing"),
                           (tensors | {"extra": torch.zeros(2)}, "1 unexpected"),
@@ -157,12 +165,17 @@ def test_a_second_adapter_is_refused(base, folder):
 
 
 CHOICES = [
-    ({"strategy": "b", "target_modules": ["depth_head"]}, "has its own"), ({"strategy": "custom"}, "needs target_modules"),
-    ({"strategy": "custom", "target_modules": " , "}, "needs target_modules"), ({"strategy": "b", "rank": 0}, "at least 1"),
-    ({"strategy": "b", "rank": -3}, "at least 1"), ({"strategy": "b", "rank": 2.5}, "at least 1"), ({"strategy": "z"}, "choose one of"),
+    ({"strategy": "b", "target_modules": ["depth_head"]}, "has its own"),
+    ({"strategy": "custom"}, "needs target_modules"),
+    ({"strategy": "custom", "target_modules": " , "}, "needs target_modules"),
+    ({"strategy": "b", "rank": 0}, "at least 1"),
+    ({"strategy": "b", "rank": -3}, "at least 1"),
+    ({"strategy": "b", "rank": 2.5}, "at least 1"),
+    ({"strategy": "z"}, "choose one of"),
     ({"strategy": "a", "full_finetune": ["depth_head"]}, "nothing is left for adapters"),
     ({"strategy": "custom", "target_modules": "depth_head.norm"}, "cannot be adapted"),
-    ({"strategy": "custom", "target_modules": "depth_heda"}, "Did you mean 'depth_head'"), ({"strategy": "a", "full_finetune": "depth_head.nrom"}, "full pattern"),
+    ({"strategy": "custom", "target_modules": "depth_heda"}, "Did you mean 'depth_head'"),
+    ({"strategy": "a", "full_finetune": "depth_head.nrom"}, "full pattern"),
 ]
 
 
@@ -178,17 +191,26 @@ def test_inspecting_refuses_what_applying_refuses(base, choice, word):
     assert messages[0] == messages[1] or "rank" in choice
 
 
-@pytest.mark.parametrize("targets", ["depth_head.scratch,camera_head", " depth_head.scratch , camera_head, ", ["depth_head.scratch", " camera_head"]])
+@pytest.mark.parametrize(
+    "targets",
+    ["depth_head.scratch,camera_head", " depth_head.scratch , camera_head, ", ["depth_head.scratch", " camera_head"]],
+)
 def test_blanks_between_patterns_do_not_matter(base, targets):
     seen = inspect_targets(base, "custom", target_modules=targets, full_finetune=" depth_head.norm ,")
     _, applied = apply_lora(copy.deepcopy(base), "custom", target_modules=targets, full_finetune=" depth_head.norm ,")
-    assert seen == applied and seen.patterns == ("depth_head.scratch", "camera_head") and seen.named("full") == ["depth_head.norm"]
+    assert (
+        seen == applied
+        and seen.patterns == ("depth_head.scratch", "camera_head")
+        and seen.named("full") == ["depth_head.norm"]
+    )
 
 
 # --- the notebook ---------------------------------------------------------------------------------------------------
 
 def test_notebook_02_stops_at_a_wrong_parameter(tmp_path):
     """A variable of the notebook that is no parameter."""
-    done = subprocess.run([sys.executable, "-m", "papermill", "nbs/02_lora.ipynb", str(tmp_path / "out.ipynb"), "-p", "STRATEGIES", "a"],
-                          cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", "nbs/02_lora.ipynb", str(tmp_path / "out.ipynb"), "-p", "STRATEGIES", "a"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+    )
     assert done.returncode and "ConfigError" in done.stderr and "unknown parameter 'STRATEGIES'" in done.stderr

@@ -1,4 +1,6 @@
-"""Wrong input by the hundred: each ends in a message that names the place, in a visible exclusion, or in the same result."""
+"""Wrong input by the hundred: each ends in a message that names the place, in a visible exclusion, or in the same
+result.
+"""
 import collections
 
 import pytest
@@ -20,7 +22,9 @@ def places(room):
 
 def test_there_are_many_and_each_has_a_name_of_its_own():
     titles = [attack.title for _, attack in chosen()]
-    assert len(titles) >= 300 and len(set(titles)) == len(titles), [t for t, n in collections.Counter(titles).items() if n > 1]
+    assert len(titles) >= 300 and len(set(titles)) == len(titles), [
+        t for t, n in collections.Counter(titles).items() if n > 1
+    ]
     assert all(ATTACKS.values())
 
 
@@ -36,7 +40,9 @@ def test_the_judge_can_condemn(tmp_path):
     expected = ("1", [])
 
     def judge(use, data=False):
-        return run(Attack("group", "name", lambda folder: write(folder / "a.txt", "2"), use, data), base, tmp_path, expected).kind
+        return run(
+            Attack("group", "name", lambda folder: write(folder / "a.txt", "2"), use, data), base, tmp_path, expected
+        ).kind
 
     def fails(error):
         def use(folder):

@@ -1,4 +1,6 @@
-"""The audit: a clean scene accuses nobody, a damaged photo is listed for its own reason, and nothing is skipped in silence."""
+"""The audit: a clean scene accuses nobody, a damaged photo is listed for its own reason, and nothing is skipped in
+silence.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,9 @@ def toy(tmp_path_factory):
 def exact(scene, frame, size=None):
     """The exact depth at a photo's own size, or at the pixel centres of a grid."""
     depth = np.load(scene.root / "exact_depth" / f"{Path(frame.name).stem}.npy")
-    rows, columns = (((np.arange(n) + 0.5) * whole / n).astype(int) for n, whole in zip(size or depth.shape, depth.shape))
+    rows, columns = (
+        ((np.arange(n) + 0.5) * whole / n).astype(int) for n, whole in zip(size or depth.shape, depth.shape)
+    )
     return depth[rows[:, None], columns]
 
 
@@ -92,7 +96,9 @@ def test_a_clean_scene_accuses_nobody_and_its_shares_add_up(masked, laser):
         differences.append(np.abs(found.depth[both] / truth[both] - 1))
     differences = np.concatenate(differences)
     assert (agreement["one"], agreement["other"], agreement["pixels"]) == ("sparse", "fake", len(differences))
-    assert agreement["median"] == pytest.approx(np.median(differences), rel=1e-3) and agreement["90 %"] == pytest.approx(np.quantile(differences, 0.9), rel=1e-3)
+    assert agreement["median"] == pytest.approx(np.median(differences), rel=1e-3) and agreement[
+        "90 %"
+    ] == pytest.approx(np.quantile(differences, 0.9), rel=1e-3)
 
 
 @pytest.mark.parametrize("fault", ["pose", "exposure", "mask", "scale", "unreadable"])
@@ -102,10 +108,14 @@ def test_a_damaged_photo_is_listed_for_its_own_reason(masked, laser, tmp_path, f
     if fault == "pose":
         broken = changed(masked, k, world_to_cam=turned(frame.world_to_cam, 3))
     elif fault == "exposure":
-        Image.fromarray((255 * np.clip(photo**2.2 * 0.3, 0, 1) ** (1 / 2.2)).astype(np.uint8)).save(tmp_path / "dark.png")
+        Image.fromarray((255 * np.clip(photo**2.2 * 0.3, 0, 1) ** (1 / 2.2)).astype(np.uint8)).save(
+            tmp_path / "dark.png"
+        )
         broken = changed(masked, k, image_path=tmp_path / "dark.png")
     elif fault == "mask":
-        Image.fromarray(np.roll(np.asarray(Image.open(frame.photo_mask_path)), (14, 10), (0, 1))).save(tmp_path / "moved.png")
+        Image.fromarray(np.roll(np.asarray(Image.open(frame.photo_mask_path)), (14, 10), (0, 1))).save(
+            tmp_path / "moved.png"
+        )
         broken = changed(masked, k, photo_mask_path=tmp_path / "moved.png")
     elif fault == "scale":
         broken, laser[frame.name] = masked, 1.1
@@ -122,26 +132,42 @@ def test_a_damaged_photo_is_listed_for_its_own_reason(masked, laser, tmp_path, f
 
 
 def test_neighbours_tell_the_scale_where_there_are_no_points(toy, laser):
-    blind = replace(toy, frames=tuple(replace(f, point_rows=f.point_rows[:0], observations=f.observations[:0]) for f in toy.frames))
+    blind = replace(
+        toy, frames=tuple(replace(f, point_rows=f.point_rows[:0], observations=f.observations[:0]) for f in toy.frames)
+    )
     assert listed(audit(blind, "fake")) == []
     laser[blind.frames[2].name] = 0.9
     result = audit(blind, "fake")
-    assert listed(result) == [(2, "scale")] and "of both neighbours" in result.text() and "poses are not checked" in result.text()
+    assert (
+        listed(result) == [(2, "scale")]
+        and "of both neighbours" in result.text()
+        and "poses are not checked" in result.text()
+    )
 
 
 def test_what_is_absent_is_said_and_what_is_empty_is_listed(toy):
     result = audit(toy, "sparse", "laser")
-    assert result.present == ("sparse",) and list(result.absent) == ["laser"] and "laser: absent. scene" in result.text()
+    assert (
+        result.present == ("sparse",) and list(result.absent) == ["laser"] and "laser: absent. scene" in result.text()
+    )
     assert {row["source"] for row in result.rows} == {"sparse"} and result.agreements == []
     blind = changed(toy, 1, point_rows=toy.frames[1].point_rows[:0], observations=toy.frames[1].observations[:0])
     assert listed(audit(blind, "sparse")) == [(1, "empty")]
     part = audit(toy, "sparse", frames=[5, 0])
-    assert [row["index"] for row in part.frames] == [0, 5] and "2 of 6 photos" in part.text() and "fewer than three" in part.text()
+    assert (
+        [row["index"] for row in part.frames] == [0, 5]
+        and "2 of 6 photos" in part.text()
+        and "fewer than three" in part.text()
+    )
 
 
 def test_settings_are_checked(toy):
-    for call, words in ((lambda: audit(toy, "lasr"), "Did you mean 'laser'"), (lambda: audit(toy, "sparse", frames=[6]), "indices from 0 to 5"),
-                        (lambda: audit(toy, "sparse", frames=[]), "indices from 0 to 5"), (lambda: AuditLimits(scale=0), "scale is 0")):
+    for call, words in (
+        (lambda: audit(toy, "lasr"), "Did you mean 'laser'"),
+        (lambda: audit(toy, "sparse", frames=[6]), "indices from 0 to 5"),
+        (lambda: audit(toy, "sparse", frames=[]), "indices from 0 to 5"),
+        (lambda: AuditLimits(scale=0), "scale is 0"),
+    ):
         with pytest.raises(ConfigError, match=words):
             call()
 
@@ -158,15 +184,22 @@ def test_laser_samples_under_a_mask_accuse_it():
     limits = AuditLimits()
     assert mask_fault(SimpleNamespace(**clean), limits) is None
     assert "20 % of its laser samples" in mask_fault(SimpleNamespace(**clean | {"mask_depth": 0.2}), limits)
-    assert "6 px lower and 8 px further left" in mask_fault(SimpleNamespace(**clean | {"mask_gain": 0.05, "mask_shift": (6, -8)}), limits)
-    assert mask_fault(SimpleNamespace(**clean | {"mask_gain": 0.05, "mask_strong": False}), limits) is None  # windows repeat
+    assert "6 px lower and 8 px further left" in mask_fault(
+        SimpleNamespace(**clean | {"mask_gain": 0.05, "mask_shift": (6, -8)}), limits
+    )
+    # windows repeat
+    assert mask_fault(SimpleNamespace(**clean | {"mask_gain": 0.05, "mask_strong": False}), limits) is None
 
 
 def test_labels_become_regions_in_every_plan_and_odd_ones_are_refused(toy, tmp_path):
     frame, (height, width) = toy.frames[0], SIZE
     assert not region_labels(toy, frame, plan_image(frame.size, 140)).any()  # a scene without labels
     drawn = {kind: np.zeros(SIZE, np.uint8) for kind in ("walls", "windows", "edges")}
-    drawn["walls"][:, : width // 2], drawn["windows"][height // 2:, : width // 4], drawn["edges"][:, width // 2 - 8: width // 2 + 8] = 3, 7, 1
+    (
+        drawn["walls"][:, : width // 2],
+        drawn["windows"][height // 2 :, : width // 4],
+        drawn["edges"][:, width // 2 - 8 : width // 2 + 8],
+    ) = 3, 7, 1
     for kind, values in drawn.items():
         (tmp_path / "labels" / kind).mkdir(parents=True)
         Image.fromarray(values).save(tmp_path / "labels" / kind / f"{Path(frame.name).stem}.png")

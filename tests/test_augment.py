@@ -1,4 +1,6 @@
-"""Training windows that vary: points land in real photos, the loop trains on them, and what is measured on stays as it is."""
+"""Training windows that vary: points land in real photos, the loop trains on them, and what is measured on stays as it
+is.
+"""
 import dataclasses
 
 import numpy as np
@@ -46,16 +48,24 @@ def test_observed_points_of_real_photos_land_where_the_picture_went(name):
         x = (p - old[:2, 2]) / old[[0, 1], [0, 1]]
         return x @ np.array([[c, -s], [s, c]]) * new[[0, 1], [0, 1]] + new[:2, 2]
 
-    cases = {"as it is": (sample, lambda k, p: p, np.eye(3)), "flip": (flip(sample), lambda k, p: np.stack([width - p[:, 0], p[:, 1]], 1), MIRROR),
-             "turn": (turn(sample, 1), lambda k, p: np.stack([p[:, 1], width - p[:, 0]], 1), np.eye(3)), "tilt": (tilted, rolled, np.eye(3)),
-             "crop": (small, lambda k, p: p - (sample.K - small.K)[k, :2, 2].numpy(), np.eye(3))}
+    cases = {
+        "as it is": (sample, lambda k, p: p, np.eye(3)),
+        "flip": (flip(sample), lambda k, p: np.stack([width - p[:, 0], p[:, 1]], 1), MIRROR),
+        "turn": (turn(sample, 1), lambda k, p: np.stack([p[:, 1], width - p[:, 0]], 1), np.eye(3)),
+        "tilt": (tilted, rolled, np.eye(3)),
+        "crop": (small, lambda k, p: p - (sample.K - small.K)[k, :2, 2].numpy(), np.eye(3)),
+    }
     medians = {}
     for what, (changed, move, world) in cases.items():
         distances = []
         for k, index in enumerate(window.frames):
             frame = scene.frames[index]
             seen = cache.plan(scene, index, target).points(frame.observations)
-            pixels, z = project_points(scene.points.xyz[frame.point_rows] @ world.T, changed.world_to_cam[k].numpy(), changed.K[k].double().numpy())
+            pixels, z = project_points(
+                scene.points.xyz[frame.point_rows] @ world.T,
+                changed.world_to_cam[k].numpy(),
+                changed.K[k].double().numpy(),
+            )
             distances.append(np.linalg.norm(move(k, seen) - pixels, axis=1)[z > 0])
         medians[what] = float(np.median(np.concatenate(distances)))
     assert medians["as it is"] < 0.3  # the reconstruction's own error, in pixels of the network's photo
@@ -64,9 +74,12 @@ def test_observed_points_of_real_photos_land_where_the_picture_went(name):
 
 
 def test_geometry_that_does_not_fit_is_refused():
-    scene_like = dict(images=torch.zeros(1, 3, 28, 42), depth=torch.ones(1, 28, 42), valid=torch.ones(1, 28, 42, dtype=torch.bool), weight=torch.ones(1, 28, 42),
-                      labels=torch.zeros(1, 28, 42, dtype=torch.uint8), world_to_cam=torch.eye(4, dtype=torch.float64)[None],
-                      K=torch.tensor([[[30.0, 0.5, 21], [0, 30, 14], [0, 0, 1]]]), names=("a",), scene="shed", metric=True)
+    scene_like = dict(
+        images=torch.zeros(1, 3, 28, 42), depth=torch.ones(1, 28, 42), valid=torch.ones(1, 28, 42, dtype=torch.bool),
+        weight=torch.ones(1, 28, 42), labels=torch.zeros(1, 28, 42, dtype=torch.uint8),
+        world_to_cam=torch.eye(4, dtype=torch.float64)[None],
+        K=torch.tensor([[[30.0, 0.5, 21], [0, 30, 14], [0, 0, 1]]]), names=("a",), scene="shed", metric=True,
+    )
     sample = Sample(**scene_like)
     with pytest.raises(ConfigError, match="shed has cameras with skew"):
         turn(sample, 1)
@@ -83,23 +96,38 @@ def scene(tmp_path_factory):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
-              "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "dropout": 0.0, "model": "random", "frame_cache": False,
-              "supervision": "sparse"}
+    values = {
+        "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0,
+        "adapter_weights": "last", "metric_for_best_model": "loss", "data": str(scene), "output": str(output),
+        "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "dropout": 0.0, "model": "random", "frame_cache": False,
+        "supervision": "sparse",
+    }
     return TrainConfig(**{**values, **changes})
 
 
 def test_the_loop_trains_on_varied_windows_and_measures_on_plain_ones(scene, tmp_path):
     opened, records = open_scene(scene), {}
     items = [(opened, Window(opened.name, frames)) for frames in ((0, 1), (2, 3), (4, 5))]
-    for name, changes in {"plain": {}, "varied": {"image_sizes": "1,1.25", "augment": ",".join(CHANGES), "mix_probability": 1.0}}.items():
+    for name, changes in {
+        "plain": {},
+        "varied": {"image_sizes": "1,1.25", "augment": ",".join(CHANGES), "mix_probability": 1.0},
+    }.items():
         config = settings(scene, tmp_path / name, **changes)
         run = RunFolder(config.output)
-        fit(apply_lora(build_model(config), "b", rank=2, dropout=0.0, seed=0)[0], items[:2], items[2:], config, run, FrameCache(56))
+        fit(
+            apply_lora(build_model(config), "b", rank=2, dropout=0.0, seed=0)[0], items[:2], items[2:], config, run,
+            FrameCache(56),
+        )
         run.close()
-        records[name] = {split: [r["loss_depth_reg"] for r in run.records if r["split"] == split] for split in ("train", "val")}
-    assert records["plain"]["val"][0] == records["varied"]["val"][0]  # before the first step: the same window, the same model
-    assert len(records["plain"]["train"]) == len(records["varied"]["train"]) == 2 and records["plain"]["train"][0] != records["varied"]["train"][0]
+        records[name] = {
+            split: [r["loss_depth_reg"] for r in run.records if r["split"] == split] for split in ("train", "val")
+        }
+    # before the first step: the same window, the same model
+    assert records["plain"]["val"][0] == records["varied"]["val"][0]
+    assert (
+        len(records["plain"]["train"]) == len(records["varied"]["train"]) == 2
+        and records["plain"]["train"][0] != records["varied"]["train"][0]
+    )
 
 
 def test_mixtures_take_from_training_windows_alone(scene):
@@ -119,7 +147,9 @@ def test_mixtures_take_from_training_windows_alone(scene):
 
 
 def test_an_untrained_adapter_is_held_at_no_cost(scene):
-    """Before the first step the model is the base: the term that holds it there is 0, up to the move into the truth's unit."""
+    """Before the first step the model is the base: the term that holds it there is 0, up to the move into the truth's
+    unit.
+    """
     config = settings(scene, "nowhere", base_consistency_weight=1.0, scale_normalization="base")
     model, _ = apply_lora(build_model(config), "b", rank=2, dropout=0.0, seed=0)
     opened = open_scene(scene)

@@ -59,12 +59,18 @@ def test_slider_turns_the_cloud_in_jupyterlab(tmp_path):
         assert len(browser.image_sources(driver)) == 1  # one picture: the static form is not shown beside the sliders
 
         browser.press_slider(driver, "azimuth", Keys.ARROW_RIGHT)
-        browser.wait_for(driver, lambda d: "azimuth 35°" in caption(d), "the answer of the kernel to the azimuth slider")
-        after = browser.wait_for(driver, lambda d: (seen := browser.image_pixels(d))[0] and seen != before and seen, "another picture")
+        browser.wait_for(
+            driver, lambda d: "azimuth 35°" in caption(d), "the answer of the kernel to the azimuth slider"
+        )
+        after = browser.wait_for(
+            driver, lambda d: (seen := browser.image_pixels(d))[0] and seen != before and seen, "another picture"
+        )
         assert after[:2] == before[:2]
 
         browser.press_slider(driver, "elevation", Keys.ARROW_LEFT * 3)
-        browser.wait_for(driver, lambda d: "elevation 5°" in caption(d), "the answer of the kernel to the elevation slider")
+        browser.wait_for(
+            driver, lambda d: "elevation 5°" in caption(d), "the answer of the kernel to the elevation slider"
+        )
         driver.save_screenshot(str(tmp_path / "cloud.png"))
         print(f"screenshot: {tmp_path / 'cloud.png'}")
         assert browser.severe_log_lines(driver) == []
@@ -72,8 +78,10 @@ def test_slider_turns_the_cloud_in_jupyterlab(tmp_path):
 
 def test_papermill_gets_a_picture_and_does_not_wait(tmp_path):
     source, result = write_notebook(tmp_path / "cloud.ipynb"), tmp_path / "out.ipynb"
-    done = subprocess.run([sys.executable, "-m", "papermill", str(source), str(result), "--no-progress-bar"], stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", str(source), str(result), "--no-progress-bar"], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     cells = json.loads(result.read_text())["cells"]
     data = [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
@@ -83,4 +91,5 @@ def test_papermill_gets_a_picture_and_does_not_wait(tmp_path):
     picture = Image.open(io.BytesIO(base64.b64decode(text if isinstance(text, str) else "".join(text))))
     assert picture.size == (400, 300) and len(picture.getcolors(400 * 300)) > 2
     assert "after the view" in json.dumps(cells[-1]["outputs"])
-    assert not any("WebRTC" in json.dumps(cell) or "FEngine" in json.dumps(cell) for cell in cells)  # nor a greeting of Open3D
+    # nor a greeting of Open3D
+    assert not any("WebRTC" in json.dumps(cell) or "FEngine" in json.dumps(cell) for cell in cells)

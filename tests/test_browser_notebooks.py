@@ -1,7 +1,8 @@
-"""The numbered notebooks as a newcomer meets them: a real JupyterLab, a real browser, every cell, and a control moved in each that has one.
+"""The numbered notebooks as a newcomer meets them: a real JupyterLab, a real browser, every cell, and a control moved
+in each that has one.
 
-One server and one browser for all of them. Copies are run, made small by injected parameters. Screenshots, at rest and after the interaction, stay in
-outputs/browser/ to be looked at.
+One server and one browser for all of them. Copies are run, made small by injected parameters. Screenshots, at rest and
+after the interaction, stay in outputs/browser/ to be looked at.
 """
 import dataclasses
 import json
@@ -25,18 +26,33 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "outputs" / "browser"  # ignored by git
 RUN = FOLDER / "run"
 PARAMETERS = parameters(FOLDER)
-# (kind, description of the control, words that stand in its output afterwards, or None), in this order, for what is known by name. Words or not, something beside
-# the control's own read-out has to change, and a picture with it. Any other control is moved as well, one in each output that has none here.
+# (kind, description of the control, words that stand in its output afterwards, or None), in this order, for what is
+# known by name. Words or not, something beside
+# the control's own read-out has to change, and a picture with it. Any other control is moved as well, one in each
+# output that has none here.
 EXPECTED = {
-    "00_data": [("slider", "photo", "1: dslr_images_undistorted/"), ("tick", "points", None), ("choice", "view", None), ("slider", "azimuth", None), ("slider", "elevation", None)],
+    "00_data": [
+        ("slider", "photo", "1: dslr_images_undistorted/"), ("tick", "points", None), ("choice", "view", None),
+        ("slider", "azimuth", None), ("slider", "elevation", None),
+    ],
     "01_depth": [("slider", "photo", None)],
-    "04_evaluate": [("slider", "wipe", None), ("slider", "photo", "1: dslr_images_undistorted/"), ("choice", "show", "dark near and bright far"), ("choice", "region", "wall, "),
-                    ("slider", "azimuth", "azimuth 35°"), ("slider", "azimuth", "azimuth 35°"), ("choice", "cloud", "adapted: "), ("slider", "elevation", "elevation 25°"),
-                    ("choice", "colour by", "by photo")],
+    "04_evaluate": [
+        ("slider", "wipe", None), ("slider", "photo", "1: dslr_images_undistorted/"),
+        ("choice", "show", "dark near and bright far"), ("choice", "region", "wall, "),
+        ("slider", "azimuth", "azimuth 35°"), ("slider", "azimuth", "azimuth 35°"), ("choice", "cloud", "adapted: "),
+        ("slider", "elevation", "elevation 25°"), ("choice", "colour by", "by photo"),
+    ],
 }
-PHOTOGRAPHED = {("00_data", "azimuth"): "space", ("00_data", "points"): "plain", ("04_evaluate", "region"): "wipe", ("04_evaluate", "cloud"): "cloud", ("04_evaluate", "colour by"): "clouds"}
+PHOTOGRAPHED = {
+    ("00_data", "azimuth"): "space", ("00_data", "points"): "plain", ("04_evaluate", "region"): "wipe",
+    ("04_evaluate", "cloud"): "cloud", ("04_evaluate", "colour by"): "clouds",
+}
 MOST_MOVES = 6  # for each notebook
-PHASES = {"01_depth": "dense depth of one photo", "02_lora": "preflight of strategy a", "03_train": "measuring base and saved adapter", "05_compare": "running"}  # long work that has no bar of its own
+# long work that has no bar of its own
+PHASES = {
+    "01_depth": "dense depth of one photo", "02_lora": "preflight of strategy a",
+    "03_train": "measuring base and saved adapter", "05_compare": "running",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +74,14 @@ def page():
 
 def tracked_changes() -> str:
     """What git says about the files that it knows."""
-    return subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def small_copy(name: str) -> str:
-    """Write the working copy of a notebook with this test's parameters into the served folder; returns its file name."""
+    """Write the working copy of a notebook with this test's parameters into the served folder; returns its file name.
+    """
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
     path = FOLDER / "served" / f"{name}.ipynb"
@@ -85,17 +104,28 @@ def something_changes(driver, area: int, kind: str, label: str, words: str | Non
         there = all(width for width, _, _ in now["images"]) and (words is None or words in now["text"])
         return there and (now["images"] != before["images"] if pictured and before["images"] else now != before)
 
-    browser.wait_for(driver, changed, f"the page to answer to the {kind} {label!r}" + (f" with {words!r}" if words else "") + (" by another picture" if pictured else ""))
+    browser.wait_for(
+        driver,
+        changed,
+        f"the page to answer to the {kind} {label!r}"
+        + (f" with {words!r}" if words else "")
+        + (" by another picture" if pictured else ""),
+    )
     after = browser.shown_in(driver, area)
     assert "could not draw" not in after["text"] and "Error" not in after["text"], after["text"]
 
 
 @pytest.mark.parametrize("name", list(PARAMETERS))
 def test_the_first_screen(page, name):
-    """No dialog; what it is, a picture and the parameters without scrolling: all of them in the large window, the first in the small one. The photographs are for looking at."""
+    """No dialog; what it is, a picture and the parameters without scrolling: all of them in the large window, the first
+    in the small one. The photographs are for looking at.
+    """
     url, driver = page
-    driver.get(f"{url}/lab/tree/{name}.ipynb?token={url.token}")  # without a reset, as a reload: JupyterLab asks about its build then
-    browser.wait_for(driver, lambda d: d.execute_script("return !!window.jupyterapp") and browser.first_screen(d), f"{name} to open")
+    # without a reset, as a reload: JupyterLab asks about its build then
+    driver.get(f"{url}/lab/tree/{name}.ipynb?token={url.token}")
+    browser.wait_for(
+        driver, lambda d: d.execute_script("return !!window.jupyterapp") and browser.first_screen(d), f"{name} to open"
+    )
     for (width, height), least in (((1600, 1000), 0.99), ((1280, 800), 0.15)):
         driver.set_window_size(width, height)
 
@@ -135,14 +165,21 @@ def test_a_training_is_found_again(page):
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     cell = nbformat.v4.new_code_cell("from vggt_lora.views.widgets.run import watch_run\nwatch_run()")
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), FOLDER / "served" / "watch.ipynb")
-    text = "return [...document.querySelectorAll('.jp-OutputArea .widget-html-content')].map(shown => shown.innerText).join(' ')"
-    training = subprocess.Popen(train_small(FOLDER / "watched"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    text = (
+        "return [...document.querySelectorAll('.jp-OutputArea .widget-html-content')].map(shown => "
+        "shown.innerText).join(' ')"
+    )
+    training = subprocess.Popen(
+        train_small(FOLDER / "watched"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         browser.wait_for(driver, lambda d: (FOLDER / "watched" / ".run.lock").exists(), "the training to begin", 300)
         browser.open_notebook(driver, url, "watch.ipynb")
         browser.run_all(driver)
         assert browser.cell_errors(driver) == []
-        said = browser.wait_for(driver, lambda d: "step" in (now := d.execute_script(text)) and now, "the run to be shown")
+        said = browser.wait_for(
+            driver, lambda d: "step" in (now := d.execute_script(text)) and now, "the run to be shown"
+        )
         browser.wait_for(driver, lambda d: d.execute_script(text) not in ("", said), "the run to move", 300)
         assert training.wait(600) == 0
     finally:
@@ -163,9 +200,17 @@ def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
     assert name not in PHASES or len([line for line in phases if line.startswith(PHASES[name])]) > 1, phases
     cells = browser.code_cells(driver)
     assert [cell["errors"] for cell in cells if cell["errors"]] == []
-    assert [cell["source"] for cell in cells if cell["source"].strip() and cell["count"] is None] == [], "cells that were not run"
+    assert [cell["source"] for cell in cells if cell["source"].strip() and cell["count"] is None] == [], (
+        "cells that were not run"
+    )
     assert browser.cell_errors(driver) == []
-    browser.wait_for(driver, lambda d: d.execute_script("return [...document.querySelectorAll('.jp-OutputArea img')].every(i => i.complete && i.naturalWidth)"), "pictures")
+    browser.wait_for(
+        driver,
+        lambda d: d.execute_script(
+            "return [...document.querySelectorAll('.jp-OutputArea img')].every(i => i.complete && i.naturalWidth)"
+        ),
+        "pictures",
+    )
     browser.tall_screenshot(driver, FOLDER / f"{name}.png")
 
     found, moved = browser.controls(driver), []
@@ -189,7 +234,8 @@ def test_a_notebook_runs_and_answers_in_jupyterlab(page, name):
     if name == "00_data":
         edit_run_edit_run(driver)
     browser.save(driver)  # or the browser asks whether to leave the page
-    driver.execute_script("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")  # its memory is free for the next
+    # its memory is free for the next
+    driver.execute_script("jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
 
 
 def test_the_small_copies_are_the_notebooks():
@@ -198,5 +244,6 @@ def test_the_small_copies_are_the_notebooks():
     for name, given in PARAMETERS.items():
         cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
         text = "".join("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-        settings = {field.name for field in dataclasses.fields(TrainConfig)} if name == "03_train" else set()  # all are legal there
+        # all are legal there
+        settings = {field.name for field in dataclasses.fields(TrainConfig)} if name == "03_train" else set()
         assert all(f"\n{key}: " in f"\n{text}" or key in settings for key in given), name

@@ -25,9 +25,12 @@ def scene(tmp_path_factory):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
-              "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2,
-              "lr": 1e-3, "device": "cpu", "frame_cache": False}
+    values = {
+        "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0,
+        "adapter_weights": "last", "metric_for_best_model": "loss", "strategy": "b", "model": "random",
+        "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "lr": 1e-3,
+        "device": "cpu", "frame_cache": False,
+    }
     return TrainConfig(**{**values, **changes})
 
 
@@ -45,7 +48,10 @@ def run(config, folder, check: bool):
     record = RunFolder(config.output)
     budget = preflight(model, train, held_out, frames, config, folder=folder) if check else None
     with budgeted(budget, record) as clock:
-        sample_source = cached_source(model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(), folder=folder)
+        sample_source = cached_source(
+            model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(),
+            folder=folder,
+        )
         fit(model, train, held_out, config, record, sample_source, (clock,))
     record.close()
     return model, record.records
@@ -57,10 +63,14 @@ def test_training_is_bit_for_bit_the_same_after_a_preflight(scene, tmp_path, mon
     without, expected = run(settings(scene, tmp_path / "two"), tmp_path / "cache2", False)
     assert without_wall(records) == without_wall(expected) and records
     theirs = without.state_dict()
-    assert all(torch.equal(tensor.nan_to_num(), theirs[name].nan_to_num()) for name, tensor in with_one.state_dict().items())
+    assert all(
+        torch.equal(tensor.nan_to_num(), theirs[name].nan_to_num()) for name, tensor in with_one.state_dict().items()
+    )
     found = json.loads((tmp_path / "one" / "preflight.json").read_text())
     assert found["measured"]["peak"] > 0 and abs(found["error"]["peak"]) < 1
-    assert {"step", "epoch"} <= found["measured"].keys() & found["error"].keys() and found["said"].count("were predicted") == 3
+    assert {"step", "epoch"} <= found["measured"].keys() & found["error"].keys() and found["said"].count(
+        "were predicted"
+    ) == 3
     assert not (tmp_path / "two" / "preflight.json").exists()
 
 
@@ -84,7 +94,11 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(tmp_path, mon
     def law(model, sample, config, store=None, most=6):
         head = module.network(model).depth_head
         each = 20 if head.recompute else 100
-        return module.Point(len(sample.names), {"train": 10**9 + each * 10**6 * len(sample.names), "validate": 10**9}, {"train": 0.1, "validate": 0.1})
+        return module.Point(
+            len(sample.names),
+            {"train": 10**9 + each * 10**6 * len(sample.names), "validate": 10**9},
+            {"train": 0.1, "validate": 0.1},
+        )
 
     monkeypatch.setattr(module, "measure_window", law)
     monkeypatch.setattr(module, "settle", lambda device: 10**9)
@@ -105,7 +119,11 @@ def test_a_run_that_does_not_fit_is_refused_with_settings_that_fit(tmp_path, mon
     assert refuse_or_warn(tight, "warn", said.append) is tight and "WARNING" in said[-1]
     assert ask(dataclasses.replace(config, **tight.proposal), 300 * 10**6).fits
     very = ask(config, 120 * 10**6)
-    assert very.proposal["gradient_checkpointing"] and very.proposal["frames"] < 6 and very.proposal["gradient_accumulation_steps"] > 1
+    assert (
+        very.proposal["gradient_checkpointing"]
+        and very.proposal["frames"] < 6
+        and very.proposal["gradient_accumulation_steps"] > 1
+    )
     assert ask(dataclasses.replace(config, **very.proposal), 120 * 10**6).fits
     none = ask(config, 10 * 10**6)
     assert not none.fits and not none.proposal and "smaller image_size" in none.refusal()
@@ -129,12 +147,18 @@ def test_attention_that_writes_its_matrix_is_seen():
 
 @pytest.fixture
 def by_law(monkeypatch):
-    """Memory and seconds by a law of the pixels, so that nothing depends on this machine: 1 MB and 1 us for each, 100 MB and a second besides."""
+    """Memory and seconds by a law of the pixels, so that nothing depends on this machine: 1 MB and 1 us for each, 100
+    MB and a second besides.
+    """
     from vggt_lora.preflight import preflight as module
 
     def law(model, sample, config, store=None, most=6):
         pixels = sample.images[:, 0].numel()
-        return module.Point(len(sample.names), {"train": 10**9 + 10**8 + 10**6 * pixels, "validate": 10**9}, {"train": 1 + 1e-6 * pixels, "validate": 0.5})
+        return module.Point(
+            len(sample.names),
+            {"train": 10**9 + 10**8 + 10**6 * pixels, "validate": 10**9},
+            {"train": 1 + 1e-6 * pixels, "validate": 0.5},
+        )
 
     monkeypatch.setattr(module, "measure_window", law)
     monkeypatch.setattr(module, "settle", lambda device: 10**9)
@@ -143,7 +167,13 @@ def by_law(monkeypatch):
 
 def test_the_largest_size_decides_memory_and_the_mean_decides_time(scene, tmp_path, by_law):
     one = settings(scene, tmp_path / "run", feature_cache="off")
-    found = {sizes: preflight(*ready(config := dataclasses.replace(one, image_sizes=sizes)), config, free=10**12, folder=tmp_path / "cache") for sizes in ("", "28,56,112")}
+    found = {
+        sizes: preflight(
+            *ready(config := dataclasses.replace(one, image_sizes=sizes)), config, free=10**12,
+            folder=tmp_path / "cache",
+        )
+        for sizes in ("", "28,56,112")
+    }
     plain, drawn = found[""], found["28,56,112"]
     assert plain.size == (42, 56) and drawn.size == (84, 112)
     assert (drawn.peaks["train"] - 11 * 10**8) == pytest.approx(4 * (plain.peaks["train"] - 11 * 10**8), rel=0.01)
@@ -175,7 +205,10 @@ def test_doctor_and_preflight_name_the_same_number(scene, tmp_path, by_law, monk
     monkeypatch.setattr(doctor, "free_memory", lambda device: (10**12, "CPU"))
     config = settings(scene, tmp_path / "run")
     found = preflight(*ready(config), config, folder=tmp_path / "cache")
-    plan = doctor.Plan(data=str(scene), model="random", strategy=config.strategy, rank=config.rank, frames=config.frames, image_size=config.image_size)
+    plan = doctor.Plan(
+        data=str(scene), model="random", strategy=config.strategy, rank=config.rank, frames=config.frames,
+        image_size=config.image_size,
+    )
     assert doctor.counted(plan).least == found.counted > 0
     assert doctor.amount(found.counted) in doctor.check_memory(plan)[0].found
 
@@ -185,7 +218,10 @@ def test_a_run_on_the_cpu_asks_the_host_although_there_is_a_gpu(monkeypatch):
     from vggt_lora import doctor
     from vggt_lora.preflight import preflight as module
 
-    for name, value in {"is_available": True, "is_bf16_supported": True, "mem_get_info": (10**15, 10**15), "memory_reserved": 7, "memory_allocated": 2}.items():
+    for name, value in {
+        "is_available": True, "is_bf16_supported": True, "mem_get_info": (10**15, 10**15), "memory_reserved": 7,
+        "memory_allocated": 2,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     assert module.free_memory("cuda") == (10**15, "GPU") and module._room("cuda", 100, None) == 10**15 + 105
     free, where = module.free_memory("cpu")
@@ -197,7 +233,9 @@ def test_a_run_on_the_cpu_asks_the_host_although_there_is_a_gpu(monkeypatch):
 
 
 def test_what_is_drawn_decides_what_the_cache_holds(scene, tmp_path):
-    """Sizes up to twice the run's own: the plan is what lies on disk, and a limit between the two takes an earlier layer and not a store that fills up."""
+    """Sizes up to twice the run's own: the plan is what lies on disk, and a limit between the two takes an earlier
+    layer and not a store that fills up.
+    """
     one = settings(scene, tmp_path / "run", feature_cache="float32", image_sizes="56,112", epochs=4, strategy="a")
 
     def filled(config, name):
@@ -205,26 +243,40 @@ def test_what_is_drawn_decides_what_the_cache_holds(scene, tmp_path):
         budget = preflight(model, train, held_out, frames, config, free=10**12, folder=tmp_path / f"{name}-before")
         plan = plan_cache(model, train, held_out, frames, config, True, tmp_path / f"{name}-plan")[0]
         leaving = _leaving(model, plan, config)
-        store = cached_source(model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(), folder=tmp_path / name).store
-        assert (budget.cache_bytes, budget.cache_entries) == (plan.bytes, plan.entries) and store.report.made == plan.entries
+        store = cached_source(
+            model, frames, config, train, held_out, lambda text: None, lambda: build_model(config).state_dict(),
+            folder=tmp_path / name,
+        ).store
+        assert (budget.cache_bytes, budget.cache_entries) == (
+            plan.bytes,
+            plan.entries,
+        ) and store.report.made == plan.entries
         assert 0 < store.report.used - plan.bytes < 700 * plan.entries, "more than the headers"
         assert not store.full and store.freed.bytes == leaving > 0
         return plan
 
     roomy = filled(one, "roomy")
     model, train, held_out, frames = ready(one)
-    own_size = plan_cache(model, train, held_out, frames, dataclasses.replace(one, image_sizes=""), True, tmp_path / "own")[0]
+    own_size = plan_cache(
+        model, train, held_out, frames, dataclasses.replace(one, image_sizes=""), True, tmp_path / "own"
+    )[0]
     assert own_size.layer == roomy.layer and 1.2 * own_size.bytes < roomy.bytes
     tight = filled(dataclasses.replace(one, feature_cache_gb=(own_size.bytes + roomy.bytes) / 2e9), "tight")
     assert tight.layer < roomy.layer and tight.bytes < own_size.bytes + roomy.bytes
 
 
 def test_a_photo_of_two_windows_is_kept_once_for_each_draw(scene, tmp_path):
-    """Patch tokens are of a photo: at each size once, but anew for each window and epoch where its colours are drawn."""
+    """Patch tokens are of a photo: at each size once, but anew for each window and epoch where its colours are drawn.
+    """
     one = settings(scene, tmp_path / "run", epochs=4, image_sizes="28,56")
     found = open_scenes(one)[0]
     train, frames = [(found, Window(found.name, (0, 1, 2))), (found, Window(found.name, (1, 2, 3)))], FrameCache(56)
     model = build_model(one)
-    counts = {augment: predict(model, -1, "float32", asked(train, [], frames, dataclasses.replace(one, augment=augment), True))[0] for augment in ("", "colour")}
+    counts = {
+        augment: predict(
+            model, -1, "float32", asked(train, [], frames, dataclasses.replace(one, augment=augment), True)
+        )[0]
+        for augment in ("", "colour")
+    }
     drawn = {(photo, max(size)) for _, photos, _, size, _ in asked(train, [], frames, one, True) for photo in photos}
     assert counts == {"": len(drawn), "colour": 2 * 4 * 3} and len(drawn) <= 8

@@ -27,7 +27,10 @@ def test_real_scene_without_scans_is_judged_against_its_own_depth(name, supervis
     trusted = trusted_truth(sample)
     truth = torch.where(torch.from_numpy(trusted), sample.depth, torch.zeros(())) / window_scale(sample, trusted)
     wobble = 1 + 0.02 * torch.sin(torch.arange(truth.shape[-1]) / 7.0)
-    found = evaluate_clouds({"truth": answering(truth), "wavy": answering(truth * wobble)}, [(scene, window)], cache, ("known scale",), progress=False)
+    found = evaluate_clouds(
+        {"truth": answering(truth), "wavy": answering(truth * wobble)}, [(scene, window)], cache, ("known scale",),
+        progress=False,
+    )
     f1 = {m: [r["f1"] for r in found.rows if r["model"] == m] for m in ("truth", "wavy")}
     assert min(f1["truth"]) == 1.0
     assert f1["wavy"] == sorted(f1["wavy"]) and f1["wavy"][0] < 0.9 * f1["wavy"][-1]

@@ -1,4 +1,6 @@
-"""Comparisons: the parameters, the batch file that Slurm would get, and a page that a real browser shows without asking for anything else."""
+"""Comparisons: the parameters, the batch file that Slurm would get, and a page that a real browser shows without asking
+for anything else.
+"""
 import os
 import sys
 from pathlib import Path
@@ -23,7 +25,9 @@ from vggt_lora.train import TrainConfig
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("config", [TrainConfig, CompareConfig, PredictConfig, ReconstructConfig, EvaluateConfig], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "config", [TrainConfig, CompareConfig, PredictConfig, ReconstructConfig, EvaluateConfig], ids=lambda c: c.__name__
+)
 def test_every_setting_is_checked(config):
     """Each refuses a value of another type, a choice that is none, and numbers beyond its range."""
     needed = {"photos": "x", "scene": "y"} if config is ReconstructConfig else {}
@@ -54,7 +58,9 @@ def test_a_grid_goes_to_slurm_as_one_job_array(tmp_path, monkeypatch):
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SENT", str(tmp_path / "sent.sh"))
-    executor = executor_for(tmp_path / "runs", "slurm", 2.0, slurm_array_parallelism=3, slurm_partition="gpu", gpus_per_node=1, mem_gb=40)
+    executor = executor_for(
+        tmp_path / "runs", "slurm", 2.0, slurm_array_parallelism=3, slurm_partition="gpu", gpus_per_node=1, mem_gb=40
+    )
     points = [("train.ipynb", str(tmp_path / "runs" / str(i)), {"seed": i}, {}, str(tmp_path)) for i in range(5)]
     jobs = executor.map_array(run_point, *zip(*points))
     sent = (tmp_path / "sent.sh").read_text()
@@ -72,16 +78,37 @@ def test_without_slurm_the_error_says_so(tmp_path, monkeypatch):
 def invented_run(folder: Path, strategy: str, seed: int, factor: float):
     """A run folder with known numbers and names that want to be markup."""
     hard = np.random.default_rng(7).gamma(4, 0.04, 12)
-    values = {"base": hard, "adapted": hard * factor * (1 + 0.05 * np.random.default_rng([seed, ord(strategy)]).standard_normal(12))}
-    rows = [{"model": model, "scene": "<hall>", "photo": f"{i:02}.jpg", "alignment": "median per image", "absrel": float(v), "d1": float(1 - v)}
-            for model, found in values.items() for i, v in enumerate(found)]
-    write_json(folder / "config.json", {"config": {"strategy": strategy, "seed": seed, "data": "<img src=x onerror=alert(1)>"}, "environment": {"code": "x"}})
+    values = {
+        "base": hard,
+        "adapted": hard * factor * (1 + 0.05 * np.random.default_rng([seed, ord(strategy)]).standard_normal(12)),
+    }
+    rows = [
+        {
+            "model": model, "scene": "<hall>", "photo": f"{i:02}.jpg", "alignment": "median per image",
+            "absrel": float(v), "d1": float(1 - v),
+        }
+        for model, found in values.items()
+        for i, v in enumerate(found)
+    ]
+    write_json(
+        folder / "config.json",
+        {
+            "config": {"strategy": strategy, "seed": seed, "data": "<img src=x onerror=alert(1)>"},
+            "environment": {"code": "x"},
+        },
+    )
     write_json(folder / "results.json", {"protocol": {"truth": "laser"}, "frames": rows, "table": []})
     write_json(folder / "resource_usage.json", {"trainable": 100, "seconds": 10.0})
-    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "split": "{s}", "loss": {1 / (1 + i)}}}\n' for i in range(3) for s in ("train", "val")))
+    (folder / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {i}, "split": "{s}", "loss": {1 / (1 + i)}}}\n' for i in range(3) for s in ("train", "val"))
+    )
     truth = np.linspace(6, 14, 48)[None, :] * np.ones((32, 1))
     depth = {"base": truth * 2 + 1, "adapted": truth}
-    maps = [EvaluatedFrame("<hall>", "0.jpg", np.full((32, 48, 3), 0.5), truth, truth > 0, None, None, True, 1.0, None, depth=depth)]
+    maps = [
+        EvaluatedFrame(
+            "<hall>", "0.jpg", np.full((32, 48, 3), 0.5), truth, truth > 0, None, None, True, 1.0, None, depth=depth
+        )
+    ]
     save_pictures(folder / "pictures.npz", maps)
     return read_record(folder)
 
@@ -90,7 +117,11 @@ def test_the_page_in_a_real_browser(tmp_path):
     missing = browser.what_is_missing()
     if missing:
         pytest.skip(missing)
-    records = [invented_run(tmp_path / f"{s}{seed}", s, seed, factor) for s, factor in (("a", 0.7), ("b", 1.0)) for seed in (0, 1)]
+    records = [
+        invented_run(tmp_path / f"{s}{seed}", s, seed, factor)
+        for s, factor in (("a", 0.7), ("b", 1.0))
+        for seed in (0, 1)
+    ]
     page = tmp_path / "comparison.html"
     states = {"c": {"state": "failed", "error": "<script>document.title = 'broken'</script>"}}
     page.write_text(comparison_page(compare_runs(records), "Comparison <b>x</b>", states), encoding="utf-8")
@@ -98,9 +129,14 @@ def test_the_page_in_a_real_browser(tmp_path):
         driver.get(page.as_uri())
         assert driver.title == "Comparison <b>x</b>"
         assert "Take strategy=a" in driver.find_element("css selector", ".lead").text
-        widths = driver.execute_script("return [...document.images].map(image => image.complete ? image.naturalWidth : 0)")
+        widths = driver.execute_script(
+            "return [...document.images].map(image => image.complete ? image.naturalWidth : 0)"
+        )
         assert len(widths) == 3 and min(widths) > 300
-        asked = driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name).filter(name => !name.startsWith('data:'))")
+        asked = driver.execute_script(
+            "return performance.getEntriesByType('resource').map(entry => entry.name).filter(name => "
+            "!name.startsWith('data:'))"
+        )
         assert asked == [] and driver.execute_script("return document.querySelectorAll('script').length") == 0
         driver.set_window_size(600, 900)  # a narrow window: tables scroll by themselves, the page does not
         assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")

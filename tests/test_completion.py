@@ -82,7 +82,9 @@ def test_untrusted_anchors_are_kept_but_not_carried_on():
     photo, rays, planes, truth, anchors = two_walls()
     wrong = anchors.depth.copy()
     wrong[22, 18] *= 3
-    weight = np.where(np.arange(wrong.size).reshape(wrong.shape) == 22 * wrong.shape[1] + 18, 0.05, anchors.weight).astype(np.float32)
+    weight = np.where(
+        np.arange(wrong.size).reshape(wrong.shape) == 22 * wrong.shape[1] + 18, 0.05, anchors.weight
+    ).astype(np.float32)
     found = complete(photo, rays, DepthMap(wrong, anchors.valid, weight), planes, CompletionSettings(reach=0.5))
     assert found.depth[22, 18] == wrong[22, 18] and found.confidence[22, 18] == np.float32(0.05)
     assert abs(found.depth[23, 20] / truth[23, 20] - 1) < 1e-4
@@ -100,31 +102,48 @@ def test_the_sky_is_closed_where_no_point_was_found_in_it():
     assert not sky_of(photo, points).any()
 
 
-# --- scenes -------------------------------------------------------------------------------------------------------------
+# --- scenes -----------------------------------------------------------------------------------------------------------
 
 
 def test_confidence_ranks_the_errors_on_a_built_scene(toy):
     errors, sure = [], []
     for frame in toy.frames[:2]:
-        found, before, truth = completed_depth(toy, frame, SIZE, anchors="sparse"), sparse_depth(toy, frame, SIZE), exact(toy, frame)
+        found, before, truth = (
+            completed_depth(toy, frame, SIZE, anchors="sparse"),
+            sparse_depth(toy, frame, SIZE),
+            exact(toy, frame),
+        )
         guess = found.valid & ~before.valid
-        assert found.counts["measured"] == before.valid.sum() and found.counts["completed"] == guess.sum() > 10 * before.valid.sum()
+        assert (
+            found.counts["measured"] == before.valid.sum()
+            and found.counts["completed"] == guess.sum() > 10 * before.valid.sum()
+        )
         assert found.counts["measured"] + found.counts["completed"] + found.counts["unknown"] == found.valid.size
         assert np.array_equal(found.depth[before.valid], before.depth[before.valid])
-        assert (found.weight > 0)[found.valid].all() and (found.weight[guess] < 1).all() and found.weight.max() <= 1 and not found.weight[~found.valid].any()
+        assert (
+            (found.weight > 0)[found.valid].all()
+            and (found.weight[guess] < 1).all()
+            and found.weight.max() <= 1
+            and not found.weight[~found.valid].any()
+        )
         known = guess & (truth > 0)
         errors.append(np.abs(found.depth[known] / truth[known] - 1))
         sure.append(found.weight[known])
     errors, sure = np.concatenate(errors), np.concatenate(sure)
     upper, lower = errors[sure >= np.median(sure)], errors[sure < np.median(sure)]
-    assert np.median(upper) < 0.01 and np.median(upper) < np.median(lower) and (upper > 0.03).mean() < 0.6 * (lower > 0.03).mean()
+    assert (
+        np.median(upper) < 0.01
+        and np.median(upper) < np.median(lower)
+        and (upper > 0.03).mean() < 0.6 * (lower > 0.03).mean()
+    )
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 def test_plans_cut_and_pad_as_for_every_source(toy, mode):
     frame = toy.frames[1]
     plan = plan_image(frame.size, 140, mode)
-    found = completed_depth(toy, frame, plan.size, plan, anchors="sparse", settings=CompletionSettings(edges=0))  # no edge keeps it out of the padding
+    # no edge keeps it out of the padding
+    found = completed_depth(toy, frame, plan.size, plan, anchors="sparse", settings=CompletionSettings(edges=0))
     before = sparse_depth(toy, frame, plan.size, plan)
     top, left, bottom, right = plan.content_box
     outside = np.ones(plan.size, bool)
@@ -145,13 +164,20 @@ def test_a_mask_leaves_its_pixels_unknown(toy, tmp_path):
 
 def test_completed_is_a_supervision_like_any_other(toy, monkeypatch):
     assert TrainConfig(supervision="laser+completed").supervision == "laser+completed"
-    maps = {name: FrameCache(140, supervision=name).get(toy, 0, (98, 140)).depth for name in ("sparse", "completed", "laser+completed")}
+    maps = {
+        name: FrameCache(140, supervision=name).get(toy, 0, (98, 140)).depth
+        for name in ("sparse", "completed", "laser+completed")
+    }
     assert np.array_equal(maps["completed"].depth, maps["laser+completed"].depth)  # this scene has no laser
     assert maps["laser+completed"].counts["laser"] == 0 < maps["laser+completed"].counts["completed completed"]
     sure = np.full((98, 140), 2.5, np.float32)
     half = np.zeros((98, 140), bool)
     half[:, :70] = True
-    monkeypatch.setitem(DEPTH_SOURCES, "half", lambda scene, frame, size, plan=None: DepthMap(sure * half, half, half.astype(np.float32), {}))
+    monkeypatch.setitem(
+        DEPTH_SOURCES,
+        "half",
+        lambda scene, frame, size, plan=None: DepthMap(sure * half, half, half.astype(np.float32), {}),
+    )
     mixed = depth_source("half+completed")(toy, toy.frames[0], (98, 140))
     assert (mixed.depth[half] == 2.5).all() and (mixed.weight[half] == 1).all() and mixed.counts["half"] == half.sum()
     anchored = completed_depth(toy, toy.frames[0], (98, 140), anchors="half")
@@ -176,5 +202,8 @@ def test_planes_of_a_scene_do_not_depend_on_where_the_world_begins(toy):
 
 def test_importing_it_is_light():
     heavy = "{'torch', 'open3d', 'matplotlib', 'pycolmap', 'scipy.ndimage', 'scipy.sparse'}"
-    code = f"import vggt_lora.supervision.completed, vggt_lora.datasets.audit, vggt_lora.depth, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = (
+        "import vggt_lora.supervision.completed, vggt_lora.datasets.audit, vggt_lora.depth, sys; "
+        f"print(sorted({heavy} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -62,7 +62,9 @@ def exact(folder, frame):
 
 def laser(folder, frame, models):
     camera = models["jpg"].cameras[frame.camera_id]
-    return np.fromfile(folder / "ground_truth_depth/dslr_images" / f"{stem(frame)}.JPG", "<f4").reshape(camera.height, camera.width)
+    return np.fromfile(folder / "ground_truth_depth/dslr_images" / f"{stem(frame)}.JPG", "<f4").reshape(
+        camera.height, camera.width
+    )
 
 
 def centres(size):
@@ -100,8 +102,12 @@ def test_resampling_moves_nothing():
     photo, caster, light = shoot.photos[1], shoot.casters[1], shoot.lights[1]
     camera, rotation = shoot.cameras[photo.camera_id], photo.world_to_cam[:3, :3]
     centre = -rotation.T @ photo.world_to_cam[:3, 3]
-    bent, _, _ = photograph(caster, rotation, centre, shoot.rays[photo.camera_id], camera.original_size, camera.original_K[0, 0], light)
-    direct, _, _ = photograph(caster, rotation, centre, pinhole_rays(photo.K, photo.size), photo.size, photo.K[0, 0], light)
+    bent, _, _ = photograph(
+        caster, rotation, centre, shoot.rays[photo.camera_id], camera.original_size, camera.original_K[0, 0], light
+    )
+    direct, _, _ = photograph(
+        caster, rotation, centre, pinhole_rays(photo.K, photo.size), photo.size, photo.K[0, 0], light
+    )
     there = undistort(bent, shoot.sources[photo.camera_id]).mean(2)[4:-4, 4:-4]
     here = direct.mean(2)
     down, right = (g[4:-4, 4:-4].ravel() for g in np.gradient(here))
@@ -136,7 +142,11 @@ def test_depth_is_the_plane_of_the_wall(folder, scene):
     """Every wall pixel's depth, from the wall's plane in labels/walls.json and the pose in images.txt."""
     walls = {int(k): v for k, v in json.loads((folder / "labels/walls.json").read_text()).items()}
     for frame in scene.frames:
-        rays = np.column_stack([centres(frame.size), np.ones(frame.size[0] * frame.size[1])]) @ np.linalg.inv(frame.K).T @ frame.world_to_cam[:3, :3]
+        rays = (
+            np.column_stack([centres(frame.size), np.ones(frame.size[0] * frame.size[1])])
+            @ np.linalg.inv(frame.K).T
+            @ frame.world_to_cam[:3, :3]
+        )
         centre = -frame.world_to_cam[:3, :3].T @ frame.world_to_cam[:3, 3]
         depth, wall = exact(folder, frame).ravel(), label(folder, "walls", frame).ravel()
         assert (wall > 0).mean() > 0.1
@@ -162,7 +172,11 @@ def test_vertices_project_to_where_they_are_seen(folder, scene):
         column, row = np.floor(uv[good] - 0.5).astype(int).T
         right, down = (uv[good] - 0.5 - np.stack([column, row], -1)).T
         depth, edges = exact(folder, frame), label(folder, "edges", frame)
-        corners = [(row + i, column + j, (down if i else 1 - down) * (right if j else 1 - right)) for i in (0, 1) for j in (0, 1)]
+        corners = [
+            (row + i, column + j, (down if i else 1 - down) * (right if j else 1 - right))
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
         flat = np.all([(edges[r, c] == 0) & (depth[r, c] > 0) for r, c, _ in corners], 0)
         with np.errstate(divide="ignore"):  # 1/z is linear on a plane, so this interpolation is exact
             inverse = sum(share / depth[r, c] for r, c, share in corners)
@@ -179,7 +193,8 @@ def resized(frame, models, uv):
 
 
 def laser_against_exact(folder, scene, models, to_original, least=0.0, walls=True):
-    """Relative differences away from edges (on walls, or everywhere), where the lens moves pixels by more than `least`."""
+    """Relative differences away from edges (on walls, or everywhere), where the lens moves pixels by more than `least`.
+    """
     offs = []
     for frame in scene.frames:
         pixels = centres(frame.size)
@@ -228,7 +243,10 @@ def test_masks_live_in_the_distorted_frame(folder, scene, models):
         parts = label(folder, "parts", frame).ravel()
         at = through_the_lens(frame, models, pixels)
         naive = resized(frame, models, pixels)
-        read = lambda uv: mask[np.floor(uv[:, 1]).astype(int).clip(0, mask.shape[0] - 1), np.floor(uv[:, 0]).astype(int).clip(0, mask.shape[1] - 1)]
+        read = lambda uv: mask[
+            np.floor(uv[:, 1]).astype(int).clip(0, mask.shape[0] - 1),
+            np.floor(uv[:, 0]).astype(int).clip(0, mask.shape[1] - 1),
+        ]
         away = np.isin(parts, [1 + PARTS.index(p) for p in UNSCANNED])
         if away.any():
             assert (read(at)[away] == 2).mean() > 0.97
@@ -275,7 +293,8 @@ def test_points_are_on_surfaces_and_never_on_glass_or_people(folder, scene):
         counts.append(len(frame.point_rows))
     offs, parts = np.abs(np.concatenate(offs)), np.concatenate(parts)
     assert np.median(offs) < 0.003 and np.quantile(offs, 0.85) < 0.05
-    assert (parts == 1 + PARTS.index("glass")).mean() < 0.05  # the pixel's centre may be just beside the frame; the point itself never is, see below
+    # the pixel's centre may be just beside the frame; the point itself never is, see below
+    assert (parts == 1 + PARTS.index("glass")).mean() < 0.05
     assert 0.6 < np.mean(counts) / points_per_photo(scene.frames[0].size) < 1.4
     assert truth["outlier"].any() and 1900 < points_per_photo((1000, 1500)) < 2100
 
@@ -289,7 +308,8 @@ def grey_spread(photo: np.ndarray) -> np.ndarray:
 
 
 def test_points_avoid_glass_and_blank_walls(tmp_path):
-    """Plaster, where blank wall is common: no sighting of a point on glass or a person, next to none in a blank patch."""
+    """Plaster, where blank wall is common: no sighting of a point on glass or a person, next to none in a blank patch.
+    """
     settings = {**SETTINGS, "style": "plaster", "layout": "street", "seed": 9}
     made = demo_scene(tmp_path, **settings)
     scene, shoot = open_scene(made), prepare({**settings, "size": list(settings["size"])})
@@ -303,13 +323,17 @@ def test_points_avoid_glass_and_blank_walls(tmp_path):
         hit = shoot.casters[k].pixels(shoot.photos[k].world_to_cam, frame.K, uv)
         assert np.abs(hit["z"] / z - 1).max() < 1e-3  # the ray meets the point, not something in front of it
         parts.append(shoot.casters[k].panels.part[hit["index"]])
-        spread, inside = grey_spread(np.array(Image.open(frame.image_path))), (uv >= 0).all(1) & (uv < frame.size[::-1]).all(1)
+        spread, inside = (
+            grey_spread(np.array(Image.open(frame.image_path))),
+            (uv >= 0).all(1) & (uv < frame.size[::-1]).all(1),
+        )
         column, row = np.floor(uv[inside]).astype(int).T
         at_points.append(spread[row, column])
         on_walls.append(spread[label(made, "parts", frame) == 1 + PARTS.index("wall")])
     counts = np.bincount(np.concatenate(parts), minlength=len(PARTS))
     assert counts[PARTS.index("glass")] == counts[PARTS.index("person")] == 0 and counts[PARTS.index("wall")] > 100
-    blank_points, blank_walls = (np.mean(np.concatenate(values) < 2) for values in (at_points, on_walls))  # grey levels; JPEG noise alone is 1
+    # grey levels; JPEG noise alone is 1
+    blank_points, blank_walls = (np.mean(np.concatenate(values) < 2) for values in (at_points, on_walls))
     assert blank_walls > 0.1, "the test would show nothing"
     assert blank_points < 0.005
 
@@ -338,7 +362,10 @@ def test_same_seed_same_bytes_whatever_the_threads(tmp_path):
     assert folder_hashes(tmp_path / "b") == folder_hashes(first)
     other = folder_hashes(demo_scene(tmp_path / "c", seed=2, **SMALL))
     same = {name for name, digest in other.items() if folder_hashes(first).get(name) == digest}
-    assert same == {"scene.json", "labels/parts.json", "dslr_calibration_undistorted/cameras.txt", "dslr_calibration_jpg/cameras.txt"}
+    assert same == {
+        "scene.json", "labels/parts.json", "dslr_calibration_undistorted/cameras.txt",
+        "dslr_calibration_jpg/cameras.txt",
+    }
 
 
 def test_unknown_names_are_said_plainly(tmp_path):
@@ -381,7 +408,9 @@ def test_a_machine_without_libgl_makes_the_same_demo(tmp_path):
     done = make_without({"open3d": LIBGL}, tmp_path)
     assert done.returncode == 0 and done.stdout.split() == ["None", "None"], done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if "open3d" in line]
-    assert len(said) == 1 and "libGL.so.1" in said[0] and said[0].endswith("the demo buildings are rendered with embreex")
+    assert (
+        len(said) == 1 and "libGL.so.1" in said[0] and said[0].endswith("the demo buildings are rendered with embreex")
+    )
     (tmp_path / "here").mkdir()
     write_demo(tmp_path / "here", {**SMALL, "seed": 1}, tracer="embreex")
     assert folder_hashes(tmp_path / "scenes" / "demo") == folder_hashes(tmp_path / "here")
@@ -451,13 +480,16 @@ def hang_after_the_second_photo(*_):
     if len(taken) == 2:
         print("half way", flush=True)
         time.sleep(600)
-demo_scene(sys.argv[1], frames=4, size=(84, 126), style="brick", layout="courtyard", progress=hang_after_the_second_photo)
+demo_scene(sys.argv[1], frames=4, size=(84, 126), style="brick", layout="courtyard",
+           progress=hang_after_the_second_photo)
 """
 
 
 @pytest.mark.slow
 def test_a_generation_that_is_killed_is_redone(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+    )
     try:
         assert process.stdout.readline().strip().endswith("half way")
     finally:
@@ -483,7 +515,9 @@ def test_a_flipped_byte_costs_one_scene(tmp_path):
     assert scene_fault(scenes[2]) == f"{depth.relative_to(scenes[2])} is damaged"
     assert demo_scenes(tmp_path, **small) == scenes
     assert [folder_hashes(s) for s in scenes] == before
-    assert [s.joinpath("complete.json").stat().st_mtime_ns != old for s, old in zip(scenes, stamps)] == [k == 2 for k in range(len(DEMO))]
+    assert [s.joinpath("complete.json").stat().st_mtime_ns != old for s, old in zip(scenes, stamps)] == [
+        k == 2 for k in range(len(DEMO))
+    ]
 
 
 def test_importing_the_generator_is_light():

@@ -26,7 +26,9 @@ from vggt_lora.stereo.planesweep import Warper, half_size, plane_steps, relative
 from vggt_lora.stereo.refinement import plane_fit, refine
 from vggt_lora.stereo.view_selection import find_neighbours
 from vggt_lora.supervision.colmap import read_colmap_array
-from vggt_lora.supervision.dense import bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate, sparsification
+from vggt_lora.supervision.dense import (
+    bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate, sparsification,
+)
 from vggt_lora.supervision.depth_map import DepthAbsent
 from vggt_lora.supervision.sources import depth_source
 from vggt_lora.train import TrainConfig, train
@@ -48,7 +50,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def estimates(tmp_path_factory):
-    """What the tests have computed of the plane below: it is kept by content, so photos that one of them changes are estimated anew."""
+    """What the tests have computed of the plane below: it is kept by content, so photos that one of them changes are
+    estimated anew.
+    """
     return tmp_path_factory.mktemp("estimates")
 
 
@@ -97,7 +101,9 @@ def plane_scene(folder, size=SIZE, cameras=CAMERAS, blank=()):
         pixels, depth = project_points(xyz, pose, K)
         rows = np.flatnonzero((depth > 0) & (pixels >= 0).all(1) & (pixels < size[::-1]).all(1))
         frames.append(Frame(path.name, path, size, K, pose, 0, number, rows, pixels[rows]))
-    points = Points(xyz, np.zeros((len(xyz), 3), np.uint8), np.zeros(len(xyz)), np.full(len(xyz), 4, np.int32), np.arange(len(xyz)))
+    points = Points(
+        xyz, np.zeros((len(xyz), 3), np.uint8), np.zeros(len(xyz)), np.full(len(xyz), 4, np.int32), np.arange(len(xyz))
+    )
     return Scene("plane", folder, tuple(frames), points, True), z
 
 
@@ -118,7 +124,10 @@ def test_neighbours_of_other_sizes_shapes_and_plans_give_the_same_depth(tmp_path
     small = dense_estimate(scene, frame, (70, 98), plan_image(frame.size, target=(70, 98)), cache=estimates, **QUICK)
     plan = plan_image(frame.size, target=(70, 98))
     rows, columns = np.mgrid[:70, :98] + 0.5
-    u, v = ((columns + plan.offset[1]) * frame.size[1] / plan.resized_size[1]).astype(int), ((rows + plan.offset[0]) * frame.size[0] / plan.resized_size[0]).astype(int)
+    u, v = (
+        ((columns + plan.offset[1]) * frame.size[1] / plan.resized_size[1]).astype(int),
+        ((rows + plan.offset[0]) * frame.size[0] / plan.resized_size[0]).astype(int),
+    )
     sure = small.confidence > 0.1
     assert sure.mean() > 0.4 and np.median(np.abs(small.depth / z[v, u] - 1)[sure]) < 0.004
     padded_plan = plan_image(frame.size, 98, mode="pad")
@@ -134,10 +143,21 @@ def test_neighbours_of_other_sizes_shapes_and_plans_give_the_same_depth(tmp_path
 def test_warping_equals_lifting_and_projecting(seed):
     rng = np.random.default_rng(seed)
     size = tuple(int(n) for n in rng.integers(3, 20, 2))
-    K, other = (np.array([[rng.uniform(5, 50), rng.uniform(-1, 1), rng.uniform(0, 20)], [0, rng.uniform(5, 50), rng.uniform(0, 20)], [0, 0, 1]]) for _ in range(2))
+    K, other = (
+        np.array(
+            [
+                [rng.uniform(5, 50), rng.uniform(-1, 1), rng.uniform(0, 20)],
+                [0, rng.uniform(5, 50), rng.uniform(0, 20)],
+                [0, 0, 1],
+            ]
+        )
+        for _ in range(2)
+    )
     poses = [pose_at(rng.normal(0, 1, 3), rng.uniform(-0.5, 0.5)) for _ in range(2)]
     z = rng.uniform(2, 20, size)
-    u, v, ratio = Warper(torch.zeros(4, 5), relative_mapping(K, poses[0], other, poses[1]), size).locate(torch.tensor(1 / z, dtype=torch.float32)[None])
+    u, v, ratio = Warper(torch.zeros(4, 5), relative_mapping(K, poses[0], other, poses[1]), size).locate(
+        torch.tensor(1 / z, dtype=torch.float32)[None]
+    )
     pixels, far = project_points(unproject_depth(z, K, poses[0]).reshape(-1, 3), poses[1], other)
     safe = far > 0.5
     assert np.allclose(np.stack([u[0], v[0]], -1).reshape(-1, 2)[safe], pixels[safe], atol=2e-2, rtol=1e-3)
@@ -192,9 +212,16 @@ def test_one_neighbour_is_enough_for_depth_but_not_for_much_confidence(tmp_path,
 
 def test_more_photos_may_confirm_than_were_matched(tmp_path, estimates):
     scene, z = plane_scene(tmp_path)
-    few, many = (dense_estimate(scene, scene.frames[0], SIZE, settings=DenseSettings(views=2, checks=checks), cache=estimates, **QUICK) for checks in (1, 9))
+    few, many = (
+        dense_estimate(
+            scene, scene.frames[0], SIZE, settings=DenseSettings(views=2, checks=checks), cache=estimates, **QUICK
+        )
+        for checks in (1, 9)
+    )
     assert (few.neighbours, many.neighbours) == (2, 4) and few.confirmed.max() == 2
-    assert (many.confirmed >= few.confirmed).all() and many.confirmed.max() == 4 and np.array_equal(few.error, many.error)
+    assert (
+        (many.confirmed >= few.confirmed).all() and many.confirmed.max() == 4 and np.array_equal(few.error, many.error)
+    )
     sure = many.confirmed == 4
     assert np.median(np.abs(many.depth / z - 1)[sure]) < 0.002
 
@@ -227,7 +254,10 @@ def test_what_a_mask_covers_is_not_trained_on(tmp_path, estimates):
     mask[:, :66] = 0
     Image.fromarray(mask).save(tmp_path / "mask.png")
     plain = dense_depth(scene, scene.frames[0], SIZE, cache=estimates, **QUICK)
-    masked = dense_depth(scene, dataclasses.replace(scene.frames[0], photo_mask_path=tmp_path / "mask.png"), SIZE, cache=estimates, **QUICK)
+    masked = dense_depth(
+        scene, dataclasses.replace(scene.frames[0], photo_mask_path=tmp_path / "mask.png"), SIZE, cache=estimates,
+        **QUICK,
+    )
     assert not masked.valid[:, :66].any() and np.array_equal(masked.depth[:, 66:], plain.depth[:, 66:])
     assert masked.counts["masked"] == plain.valid[:, :66].sum() > 1000
 
@@ -241,7 +271,10 @@ def test_glass_is_kept_on_stricter_terms_and_people_never(tmp_path, monkeypatch,
         """The share of the left half that is kept if a mask of this value lies there."""
         mask = np.where(left, value, 0).astype(np.uint8) * np.ones(SIZE, np.uint8)
         monkeypatch.setattr("vggt_lora.supervision.dense.photo_mask", lambda *arguments: mask)
-        monkeypatch.setattr("vggt_lora.supervision.dense.dense_estimate", lambda *arguments, **options: dataclasses.replace(found, **changes))
+        monkeypatch.setattr(
+            "vggt_lora.supervision.dense.dense_estimate",
+            lambda *arguments, **options: dataclasses.replace(found, **changes),
+        )
         return dense_depth(scene, scene.frames[0], SIZE, settings=settings).valid[30:60, 50:66].mean()
 
     assert kept(0) > 0.95 and kept(1) > 0.8 and kept(2) == 0
@@ -275,8 +308,17 @@ def test_a_wrong_pose_loses_coverage_instead_of_adding_errors(tmp_path, estimate
 def test_the_scene_unit_does_not_matter(tmp_path, estimates):
     (tmp_path / "scaled").mkdir()
     scene, _ = plane_scene(tmp_path, cameras=CAMERAS[:3])
-    large = dataclasses.replace(scene, points=dataclasses.replace(scene.points, xyz=scene.points.xyz * 1000), frames=tuple(
-        dataclasses.replace(f, world_to_cam=np.block([[f.world_to_cam[:3, :3], 1000 * f.world_to_cam[:3, 3:]], [np.zeros((1, 3)), 1]])) for f in scene.frames))
+    large = dataclasses.replace(
+        scene,
+        points=dataclasses.replace(scene.points, xyz=scene.points.xyz * 1000),
+        frames=tuple(
+            dataclasses.replace(
+                f,
+                world_to_cam=np.block([[f.world_to_cam[:3, :3], 1000 * f.world_to_cam[:3, 3:]], [np.zeros((1, 3)), 1]]),
+            )
+            for f in scene.frames
+        ),
+    )
     one, thousand = (dense_estimate(s, s.frames[0], SIZE, cache=estimates, **QUICK) for s in (scene, large))
     both = (one.confidence > 0.1) & (thousand.confidence > 0.1)
     assert both.sum() > 0.95 * (one.confidence > 0.1).sum()
@@ -306,7 +348,9 @@ def test_planes_are_fixed_points_of_the_fit(seed):
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(30.0), indexing="ij")
     plane = 0.2 + rng.uniform(-1, 1) * 2e-4 * x + rng.uniform(-1, 1) * 2e-4 * y
     info = torch.tensor(rng.uniform(0.5, 2, (20, 30)), dtype=torch.float32)
-    fitted, gained = plane_fit(plane, info, torch.tensor(0.1 * rng.random((20, 30)), dtype=torch.float32), tolerance=0.01)
+    fitted, gained = plane_fit(
+        plane, info, torch.tensor(0.1 * rng.random((20, 30)), dtype=torch.float32), tolerance=0.01
+    )
     assert (fitted - plane).abs()[6:-6, 6:-6].max() < 1e-4 and (gained >= 0.5 * info).all()
 
 
@@ -337,7 +381,9 @@ def test_all_frames_at_once_are_those_one_by_one(toy, cache):
     together = dense_depths(toy, (84, 112), cache=cache, **QUICK)
     assert list(together) == [f.name for f in toy.frames]
     for frame in toy.frames[::3]:
-        assert np.array_equal(together[frame.name].depth, dense_depth(toy, frame, (84, 112), cache=cache, **QUICK).depth)
+        assert np.array_equal(
+            together[frame.name].depth, dense_depth(toy, frame, (84, 112), cache=cache, **QUICK).depth
+        )
     with pytest.raises(ConfigError, match="needs a cache folder"):
         dense_depths(toy, (84, 112), cache=None)
 
@@ -346,7 +392,9 @@ def test_maps_keep_their_promises(toy, cache):
     for found in dense_depths(toy, (84, 112), cache=cache, **QUICK).values():
         assert found.depth.dtype == found.weight.dtype == np.float32 and found.valid.dtype == bool
         assert np.array_equal(found.depth > 0, found.valid) and np.array_equal(found.weight > 0, found.valid)
-        assert found.counts["pixels"] == sum(found.counts[fate] for fate in ("valid", "unconfirmed", "doubtful", "masked"))
+        assert found.counts["pixels"] == sum(
+            found.counts[fate] for fate in ("valid", "unconfirmed", "doubtful", "masked")
+        )
         assert not found.valid.any() or found.weight[found.valid].mean() == pytest.approx(1, rel=1e-4)
 
 
@@ -397,8 +445,10 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_training_computes_its_depth_before_the_first_step_and_never_in_between(own_cache, tmp_path, monkeypatch):
     seen = []
-    config = TrainConfig(data=str(toy_scene(tmp_path, frames=6, size=(84, 126))), output=str(tmp_path / "run"), supervision="dense", strategy="a",
-                         epochs=1, frames=3, image_size=56, rank=2, lr=1e-3, preflight="off")
+    config = TrainConfig(
+        data=str(toy_scene(tmp_path, frames=6, size=(84, 126))), output=str(tmp_path / "run"), supervision="dense",
+        strategy="a", epochs=1, frames=3, image_size=56, rank=2, lr=1e-3, preflight="off",
+    )
     run = train(config, hooks=[lambda event, progress: seen.append((event, len(list(own_cache.glob("*.npz")))))])
     assert {number for _, number in seen} == {6} == {len(list(own_cache.glob("*.npz")))} and seen[0][0] == "step"
     trained = [r for r in run.records if r["split"] == "train"]
@@ -429,8 +479,14 @@ def test_a_pixel_without_depth_is_never_supervised(toy, own_cache):
 
 
 def test_mixtures_take_dense_where_nothing_better_is_known(toy, own_cache):
-    alone, sparse, mixed = (depth_source(name)(toy, toy.frames[1], (84, 112)) for name in ("dense", "sparse", "laser+sparse+dense"))
-    assert mixed.counts["laser"] == 0 and mixed.counts["sparse"] == sparse.valid.sum() and mixed.counts["dense"] == (alone.valid & ~sparse.valid).sum() > 1000
+    alone, sparse, mixed = (
+        depth_source(name)(toy, toy.frames[1], (84, 112)) for name in ("dense", "sparse", "laser+sparse+dense")
+    )
+    assert (
+        mixed.counts["laser"] == 0
+        and mixed.counts["sparse"] == sparse.valid.sum()
+        and mixed.counts["dense"] == (alone.valid & ~sparse.valid).sum() > 1000
+    )
     assert np.array_equal(mixed.depth, np.where(sparse.valid, sparse.depth, alone.depth))
     assert TrainConfig(data="demo", output="out", supervision="laser+dense+sparse").supervision == "laser+dense+sparse"
 
@@ -443,7 +499,10 @@ def test_preparing_knows_every_size_at_which_photos_are_needed(toy, own_cache, m
     turned.save(path)
     portrait = dataclasses.replace(toy.frames[2], image_path=path, size=toy.frames[2].size[::-1], name="turned")
     scene = dataclasses.replace(toy, frames=(*toy.frames[:2], portrait, toy.frames[3]))
-    frames, windows = FrameCache(56, supervision="sparse+dense"), [Window(scene.name, (0, 1, 2)), Window(scene.name, (2, 3))]
+    frames, windows = (
+        FrameCache(56, supervision="sparse+dense"),
+        [Window(scene.name, (0, 1, 2)), Window(scene.name, (2, 3))],
+    )
     assert frames.work_ahead([(scene, w) for w in windows])["dense"] > len(scene)
     monkeypatch.setattr("vggt_lora.supervision.dense.estimate", lambda *args: pytest.fail("computed while training"))
     for window in windows:
@@ -458,9 +517,16 @@ def test_on_a_gpu_every_tensor_is_made_there():
         half_size(grey) + torch.rand(20, 30)  # the check can fail
     first = to_full_size(sweep(half_size(grey), half, torch.linspace(0.1, 0.5, 32, device="meta")), (40, 60))
     inverse, error = refine(grey, whole, first, 0.01)
-    frame = Frame("a", None, (40, 60), np.array([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]]), np.eye(4), 0, 0, np.zeros(0, int), np.zeros((0, 2)))
+    frame = Frame(
+        "a", None, (40, 60), np.array([[50.0, 0, 30], [0, 50, 20], [0, 0, 1]]), np.eye(4), 0, 0, np.zeros(0, int),
+        np.zeros((0, 2)),
+    )
     shot = main_frame(frame, (40, 60), None)
-    count, mean = confirmations(shot, inverse, [(SweepFrame(dataclasses.replace(frame, world_to_cam=pose_at((0.5, 0, 0))), shot.plan), inverse)], DenseSettings())
+    count, mean = confirmations(
+        shot, inverse,
+        [(SweepFrame(dataclasses.replace(frame, world_to_cam=pose_at((0.5, 0, 0))), shot.plan), inverse)],
+        DenseSettings(),
+    )
     confidence = confidence_of(count, error, bends(mean))
     assert (confidence.device.type, confidence.shape) == ("meta", (40, 60))
 
@@ -481,20 +547,36 @@ def test_the_fountain_agrees_with_its_laser(tmp_path):
     scene = open_scene(real_scene("strecha_fountain_p11"))
     frame, size = scene.frames[6], (168, 252)
     found = dense_depth(scene, frame, size, settings=DenseSettings(views=3, checks=3), cache=tmp_path, **QUICK)
-    width, height, fx, fy, cx, cy = (float(word) for text in (scene.root / "dslr_calibration_jpg" / "cameras.txt").read_text().split("\n")
-                                     if text and text[0] != "#" for word in text.split()[2:8])
-    laser = np.fromfile(scene.root / "ground_truth_depth" / "dslr_images" / frame.image_path.name, "<f4").reshape(int(height), int(width))
+    width, height, fx, fy, cx, cy = (
+        float(word)
+        for text in (scene.root / "dslr_calibration_jpg" / "cameras.txt").read_text().split("\n")
+        if text and text[0] != "#"
+        for word in text.split()[2:8]
+    )
+    laser = np.fromfile(scene.root / "ground_truth_depth" / "dslr_images" / frame.image_path.name, "<f4").reshape(
+        int(height), int(width)
+    )
     rows, columns = np.nonzero(np.isfinite(laser))
     K = main_frame(frame, size, None).K
     u, v = K[0, 0] * (columns + 0.5 - cx) / fx + K[0, 2], K[1, 1] * (rows + 0.5 - cy) / fy + K[1, 2]
     inside = (u >= 0) & (v >= 0) & (u < size[1]) & (v < size[0])
     row, column = v[inside].astype(int), u[inside].astype(int)
     off = (found.depth[row, column] / laser[rows, columns][inside] - 1)[found.valid[row, column]]
-    assert len(off) > 0.5 * inside.sum() and np.median(np.abs(off)) < 0.003 and abs(np.median(off)) < 0.001 and np.mean(np.abs(off) < 0.01) > 0.88
+    assert (
+        len(off) > 0.5 * inside.sum()
+        and np.median(np.abs(off)) < 0.003
+        and abs(np.median(off)) < 0.001
+        and np.mean(np.abs(off) < 0.01) > 0.88
+    )
     curves = dense_estimate(scene, frame, size, settings=DenseSettings(views=3, checks=3), cache=tmp_path, **QUICK)
     all_off = np.abs(curves.depth[row, column] / laser[rows, columns][inside] - 1)
     _, curve, best, area = sparsification(all_off, curves.confidence[row, column])
-    assert (np.diff(curve[3:]) > 0).all() and curve[2] < 0.3 * curve[-1] and (best <= curve + 1e-9).all() and area < 0.2 * (curve[-1] - best.mean())
+    assert (
+        (np.diff(curve[3:]) > 0).all()
+        and curve[2] < 0.3 * curve[-1]
+        and (best <= curve + 1e-9).all()
+        and area < 0.2 * (curve[-1] - best.mean())
+    )
 
 
 # --- COLMAP's depth maps ---------------------------------------------------------------------------------------------

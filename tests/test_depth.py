@@ -1,4 +1,5 @@
-"""Sparse depth and the demo scenes: properties over random cameras, the notebook's contract, and generation under fire."""
+"""Sparse depth and the demo scenes: properties over random cameras, the notebook's contract, and generation under fire.
+"""
 
 import json
 import multiprocessing
@@ -47,11 +48,17 @@ def random_scene(seed, count):
     pose[:3, :3] = np.linalg.qr(rng.normal(size=(3, 3)) * 0.2 + np.eye(3))[0]
     pose[:3, :3] *= np.sign(np.linalg.det(pose[:3, :3]))
     height, width = rng.integers(20, 200, 2)
-    K = np.array([[rng.uniform(20, 200), 0, rng.uniform(0, width)], [0, rng.uniform(20, 200), rng.uniform(0, height)], [0, 0, 1]])
-    points = Points(xyz, np.zeros((count, 3), np.uint8), np.where(rng.random(count) < 0.2, np.nan, rng.uniform(0, 2, count)),
-                    rng.integers(2, 9, count).astype(np.int32), np.arange(count))
+    K = np.array(
+        [[rng.uniform(20, 200), 0, rng.uniform(0, width)], [0, rng.uniform(20, 200), rng.uniform(0, height)], [0, 0, 1]]
+    )
+    points = Points(
+        xyz, np.zeros((count, 3), np.uint8), np.where(rng.random(count) < 0.2, np.nan, rng.uniform(0, 2, count)),
+        rng.integers(2, 9, count).astype(np.int32), np.arange(count),
+    )
     rows = rng.integers(0, count, count) if count else np.zeros(0, np.int64)
-    frame = Frame("made up", Path("made_up.jpg"), (int(height), int(width)), K, pose, 0, 1, rows, np.full((count, 2), np.nan))
+    frame = Frame(
+        "made up", Path("made_up.jpg"), (int(height), int(width)), K, pose, 0, 1, rows, np.full((count, 2), np.nan)
+    )
     return Scene("made up", Path("."), (frame,), points, False), frame
 
 
@@ -81,7 +88,11 @@ def test_order_of_points_does_not_matter(toy):
     frame, size = toy.frames[2], (70, 98)
     turned = replace(frame, point_rows=frame.point_rows[::-1], observations=frame.observations[::-1])
     one, other = sparse_depth(toy, frame, size), sparse_depth(toy, turned, size)
-    assert np.array_equal(one.depth, other.depth) and np.array_equal(one.weight, other.weight) and one.counts == other.counts
+    assert (
+        np.array_equal(one.depth, other.depth)
+        and np.array_equal(one.weight, other.weight)
+        and one.counts == other.counts
+    )
 
 
 def test_a_point_on_the_border_belongs_to_one_pixel_only():
@@ -116,7 +127,8 @@ def test_real_keypoints_lie_where_the_points_project(name):
         offsets = keypoint_offsets(scene, frame, frame.size)
         assert np.median(np.linalg.norm(offsets, axis=1)) < 0.35, frame.name
         shifts.append(np.median(offsets, axis=0))
-    # Half a pixel would show here. In the files of sceaux the camera's rows were scaled by 852/2187, the keypoints by 1152/2956:
+    # Half a pixel would show here. In the files of sceaux the camera's rows were scaled by 852/2187, the keypoints by
+    # 1152/2956:
     # pycolmap, too, finds a shift that grows down the photo to 0.3 px.
     assert np.abs(shifts).max() < (0.25 if name == "sceaux_castle" else 0.1)
 
@@ -183,7 +195,10 @@ def test_two_processes_that_want_the_demo_at_once_get_one_whole_set(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_generation_leaves_no_scene_and_the_next_one_cleans_up(tmp_path):
-    code = f"from vggt_lora.demo.demo_scenes import toy_scene; toy_scene({str(tmp_path)!r}, 'cut', frames=60, size=(168, 252))"
+    code = (
+        f"from vggt_lora.demo.demo_scenes import toy_scene; toy_scene({str(tmp_path)!r}, 'cut', frames=60, size=(168, "
+        "252))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(tmp_path.glob(".cut.*.part/scene/exact_depth/*.npy")):

@@ -52,13 +52,18 @@ def of(what: str, findings: list[Finding]) -> Finding:
 
 def test_a_healthy_set_up_in_lines_and_as_json(scenes, tmp_path):
     """In a process of its own, as `make train` calls it, with papermill's own arguments."""
-    command = [sys.executable, "-m", "vggt_lora.doctor", "--json", "--papermill", "-p", "data", str(scenes), "-p", "output", str(tmp_path / "run"), "-p", "epochs", "3", "-k", "python3"]
+    command = [
+        sys.executable, "-m", "vggt_lora.doctor", "--json", "--papermill", "-p", "data", str(scenes), "-p", "output",
+        str(tmp_path / "run"), "-p", "epochs", "3", "-k", "python3",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout)
     assert said["ok"] and said["plan"]["data"] == str(scenes) and not (tmp_path / "run").exists()
     found = {f["what"]: f for f in said["findings"]}
-    assert set(found) == {"python", "packages", "notebooks", "torch", "peft", "weights", "memory", "output", "data", "scene", "open3d"}
+    assert set(found) == {
+        "python", "packages", "notebooks", "torch", "peft", "weights", "memory", "output", "data", "scene", "open3d",
+    }
     assert all(f["status"] != "fail" for f in found.values()) and "4 photos" in found["scene"]["found"]
     assert all(bool(f["fix"]) == (f["status"] != "ok") for f in said["findings"])
 
@@ -86,7 +91,14 @@ def test_a_wrong_plan_is_one_failing_line_with_a_fix(scenes, tmp_path, no_views,
     assert of("python", findings).status == "ok", "the other checks go on"
 
 
-@pytest.mark.parametrize("name, fix", [("facade_dslr_undistorted.7z", "unpack facade_dslr_undistorted.7z"), ("facade.7z.part", "the same vggt_lora_download command goes on"), ("", "--list")])
+@pytest.mark.parametrize(
+    "name, fix",
+    [
+        ("facade_dslr_undistorted.7z", "unpack facade_dslr_undistorted.7z"),
+        ("facade.7z.part", "the same vggt_lora_download command goes on"),
+        ("", "--list"),
+    ],
+)
 def test_data_that_was_never_unpacked_is_told_from_no_data(tmp_path, name, fix):
     if name:
         (tmp_path / name).write_bytes(b"7z")
@@ -104,7 +116,9 @@ def test_scenes_that_are_broken_are_named_beside_those_that_are_not(scenes, tmp_
     photo.write_bytes(photo.read_bytes()[:2000])
     next((tmp_path / "text").rglob("cameras.txt")).write_text("not a camera\n")
     findings = [f for f in doctor.check_data(Plan(data=str(tmp_path))) if f.what == "scene"]
-    assert [f.status for f in findings] == ["fail", "ok", "fail", "fail"] and all(f.fix for f in findings if f.status == "fail")
+    assert [f.status for f in findings] == ["fail", "ok", "fail", "fail"] and all(
+        f.fix for f in findings if f.status == "fail"
+    )
     assert "cut_photo" in findings[0].found and first.name in findings[2].found and "cameras.txt" in findings[3].found
 
 
@@ -115,14 +129,20 @@ def test_weights_that_are_not_whole_or_not_these_are_found(weights, tmp_path, mo
     folder = shutil.copytree(weights, tmp_path / "net")
     path, plan = folder / "model.safetensors", Plan(model=str(folder))
     assert doctor.check_weights(plan)[0].status == "ok"
-    whole, tensors = path.read_bytes(), {k: t.clone() for k, t in load_file(path).items()}  # a mapped file must not be cut
+    # a mapped file must not be cut
+    whole, tensors = path.read_bytes(), {k: t.clone() for k, t in load_file(path).items()}
     name = "depth_head.norm.bias"
     for content in (whole[:-100], whole[:200], b"", struct.pack("<Q", 10**9) + b"{}"):
         path.write_bytes(content)
         with pytest.raises(WeightsError, match="model.safetensors"):
             doctor.check_weights(plan)
-    for changed in ({k: v for k, v in tensors.items() if k != name}, tensors | {"extra": torch.ones(1)}, tensors | {name: tensors[name].half()},
-                    tensors | {name: torch.ones(3)}, {k: v for k, v in tensors.items() if not k.startswith("camera_head")}):
+    for changed in (
+        {k: v for k, v in tensors.items() if k != name},
+        tensors | {"extra": torch.ones(1)},
+        tensors | {name: tensors[name].half()},
+        tensors | {name: torch.ones(3)},
+        {k: v for k, v in tensors.items() if not k.startswith("camera_head")},
+    ):
         save_file(changed, path)
         assert doctor.run_check(doctor.check_weights, plan)[0].status == "fail"
     path.unlink()
@@ -141,7 +161,11 @@ def test_a_disk_that_is_full_and_a_memory_that_is_small(scenes, tmp_path, monkey
     for free, status in ((asked.standing - 1, "fail"), (asked.least - 1, "warn"), (asked.least, "ok")):
         monkeypatch.setattr(doctor, "free_memory", lambda device: (free, "CPU"))
         finding = doctor.check_memory(plan)[0]
-        assert finding.status == status and "7,717,920 of 1,157,941,492" in finding.found and doctor.amount(asked.least) in finding.found
+        assert (
+            finding.status == status
+            and "7,717,920 of 1,157,941,492" in finding.found
+            and doctor.amount(asked.least) in finding.found
+        )
 
 
 def test_a_folder_without_rights_is_told(tmp_path, monkeypatch):
@@ -162,7 +186,12 @@ def test_a_package_that_is_missing_or_too_old_is_told(monkeypatch, no_views, sce
         return "0.1" if name == "safetensors" else honest(name)
     monkeypatch.setattr(metadata, "version", version)
     finding = doctor.check_packages(Plan())[0]
-    assert finding.status == "fail" and "peft is missing" in finding.found and "safetensors 0.1 is not >=" in finding.found and finding.fix == doctor.INSTALL
+    assert (
+        finding.status == "fail"
+        and "peft is missing" in finding.found
+        and "safetensors 0.1 is not >=" in finding.found
+        and finding.fix == doctor.INSTALL
+    )
     monkeypatch.setitem(sys.modules, "peft", None)  # import now fails as if it were not there
     assert doctor.run_check(doctor.check_peft, Plan())[0].status == "fail"
 
@@ -178,7 +207,11 @@ def test_torch_and_the_gpu_must_fit(monkeypatch):
     monkeypatch.setattr(cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "get_device_name", lambda: "GPU of tomorrow")
     monkeypatch.setattr(cuda, "get_device_capability", lambda: (99, 0))
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: (_ for _ in ()).throw(RuntimeError("CUDA error: no kernel image is available")))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "cuda",
+        lambda self: (_ for _ in ()).throw(RuntimeError("CUDA error: no kernel image is available")),
+    )
     finding = doctor.check_torch(Plan())[0]
     assert finding.status == "fail" and "sm_990" in finding.found and "no kernel image" in finding.found
 
@@ -196,4 +229,7 @@ def test_a_check_that_breaks_is_a_line_and_the_exit_status_is_one(monkeypatch, c
 def test_make_train_asks_the_doctor_first():
     done = subprocess.run(["make", "-n", "train", "ARGS=-p strategy c"], cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if "vggt_lora_doctor" in line or "papermill nbs/" in line]
-    assert ["vggt_lora_doctor --papermill -p strategy c" in lines[0], "papermill nbs/03_train.ipynb" in lines[1]] == [True, True]
+    assert ["vggt_lora_doctor --papermill -p strategy c" in lines[0], "papermill nbs/03_train.ipynb" in lines[1]] == [
+        True,
+        True,
+    ]

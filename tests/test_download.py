@@ -1,4 +1,6 @@
-"""Downloads against a server on this machine that cuts, forgets, lies and changes its mind; archives that nobody should unpack; the command line."""
+"""Downloads against a server on this machine that cuts, forgets, lies and changes its mind; archives that nobody should
+unpack; the command line.
+"""
 import errno
 import hashlib
 import http.server
@@ -85,7 +87,9 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.log, server.url = {}, [], f"http://127.0.0.1:{server.server_port}"
-    server.mode = types.SimpleNamespace(cut=None, ranges=True, lie=0, tag=None, trusting=False, shift=0, busy=0, status=0, hang=None)
+    server.mode = types.SimpleNamespace(
+        cut=None, ranges=True, lie=0, tag=None, trusting=False, shift=0, busy=0, status=0, hang=None
+    )
     server.asked = lambda: [entry[2] for entry in server.log if entry[0] == "GET"]
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
@@ -104,7 +108,11 @@ def get(server, content, tmp_path):
     server.files["x.7z"] = content
 
     def call(**options):
-        return fetch.fetch(f"{server.url}/x.7z", tmp_path / "x.7z", **{"wait": 0, "progress": False, "say": call.told.append, **options})
+        return fetch.fetch(
+            f"{server.url}/x.7z",
+            tmp_path / "x.7z",
+            **{"wait": 0, "progress": False, "say": call.told.append, **options},
+        )
     call.told, call.target, call.part = [], tmp_path / "x.7z", tmp_path / "x.7z.part"
     return call
 
@@ -137,7 +145,10 @@ def test_cut_connections_are_continued_where_they_broke(server, get, content):
 
 def test_a_later_call_goes_on(server, get, content):
     server.mode.cut = 120_000
-    with pytest.raises(DownloadError, match=r"broke off after 1\d\d kB of 307 kB; gave up after 1 attempt; the received bytes are kept in x.7z.part"):
+    with pytest.raises(
+        DownloadError,
+        match=r"broke off after 1\d\d kB of 307 kB; gave up after 1 attempt; the received bytes are kept in x.7z.part",
+    ):
         get(tries=1)
     kept = get.part.read_bytes()
     assert content.startswith(kept) and len(kept) > 100_000 and not get.target.exists()
@@ -170,8 +181,13 @@ def test_whatever_lies_there_the_file_comes_out_right(server, get, content, begu
     assert server.asked()[asked_before:] == ([] if begun == "whole" else [None])
 
 
-@pytest.mark.parametrize("fault", ["ranges ignored", "weak tag", "no tag", "changed", "changed and unnoticed", "shrunk", "shrunk and unnoticed",
-                                   "another part"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "ranges ignored", "weak tag", "no tag", "changed", "changed and unnoticed", "shrunk", "shrunk and unnoticed",
+        "another part",
+    ],
+)
 def test_halves_of_two_files_never_meet(server, get, content, fault):
     """The part is dropped wherever the server does not vouch that the rest belongs to it."""
     server.mode.cut = 120_000
@@ -185,7 +201,8 @@ def test_halves_of_two_files_never_meet(server, get, content, fault):
     server.mode.shift = 1000 if fault == "another part" else 0
     if fault.startswith("shrunk"):
         content = content[:50_000]  # the part is longer than this
-    server.files["x.7z"], server.mode.trusting = content, "unnoticed" in fault or "tag" in fault  # such a server takes no notice of If-Range
+    # such a server takes no notice of If-Range
+    server.files["x.7z"], server.mode.trusting = content, "unnoticed" in fault or "tag" in fault
     get()
     assert whole(get, content)
     if fault in ("ranges ignored", "changed", "shrunk"):
@@ -207,7 +224,10 @@ def test_a_change_that_the_tag_hides_is_found_by_the_hash(server, get, content):
 
 def test_a_body_that_ends_early_without_a_word_is_noticed(tmp_path):
     """Older versions of the library below end such a body as if it were whole."""
-    part, answer = fetch.Part(tmp_path / "x"), types.SimpleNamespace(iter_content=lambda size: iter([b"12", b"3"]), url="x")
+    part, answer = (
+        fetch.Part(tmp_path / "x"),
+        types.SimpleNamespace(iter_content=lambda size: iter([b"12", b"3"]), url="x"),
+    )
     with pytest.raises(fetch.Passing, match="ended after 3 bytes of 4 bytes"):
         fetch.store(answer, part, 0, 4, progress=False)
     with pytest.raises(DownloadError, match="sent more than the 5 bytes"):
@@ -216,7 +236,9 @@ def test_a_body_that_ends_early_without_a_word_is_noticed(tmp_path):
 
 
 def test_wrong_lengths(server, get, content):
-    with pytest.raises(DownloadError, match="the server offers 307,200 bytes, expected 307,201; it is another file, or another version"):
+    with pytest.raises(
+        DownloadError, match="the server offers 307,200 bytes, expected 307,201; it is another file, or another version"
+    ):
         get(size=len(content) + 1)
     assert len(server.log) == 1 and not get.part.exists()
     server.mode.lie = 100  # tells more than it sends, each time anew
@@ -276,7 +298,9 @@ def test_a_small_disk_is_refused_before_and_a_full_one_while_writing(server, get
             return self.file.write(block)
 
     monkeypatch.setattr(fetch, "open", Full, raising=False)
-    with pytest.raises(DownloadError, match="x.7z.part: cannot be written .No space left on device.; the received bytes are kept"):
+    with pytest.raises(
+        DownloadError, match="x.7z.part: cannot be written .No space left on device.; the received bytes are kept"
+    ):
         get()
     monkeypatch.undo()
     get()
@@ -296,12 +320,18 @@ def pack(path: Path, files: dict, rename: dict | None = None) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["../evil", "pipes/../../evil", "/var/evil", "C:/evil", "C:evil", "..\\evil", "\\\\host\\evil", "pipes/a\nb", "pipes/./a",
-                                  "pipes//a", "other/a", "pipesx/a"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil", "pipes/../../evil", "/var/evil", "C:/evil", "C:evil", "..\\evil", "\\\\host\\evil", "pipes/a\nb",
+        "pipes/./a", "pipes//a", "other/a", "pipesx/a",
+    ],
+)
 def test_names_that_leave_the_folder(tmp_path, name):
     path = pack(tmp_path / "bad.7z", {"pipes/good": b"good", "x": b"evil"}, {"x": name})
     with py7zr.SevenZipFile(path) as written:
-        (name,) = {name, name.replace("\\", "/")} & set(written.getnames())  # py7zr writes its own way of slashes, and nothing else may be lost
+        # py7zr writes its own way of slashes, and nothing else may be lost
+        (name,) = {name, name.replace("\\", "/")} & set(written.getnames())
     (tmp_path / "data").mkdir()
     for root in ("pipes", None) if name not in ("other/a", "pipesx/a") else ("pipes",):
         with pytest.raises(SceneError, match="bad.7z: refused, nothing was unpacked: ") as told:
@@ -332,15 +362,21 @@ def test_bombs_twins_locks_and_damage(tmp_path, monkeypatch):
     with pytest.raises(SceneError, match="'pipes/A' and 'pipes/a' are one file on many disks"):
         unpack(pack(tmp_path / "twins.7z", {"pipes/A": b"1", "pipes/a": b"2"}), data, progress=False)
     with pytest.raises(SceneError, match="'pipes/a' and 'pipes/a' are one file"):
-        unpack(pack(tmp_path / "same.7z", {"pipes/a": b"1", "pipes/b": b"2"}, {"pipes/b": "pipes/a"}), data, progress=False)
+        unpack(
+            pack(tmp_path / "same.7z", {"pipes/a": b"1", "pipes/b": b"2"}, {"pipes/b": "pipes/a"}), data, progress=False
+        )
     with py7zr.SevenZipFile(tmp_path / "locked.7z", "w", password="secret") as packed:
         packed.writestr(b"1", "pipes/a")
     with pytest.raises(SceneError, match="locked.7z: needs a password"):
         unpack(tmp_path / "locked.7z", data, progress=False)
     good = pack(tmp_path / "good.7z", {"pipes/a": os.urandom(5000), "pipes/b": os.urandom(5000)}).read_bytes()
-    for content in (good[:-20], good[:3000], b"<html>not found</html>", b"", good[:2000] + bytes([good[2000] ^ 1]) + good[2001:]):
+    for content in (
+        good[:-20], good[:3000], b"<html>not found</html>", b"", good[:2000] + bytes([good[2000] ^ 1]) + good[2001:],
+    ):
         (tmp_path / "damaged.7z").write_bytes(content)
-        with pytest.raises(SceneError, match="damaged.7z: not a complete 7-Zip archive .*; remove it and fetch it again"):
+        with pytest.raises(
+            SceneError, match="damaged.7z: not a complete 7-Zip archive .*; remove it and fetch it again"
+        ):
             unpack(tmp_path / "damaged.7z", data, progress=False)
     assert list(data.iterdir()) == []
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9_999))
@@ -397,11 +433,16 @@ def test_what_is_there_is_kept_if_it_is_the_same_and_never_overwritten_if_not(tm
         if fits:
             unpack(path, data, progress=False)
             continue
-        with pytest.raises(SceneError, match=r"1 files exist already and differ from those in x.7z: pipes/a; move them away, or replace them"):
+        with pytest.raises(
+            SceneError,
+            match=r"1 files exist already and differ from those in x.7z: pipes/a; move them away, or replace them",
+        ):
             unpack(path, data, progress=False)
         assert (data / "pipes/a").read_bytes() == content
     unpack(path, data, replace=True, progress=False)
-    assert (data / "pipes/a").read_bytes() == b"from the archive" and sorted(p.name for p in data.iterdir()) == ["pipes"]
+    assert (data / "pipes/a").read_bytes() == b"from the archive" and sorted(p.name for p in data.iterdir()) == [
+        "pipes"
+    ]
     with pytest.raises(SceneError, match="pipes/b/c/d; move them"):  # a file stands where a folder must be
         unpack(pack(tmp_path / "y.7z", {"pipes/b/c/d": b""}), data, progress=False)
 
@@ -419,7 +460,10 @@ def made(tmp_path_factory):
     photos = [p.name for p in sorted((scene / "images/dslr_images_undistorted").iterdir())]
     pack(base / "office_dslr_jpg.7z", {f"office/images/dslr_images/{name}": b"original" for name in photos}
          | {"office/dslr_calibration_jpg/cameras.txt": b"# none\n"})
-    pack(base / "office_dslr_depth.7z", {f"office/ground_truth_depth/dslr_images/{name}": os.urandom(400) for name in photos})
+    pack(
+        base / "office_dslr_depth.7z",
+        {f"office/ground_truth_depth/dslr_images/{name}": os.urandom(400) for name in photos},
+    )
     return scene, {path.name: path.read_bytes() for path in base.glob("*.7z")}
 
 
@@ -438,12 +482,23 @@ def scenes(server, made, tmp_path):
 def test_archives_become_a_scene_that_opens(server, scenes, made):
     (folder,) = scenes("depth,undistorted,originals")
     scene, twin = open_scene(folder), open_scene(made[0])
-    assert [f.name for f in scene.frames] == [f.name for f in twin.frames] and (scene.points.xyz == twin.points.xyz).all()
-    assert all(f.depth_path.stat().st_size == 400 for f in scene.frames) and scene.metric and scene.jpg_cameras.name == "dslr_calibration_jpg"
+    assert [f.name for f in scene.frames] == [f.name for f in twin.frames] and (
+        scene.points.xyz == twin.points.xyz
+    ).all()
+    assert (
+        all(f.depth_path.stat().st_size == 400 for f in scene.frames)
+        and scene.metric
+        and scene.jpg_cameras.name == "dslr_calibration_jpg"
+    )
     assert find_scenes(str(scenes.folder)) == [folder]
     assert sorted(p.name for p in scenes.folder.iterdir() if not p.name.endswith(".lock")) == ["office"]
     text = "\n".join(scenes.told)
-    assert text.index("CC BY-NC-SA 4.0") < text.index("room needed: about") < text.index("free there") < text.index("office_dslr_undistorted: 6 files")
+    assert (
+        text.index("CC BY-NC-SA 4.0")
+        < text.index("room needed: about")
+        < text.index("free there")
+        < text.index("office_dslr_undistorted: 6 files")
+    )
     assert f"opens as {scene}" in text
     server.log.clear()
     scenes.told.clear()
@@ -465,7 +520,9 @@ def test_real_photographs_make_the_journey(server, tmp_path):
             packed.writeall(tmp_path / "pipes", "pipes")
     server.files["pipes_dslr_undistorted.7z"] = (tmp_path / "pipes.7z").read_bytes()
     server.mode.cut = 2_000_000
-    (folder,) = fetch_scenes("pipes", to=tmp_path / "data", base_url=server.url, wait=0, progress=False, say=lambda line: None)
+    (folder,) = fetch_scenes(
+        "pipes", to=tmp_path / "data", base_url=server.url, wait=0, progress=False, say=lambda line: None
+    )
     scene = open_scene(folder)
     assert len(scene) == 14 and scene.metric and len(server.asked()) == 2
     assert all((folder / p.relative_to(real)).read_bytes() == p.read_bytes() for p in real.rglob("*") if p.is_file())
@@ -493,8 +550,12 @@ def test_a_small_disk_is_refused_before_anything_is_fetched(server, scenes, monk
 
 def test_sizes_of_published_manifests_are_compared(server, scenes, tmp_path, made):
     server.files["facade_dslr_depth.7z"] = b"short"
-    call = {"kinds": "depth", "to": tmp_path / "data", "base_url": server.url, "progress": False, "say": scenes.told.append}
-    with pytest.raises(DownloadError, match="facade_dslr_depth.7z: has 5 bytes, published manifests say 804,421,080.*--any-size"):
+    call = {
+        "kinds": "depth", "to": tmp_path / "data", "base_url": server.url, "progress": False, "say": scenes.told.append,
+    }
+    with pytest.raises(
+        DownloadError, match="facade_dslr_depth.7z: has 5 bytes, published manifests say 804,421,080.*--any-size"
+    ):
         fetch_scenes("facade", **call)
     with pytest.raises(SceneError, match="facade_dslr_depth.7z: not a complete 7-Zip archive"):
         fetch_scenes("facade", any_size=True, **call)
@@ -539,8 +600,11 @@ def test_an_interruption_while_moving_leaves_no_half_scene(scenes, monkeypatch, 
 
 def command(*words, **environment):
     # a shell that runs the tests in the background makes its children deaf to Ctrl-C; at a terminal they are not
-    return subprocess.Popen([sys.executable, "-m", "vggt_lora.download", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            stdin=subprocess.DEVNULL, env={**os.environ, **environment}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        [sys.executable, "-m", "vggt_lora.download", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
@@ -548,7 +612,10 @@ def test_stopped_in_the_middle_it_goes_on(server, made, tmp_path, how, status):
     server.files.update(made[1])
     size = len(made[1]["office_dslr_undistorted.7z"])
     server.mode.cut, server.mode.hang = size // 2, threading.Event()
-    words, part = ("office", "--to", tmp_path / "data", "--base-url", server.url), tmp_path / "data/office_dslr_undistorted.7z.part"
+    words, part = (
+        ("office", "--to", tmp_path / "data", "--base-url", server.url),
+        tmp_path / "data/office_dslr_undistorted.7z.part",
+    )
     process = command(*words)
     until = time.monotonic() + 600
     while not (part.exists() and part.stat().st_size) and process.poll() is None and time.monotonic() < until:
@@ -558,12 +625,18 @@ def test_stopped_in_the_middle_it_goes_on(server, made, tmp_path, how, status):
     server.mode.hang.set()
     kept = part.stat().st_size
     assert process.returncode == status and 0 < kept < size and not (tmp_path / "data/office").exists()
-    assert how == signal.SIGKILL or "interrupted; the received bytes are kept, the same command goes on from there" in err
+    assert (
+        how == signal.SIGKILL or "interrupted; the received bytes are kept, the same command goes on from there" in err
+    )
     server.mode.cut, server.mode.hang = None, None
     process = command(*words)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert server.asked() == [None, f"bytes={kept}-"] and "opens as Scene(office: 3 photos" in out and "resuming after" in out
+    assert (
+        server.asked() == [None, f"bytes={kept}-"]
+        and "opens as Scene(office: 3 photos" in out
+        and "resuming after" in out
+    )
     assert len(open_scene(tmp_path / "data/office")) == 3 and not part.exists()
 
 
@@ -577,9 +650,15 @@ def test_exit_statuses_and_messages(server, made, tmp_path, capsys):
     assert told.out.startswith("ETH3D is licensed CC BY-NC-SA 4.0")
     assert re.search(r"opens as Scene.office: 3 photos, \d+ points, metres", told.out) and told.err == ""
     assert main(["office", "--kinds", "occlusion", *to]) == 1
-    assert capsys.readouterr().err.startswith(f"vggt_lora_download: {server.url}/office_dslr_occlusion.7z: the server answers 404")
-    for words, hint in ((["ofice"], "Did you mean 'office'?"), ([], "name a scene or a repository"), (["office", "--kind", "jgp"], "Did you mean 'jpg'?"),
-                        (["office", "--tries", "x"], "invalid int value")):
+    assert capsys.readouterr().err.startswith(
+        f"vggt_lora_download: {server.url}/office_dslr_occlusion.7z: the server answers 404"
+    )
+    for words, hint in (
+        (["ofice"], "Did you mean 'office'?"),
+        ([], "name a scene or a repository"),
+        (["office", "--kind", "jgp"], "Did you mean 'jpg'?"),
+        (["office", "--tries", "x"], "invalid int value"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main([*words, *to])
         assert stop.value.code == 2 and hint in capsys.readouterr().err
@@ -588,13 +667,21 @@ def test_exit_statuses_and_messages(server, made, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"vggt_lora_download: {tmp_path / 'file'}: cannot be written (")
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    assert all(kind.archive in out for kind in KINDS.values()) and "facade" in out and "facebook/VGGT-1B" in out and "non-commercial" in out
+    assert (
+        all(kind.archive in out for kind in KINDS.values())
+        and "facade" in out
+        and "facebook/VGGT-1B" in out
+        and "non-commercial" in out
+    )
 
 
 def test_two_at_a_time_are_refused(scenes):
     from filelock import FileLock
     scenes.folder.mkdir()
-    with FileLock(scenes.folder / ".vggt_lora_download.lock"), pytest.raises(DownloadError, match="another download into this folder is running"):
+    with (
+        FileLock(scenes.folder / ".vggt_lora_download.lock"),
+        pytest.raises(DownloadError, match="another download into this folder is running"),
+    ):
         scenes()
     scenes()
 
@@ -624,8 +711,14 @@ def test_weights_are_continued_and_found_by_the_hub_client(server, content, tmp_
     server.files.update({name: content, "someone/net/resolve/main/config.json": b"{}"})
     server.mode.cut = 120_000
     code, out, err = hub(server, tmp_path, "someone/net", "--tries", "1")
-    assert code == 1 and "someone/net: see the licence on the page of this repository" in out and "model.safetensors, 307 kB" in out
-    assert "gave up after 1 attempt; the received bytes are kept" in err and not list(tmp_path.rglob("model.safetensors"))
+    assert (
+        code == 1
+        and "someone/net: see the licence on the page of this repository" in out
+        and "model.safetensors, 307 kB" in out
+    )
+    assert "gave up after 1 attempt; the received bytes are kept" in err and not list(
+        tmp_path.rglob("model.safetensors")
+    )
     (part,) = tmp_path.rglob("*.part")
     kept = part.stat().st_size
     assert kept > 100_000
@@ -634,13 +727,19 @@ def test_weights_are_continued_and_found_by_the_hub_client(server, content, tmp_
     code, out, err = hub(server, tmp_path, "someone/net")
     assert code == 0, err
     assert "complete; VGGT.from_pretrained('someone/net') finds it" in out
-    assert [asked for method, path, asked in server.log if method == "GET" and path == name] == [f"bytes={kept}-"], "the client fetched it again"
+    assert [asked for method, path, asked in server.log if method == "GET" and path == name] == [f"bytes={kept}-"], (
+        "the client fetched it again"
+    )
     (found,) = tmp_path.rglob("model.safetensors")
     assert found.read_bytes() == content and found.parent.name == "0" * 40 and not list(tmp_path.rglob("*.part*"))
     server.files[name] = content[::-1]  # of another hash than its name on the hub would say
     server.mode.tag = f'"{hashlib.sha256(content[:-1]).hexdigest()}"'
     code, out, err = hub(server, tmp_path / "other", "someone/net")
-    assert code == 1 and "the fetched file has SHA-256" in err and not list((tmp_path / "other").rglob("model.safetensors"))
+    assert (
+        code == 1
+        and "the fetched file has SHA-256" in err
+        and not list((tmp_path / "other").rglob("model.safetensors"))
+    )
 
 
 def test_weights_that_the_hub_has_not(server, tmp_path):

@@ -22,7 +22,9 @@ def fresh(tmp_path_factory):
     (folder / "vggt_lora").mkdir()
     shutil.copy(ROOT / "vggt_lora" / "__init__.py", folder / "vggt_lora")
     for command in ("nbdev_clean", "nbdev_export"):
-        done = subprocess.run([str(BIN / command)], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [str(BIN / command)], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -39,23 +41,33 @@ def test_modules_are_the_export_of_the_notebooks(fresh):
 
 
 def test_notebooks_are_clean(fresh):
-    dirty = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts
-             and p.read_text(encoding="utf-8") != (fresh / p.relative_to(ROOT)).read_text(encoding="utf-8")]
+    dirty = [
+        str(p.relative_to(ROOT))
+        for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+        if ".ipynb_checkpoints" not in p.parts
+        and p.read_text(encoding="utf-8") != (fresh / p.relative_to(ROOT)).read_text(encoding="utf-8")
+    ]
     assert not dirty, f"run nbdev_clean: {dirty}"
 
 
 def test_no_exported_cell_was_dropped(fresh):
-    """nbdev leaves a function with a syntax error out of __all__ without a word: every module must parse and list its names."""
+    """nbdev leaves a function with a syntax error out of __all__ without a word: every module must parse and list its
+    names.
+    """
     for name, text in modules(ROOT).items():
         tree = ast.parse(text, name)
-        defined = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")}
+        defined = {
+            n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
+        }
         listed = next((set(ast.literal_eval(n.value)) for n in tree.body if isinstance(n, ast.Assign) and
                        any(getattr(t, "id", "") == "__all__" for t in n.targets)), set())
         assert defined <= listed, f"{name}: {sorted(defined - listed)} missing from __all__"
 
 
 def test_no_first_cell_is_taken_for_settings():
-    """nbdev reads list items with a colon in a notebook's first markdown cell as YAML: it warns, or takes them for the page's settings."""
+    """nbdev reads list items with a colon in a notebook's first markdown cell as YAML: it warns, or takes them for the
+    page's settings.
+    """
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
 

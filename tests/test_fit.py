@@ -1,4 +1,6 @@
-"""Scenes that are whole and do not fit together: each case of tests/cases.py gets its answer, sound scenes keep their silence."""
+"""Scenes that are whole and do not fit together: each case of tests/cases.py gets its answer, sound scenes keep their
+silence.
+"""
 import dataclasses
 import sys
 from pathlib import Path
@@ -103,7 +105,10 @@ def settings(folder: Path, run: Path, **more):
     """A tiny run on one scene."""
     from vggt_lora.train import TrainConfig
 
-    return TrainConfig(data=str(folder), output=str(run), model="random", epochs=1, frames=2, image_size=56, train_fraction=0.75, frame_cache=False, feature_cache="off", **more)
+    return TrainConfig(
+        data=str(folder), output=str(run), model="random", epochs=1, frames=2, image_size=56, train_fraction=0.75,
+        frame_cache=False, feature_cache="off", **more,
+    )
 
 
 def test_a_run_without_a_usable_pixel_stops_before_its_first_step(source, tmp_path):
@@ -135,7 +140,7 @@ def test_a_loss_of_exactly_nothing_ends_the_run(source, tmp_path, monkeypatch):
         train(settings(source, tmp_path / "run"))
 
 
-# --- the split ------------------------------------------------------------------------------------------------------------
+# --- the split --------------------------------------------------------------------------------------------------------
 
 def test_the_audit_knows_a_photo_again(source, tmp_path):
     """At two thirds of its size and a low quality, under another name, in another scene."""
@@ -152,7 +157,11 @@ def test_the_audit_knows_a_photo_again(source, tmp_path):
 def test_twins_of_one_instant_are_counted(source, tmp_path):
     from vggt_lora.datasets.splits import audit_split, instant_twins, moment_of, split_windows
 
-    assert moment_of("cam0/0007.jpg") == ("cam0/*", "0007") and moment_of("cam1/IMG_0007_left.png") == ("cam1/IMG_*_left", "0007") and moment_of("a/left.png") == ("a/left", "")
+    assert (
+        moment_of("cam0/0007.jpg") == ("cam0/*", "0007")
+        and moment_of("cam1/IMG_0007_left.png") == ("cam1/IMG_*_left", "0007")
+        and moment_of("a/left.png") == ("a/left", "")
+    )
     assert instant_twins(open_scene(source)) == {}
     cases.eth3d_rig(source, tmp_path / "rig")
     rig = open_scene(tmp_path / "rig")
@@ -166,11 +175,13 @@ def test_folders_with_the_same_numbers_are_no_rig(source, tmp_path):
 
     scene = open_scene(source)
     half = len(scene) // 2
-    frames = tuple(dataclasses.replace(frame, name=f"floor{i // half}/{i % half:04d}.jpg") for i, frame in enumerate(scene.frames))
+    frames = tuple(
+        dataclasses.replace(frame, name=f"floor{i // half}/{i % half:04d}.jpg") for i, frame in enumerate(scene.frames)
+    )
     assert instant_twins(dataclasses.replace(scene, frames=frames)) == {}
 
 
-# --- a folder of photos ---------------------------------------------------------------------------------------------------
+# --- a folder of photos -----------------------------------------------------------------------------------------------
 
 def phone_photos(folder: Path, sizes=((64, 48),) * 3, orientation: int = 1) -> Path:
     folder.mkdir()
@@ -213,12 +224,14 @@ def test_photos_of_several_sizes_name_the_setting(tmp_path):
     from vggt_lora.scenes.reconstruct import photos_in, upright_photos
 
     folder = phone_photos(tmp_path / "photos", sizes=((64, 48), (64, 48), (40, 48)))
-    with pytest.raises(ConfigError, match=r"64x48 \(2: IMG_0.jpg ...\), 40x48 \(1: IMG_2.jpg\). Give camera='each photo'"):
+    with pytest.raises(
+        ConfigError, match=r"64x48 \(2: IMG_0.jpg ...\), 40x48 \(1: IMG_2.jpg\). Give camera='each photo'"
+    ):
         upright_photos(folder, photos_in(folder), "one", tmp_path / "work")
     assert upright_photos(folder, photos_in(folder), "each photo", tmp_path / "work") == folder
 
 
-# --- the folder of photos -------------------------------------------------------------------------------------------------
+# --- the folder of photos ---------------------------------------------------------------------------------------------
 
 def test_a_look_alike_folder_is_offered_and_can_be_said(source, tmp_path):
     cases.as_it_is(source, tmp_path / "house")

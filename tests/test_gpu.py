@@ -1,4 +1,6 @@
-"""Whole runs on a GPU that stands in (tests/gpu.py): nothing mixes the sides, memory is what was predicted, and what does not fit finds a way that does."""
+"""Whole runs on a GPU that stands in (tests/gpu.py): nothing mixes the sides, memory is what was predicted, and what
+does not fit finds a way that does.
+"""
 import ast
 import dataclasses
 import gc
@@ -40,16 +42,27 @@ def gpu(monkeypatch):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    return TrainConfig(**{"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
-                          "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "device": "cuda", "epochs": 1, "frames": 4, "image_size": 56,
-                          "rank": 4, "lr": 1e-3, **changes})
+    return TrainConfig(
+        **{
+            "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0,
+            "adapter_weights": "last", "metric_for_best_model": "loss", "strategy": "b", "model": "random",
+            "data": str(scene), "output": str(output), "device": "cuda", "epochs": 1, "frames": 4, "image_size": 56,
+            "rank": 4, "lr": 1e-3, **changes,
+        }
+    )
 
 
-MIXED = {"sum": lambda on, off: on + off, "product": lambda on, off: on @ off.T, "joined": lambda on, off: torch.cat([off, on]), "in place": lambda on, off: off.add_(on),
-         "mask": lambda on, off: off[on > 0], "where": lambda on, off: on.where(on > 0, off)}
+MIXED = {
+    "sum": lambda on, off: on + off, "product": lambda on, off: on @ off.T,
+    "joined": lambda on, off: torch.cat([off, on]), "in place": lambda on, off: off.add_(on),
+    "mask": lambda on, off: off[on > 0], "where": lambda on, off: on.where(on > 0, off),
+}
 CONVERTED = {"numpy": lambda on, off: on.numpy(), "asarray": lambda on, off: np.asarray(on)}
-REFUSED = {**{name: (work, "two devices") for name, work in MIXED.items()}, **{name: (work, "can't convert") for name, work in CONVERTED.items()},
-           "generator": (lambda on, off: torch.randn(3, device="cuda", generator=torch.Generator()), "generator")}
+REFUSED = {
+    **{name: (work, "two devices") for name, work in MIXED.items()},
+    **{name: (work, "can't convert") for name, work in CONVERTED.items()},
+    "generator": (lambda on, off: torch.randn(3, device="cuda", generator=torch.Generator()), "generator"),
+}
 
 
 @pytest.mark.parametrize("wrong, words", REFUSED.values(), ids=REFUSED)
@@ -64,16 +77,24 @@ def test_the_stand_in_computes_what_the_cpu_computes(gpu):
     there.load_state_dict(here.state_dict())
     known, x, gradients = list(there.parameters()), torch.rand(3, 4), []
     there.to("cuda")
-    assert all(a is b for a, b in zip(known, there.parameters())) and known[0].device == GPU and isinstance(known[0], OnGPU)
+    assert (
+        all(a is b for a, b in zip(known, there.parameters()))
+        and known[0].device == GPU
+        and isinstance(known[0], OnGPU)
+    )
     for model, device in ((here, "cpu"), (there, "cuda")):
         optimizer, x.grad = torch.optim.AdamW(model.parameters(), fused=True), None
         checkpoint(model, x.requires_grad_().to(device), use_reentrant=False).pow(2).sum().backward()
         optimizer.step()
         gradients.append(x.grad)
-    assert all(torch.equal(a, b.cpu()) for a, b in zip(here.parameters(), there.parameters())) and known[0].grad.device == GPU
+    assert (
+        all(torch.equal(a, b.cpu()) for a, b in zip(here.parameters(), there.parameters()))
+        and known[0].grad.device == GPU
+    )
     assert torch.equal(*gradients) and not isinstance(gradients[1], OnGPU)
     with torch.autocast("cuda", torch.bfloat16):
-        assert there[0](x.to("cuda")).dtype == torch.bfloat16 and there(x.to("cuda")).dtype == torch.float32  # a norm gives float32 on a GPU
+        # a norm gives float32 on a GPU
+        assert there[0](x.to("cuda")).dtype == torch.bfloat16 and there(x.to("cuda")).dtype == torch.float32
 
 
 def test_the_stand_in_counts_and_runs_out(gpu):
@@ -90,7 +111,10 @@ def test_the_stand_in_counts_and_runs_out(gpu):
 
 def peak_of_steps(memory, kind: str, strategy: str, folder) -> int:
     """The most that lies on the GPU in two steps of benchmarks/train_step.py."""
-    stepper = train_step.Stepper(train_step.new_base(VGGTConfig.golden(), "cuda"), strategy, kind, train_step.random_sample(3, (56, 84)), "cuda", "bf16", folder, True)
+    stepper = train_step.Stepper(
+        train_step.new_base(VGGTConfig.golden(), "cuda"), strategy, kind, train_step.random_sample(3, (56, 84)), "cuda",
+        "bf16", folder, True,
+    )
     gc.collect()
     memory.peak = memory.now
     assert np.isfinite(stepper.step()) and np.isfinite(stepper.step())
@@ -112,12 +136,28 @@ def test_without_numbers_it_counts_the_same(monkeypatch, tmp_path, kind, strateg
 SPARING = {"gradient_checkpointing": True, "frames_chunk": 1, "head_precision": "bf16"}
 
 
-@pytest.mark.parametrize("changes", [
-    {"strategy": "a", **SPARING, "base_consistency_weight": 0.1, "depth_normal_weight": 1.0, "scale_normalization": "base"},
-    {"strategy": "c", "dropout": 0.1, "augment": "crop,colour,flip,turn,tilt,mixup,cutmix", "image_sizes": "42,56", "distinct_epochs": 2, "epochs": 2},
-    {"strategy": "custom", "target_modules": "aggregator.global_blocks.3, depth_head.scratch", "full_finetune": "depth_head.norm", "use_dora": True, "feature_cache": "off", "precision": "float32"},
-    {"strategy": "b", "point_conf_weight": 1.0, "point_grad_weight": 1.0, "gradient_accumulation_steps": 3, "supervision": "sparse", "glass_weight": 1.0},
-], ids=lambda c: "-".join(map(str, c.values()))[:40])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "strategy": "a", **SPARING, "base_consistency_weight": 0.1, "depth_normal_weight": 1.0,
+            "scale_normalization": "base",
+        },
+        {
+            "strategy": "c", "dropout": 0.1, "augment": "crop,colour,flip,turn,tilt,mixup,cutmix",
+            "image_sizes": "42,56", "distinct_epochs": 2, "epochs": 2,
+        },
+        {
+            "strategy": "custom", "target_modules": "aggregator.global_blocks.3, depth_head.scratch",
+            "full_finetune": "depth_head.norm", "use_dora": True, "feature_cache": "off", "precision": "float32",
+        },
+        {
+            "strategy": "b", "point_conf_weight": 1.0, "point_grad_weight": 1.0, "gradient_accumulation_steps": 3,
+            "supervision": "sparse", "glass_weight": 1.0,
+        },
+    ],
+    ids=lambda c: "-".join(map(str, c.values()))[:40],
+)
 def test_a_whole_run_stays_on_its_side_and_within_its_prediction(gpu, scene, tmp_path, changes):
     held = {}
 
@@ -130,7 +170,10 @@ def test_a_whole_run_stays_on_its_side_and_within_its_prediction(gpu, scene, tmp
     loss = run.results["held_out_loss"]
     assert np.isfinite([loss["before"], loss["after"]]).all() and loss["after"] != loss["before"]
     budget = json.loads((run.folder / "preflight.json").read_text())
-    assert budget["predicted"]["peak"] == pytest.approx(held["training"], rel=0.1) and budget["predicted"]["evaluation"] > 0.9 * held["evaluation"], (budget, held)
+    assert (
+        budget["predicted"]["peak"] == pytest.approx(held["training"], rel=0.1)
+        and budget["predicted"]["evaluation"] > 0.9 * held["evaluation"]
+    ), (budget, held)
     assert all(r["wall"]["gpu_peak_gb"] > 0 for r in run.records if "wall" in r)
     assert run.results["protocol"]["precision"] == changes.get("precision", "bf16")
 
@@ -142,7 +185,10 @@ def test_the_proof_before_a_run_recomputes(monkeypatch):
         base = train_step.new_base(VGGTConfig.tiny(), "cuda")
         gate = BaseCheck(base, images.to("cuda"))
         adapted, targets = apply_lora(base, "c")
-        for work in (lambda: gate.check(adapted.to("cuda"), targets), lambda: adapted(images.to("cuda"))["depth"].sum().backward()):
+        for work in (
+            lambda: gate.check(adapted.to("cuda"), targets),
+            lambda: adapted(images.to("cuda"))["depth"].sum().backward(),
+        ):
             gc.collect()
             memory.peak = start = memory.now
             work()
@@ -164,7 +210,9 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(gpu, scene, tmp_path):
 
 
 def test_what_comes_after_a_run_stays_on_its_side_too(gpu, scene, tmp_path, monkeypatch):
-    """A skipped step is replayed, the run is evaluated again with clouds, and the adapter's numbers are those of the run."""
+    """A skipped step is replayed, the run is evaluated again with clouds, and the adapter's numbers are those of the
+    run.
+    """
     from vggt_lora.training import loop
 
     found = iter([[], ["made up (depth head)"]])
@@ -178,7 +226,9 @@ def test_what_comes_after_a_run_stays_on_its_side_too(gpu, scene, tmp_path, monk
 
 def wide(scene, output, **changes) -> TrainConfig:
     """A run in which activations weigh more than the network."""
-    return settings(scene, output, **{"frames": 8, "image_size": 112, "train_fraction": 0.7, "feature_cache": "off", **changes})
+    return settings(
+        scene, output, **{"frames": 8, "image_size": 112, "train_fraction": 0.7, "feature_cache": "off", **changes}
+    )
 
 
 def test_what_does_not_fit_is_refused_and_the_proposal_fits(gpu, scene, tmp_path):
@@ -187,7 +237,10 @@ def test_what_does_not_fit_is_refused_and_the_proposal_fits(gpu, scene, tmp_path
         train(wide(scene, tmp_path / "refused"))
     gc.collect()
     assert not gpu.now, "an error that is kept, as Jupyter keeps it, holds no network"
-    proposal = {name: ast.literal_eval(value) for name, value in re.findall(r"(\w+)=(\w+)", str(refusal.value).split(" would fit")[0])}
+    proposal = {
+        name: ast.literal_eval(value)
+        for name, value in re.findall(r"(\w+)=(\w+)", str(refusal.value).split(" would fit")[0])
+    }
     assert proposal
     run = train(wide(scene, tmp_path / "proposed", **proposal))
     assert "out of memory" not in (run.folder / "train.log").read_text()

@@ -21,7 +21,8 @@ from vggt_lora.training.config import TrainConfig  # noqa: E402
 
 ELSEWHERE = {  # what stands in a command -> why no test runs it as it is written
     "facebook/": "needs the published weights; test_protocols and test_doctor run the same with the small network",
-    "path/to": "names the reader's own data; test_train, test_project and test_wayback run the same on the demo and on copies of it",
+    "path/to": "names the reader's own data; test_train, test_project and test_wayback run the same on the demo and "
+               "on copies of it",
     "my_photos": "needs the reader's photos; nbs/scenes/reconstruct.ipynb reconstructs photos of its own",
     "my_house": "needs the scene that the reader's photos become; the same steps run on the demo",
     "vggt_lora_download": "asks the network; test_download runs it against a server of its own",
@@ -36,12 +37,24 @@ def markdown_of(path: Path) -> str:
     """The text of a README or of a notebook's markdown cells."""
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
-    return "\n\n".join("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown")
+    return "\n\n".join(
+        "".join(cell["source"])
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "markdown"
+    )
 
 
 def texts() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md")),
-            *(p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))]
+    return [
+        ROOT / "README.md",
+        ROOT / "README.zh.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *(
+            p
+            for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+            if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts)
+        ),
+    ]
 
 
 def without_code(text: str) -> str:
@@ -67,7 +80,11 @@ def blocks(text: str) -> list[str]:
 
 def tables(text: str) -> list[list[list[str]]]:
     """The numbers and the code of every row of every table."""
-    rows = [[re.findall(r"`[^`]+`|[-+−]?\d[\d.,e-]*\d|\d", cell) for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [re.findall(r"`[^`]+`|[-+−]?\d[\d.,e-]*\d|\d", cell) for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     return rows
 
 
@@ -76,19 +93,35 @@ def test_the_two_readmes_say_the_same():
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
     assert blocks(english) == blocks(chinese) and len(blocks(english)) > 4
     assert tables(english) == tables(chinese) and len(tables(english)) > 12
-    headings = [[len(mark) for mark in re.findall(r"^(#+) ", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)] for text in (english, chinese)]
+    headings = [
+        [len(mark) for mark in re.findall(r"^(#+) ", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)]
+        for text in (english, chinese)
+    ]
     assert headings[0] == headings[1]
-    names = [sorted(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))) for text in (english, chinese)]
+    names = [
+        sorted(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)))
+        for text in (english, chinese)
+    ]
     assert names[0] == names[1]
     for text in (english, chinese):  # the first screen; details stand in the guide
-        assert len(text.splitlines()) <= 120 and max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+        assert (
+            len(text.splitlines()) <= 120
+            and max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+        )
     assert "](README.zh.md)" in english and "](README.md)" in chinese and "](docs/overview.png)" in english
 
 
 def guide_commands() -> list[str]:
     """Every line of the guide's sh blocks, once."""
-    found = [line.strip() for name in render_guide.GUIDE for block in re.findall(r"^```sh\n(.*?)^```", markdown_of(ROOT / "nbs" / "guide" / f"{name}.ipynb"), re.M | re.S)
-             for line in block.splitlines() if line.strip() and not line.startswith("#")]
+    found = [
+        line.strip()
+        for name in render_guide.GUIDE
+        for block in re.findall(
+            r"^```sh\n(.*?)^```", markdown_of(ROOT / "nbs" / "guide" / f"{name}.ipynb"), re.M | re.S
+        )
+        for line in block.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -98,8 +131,12 @@ def runnable() -> list[str]:
 
 def readme_commands() -> list[str]:
     """Every line of the README's sh blocks, once, without the folder that papermill needs."""
-    found = [line.strip().removeprefix("mkdir -p outputs && ") for block in re.findall(r"^```sh\n(.*?)^```", markdown_of(ROOT / "README.md"), re.M | re.S)
-             for line in block.splitlines() if line.strip()]
+    found = [
+        line.strip().removeprefix("mkdir -p outputs && ")
+        for block in re.findall(r"^```sh\n(.*?)^```", markdown_of(ROOT / "README.md"), re.M | re.S)
+        for line in block.splitlines()
+        if line.strip()
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -125,7 +162,10 @@ SMALL = {  # what makes a command cheap, by its notebook
     "00_data": [],
     "01_depth": ["-p", "image_size", "126", "-p", "audit_photos", "2"],
     "02_lora": [],
-    "03_train": ["-p", "epochs", "1", "-p", "frames", "2", "-p", "overlap", "0.0", "-p", "image_size", "56", "-p", "scenes", "demo_a,demo_held", "-p", "hold_out", "demo_held"],
+    "03_train": [
+        "-p", "epochs", "1", "-p", "frames", "2", "-p", "overlap", "0.0", "-p", "image_size", "56", "-p", "scenes",
+        "demo_a,demo_held", "-p", "hold_out", "demo_held",
+    ],
     "04_evaluate": ["-p", "pictures", "1"],
 }
 
@@ -161,7 +201,11 @@ def test_names_of_parameters_in_the_guide_exist():
     for command in [c for c in guide_commands() if c.startswith("papermill nbs/")]:
         words = shlex.split(command)
         cells = json.loads((ROOT / words[1]).read_text(encoding="utf-8"))["cells"]
-        known = re.findall(r"^(\w+): ", "".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), re.M)
+        known = re.findall(
+            r"^(\w+): ",
+            "".join("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])),
+            re.M,
+        )
         if words[1] == "nbs/03_train.ipynb":  # its cell shows some of the settings, and -p takes them all
             known = [field.name for field in dataclasses.fields(TrainConfig)]
         given = [words[i + 1] for i, word in enumerate(words) if word == "-p"]
@@ -170,9 +214,16 @@ def test_names_of_parameters_in_the_guide_exist():
     assert seen > 8
 
 
-# Plain forms of 00, 01, 02, 04 and 05 are run whole by the browser test, and 03 and 04 as the README has them by test_project; VGGT_LORA_GUIDE=all runs them here, too.
-TO_RUN = [c for c in runnable() if os.environ.get("VGGT_LORA_GUIDE") == "all" and "05_compare" not in c
-          or not any(step in c for step in ("00_data", "01_depth", "02_lora", "04_evaluate", "05_compare", "06_predict")) and ("03_train" not in c or "base_consistency_weight" in c)]
+# Plain forms of 00, 01, 02, 04 and 05 are run whole by the browser test, and 03 and 04 as the README has them by
+# test_project; VGGT_LORA_GUIDE=all runs them here, too.
+TO_RUN = [
+    c
+    for c in runnable()
+    if os.environ.get("VGGT_LORA_GUIDE") == "all"
+    and "05_compare" not in c
+    or not any(step in c for step in ("00_data", "01_depth", "02_lora", "04_evaluate", "05_compare", "06_predict"))
+    and ("03_train" not in c or "base_consistency_weight" in c)
+]
 
 
 @pytest.mark.slow
@@ -187,15 +238,23 @@ def test_the_guides_commands_run(command, request, tmp_path):
         for i in range(0, len(SMALL[step]), 3):
             if SMALL[step][i + 1] not in given:
                 words += SMALL[step][i:i + 3]
-        words += {"03_train": ["-p", "output", str(tmp_path / "run")], "04_evaluate": ["-p", "run", str(request.getfixturevalue("run_folder"))] if step == "04_evaluate" else []}.get(step, [])
+        words += {
+            "03_train": ["-p", "output", str(tmp_path / "run")],
+            "04_evaluate": ["-p", "run", str(request.getfixturevalue("run_folder"))] if step == "04_evaluate" else [],
+        }.get(step, [])
     if words[:3] == ["python", "-m", "vggt_lora.train"]:
         words += [*small_options(), "--output", str(tmp_path / "run")]
     if words[0] == "ls":
         words = ["ls", "-d", words[1]]
-    words[0] = sys.executable if words[0] == "python" else str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
+    words[0] = (
+        sys.executable if words[0] == "python" else str(BIN / words[0]) if (BIN / words[0]).exists() else words[0]
+    )
     if not Path(words[0]).exists() and words[0] == "vggt_lora_doctor":
         pytest.skip("vggt_lora_doctor is not installed in this environment")
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "MPLBACKEND": "agg"})
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, "MPLBACKEND": "agg"},
+    )
     assert done.returncode == 0, (command, done.stdout[-1500:], done.stderr[-2500:])
 
 
@@ -212,7 +271,9 @@ def test_fenced_python_runs(block, request, tmp_path):
     if "my_run" in block:
         (tmp_path / "outputs").mkdir()
         (tmp_path / "outputs" / "my_run").symlink_to(request.getfixturevalue("run_folder"))
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr[-1500:]
 
 
@@ -226,7 +287,9 @@ def test_the_guide_renders_with_working_links(tmp_path):
         for target in [t for t in targets if not re.match(r"[a-z]+:", t)]:
             seen += 1
             assert (page.parent / target).is_file(), f"{page.name}: {target}"
-        assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://[^"]+"', text), f"{page.name} asks another machine for something"
+        assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://[^"]+"', text), (
+            f"{page.name} asks another machine for something"
+        )
     assert seen > 15
 
 
@@ -248,7 +311,9 @@ def test_pictures_of_a_notebook_shrink_below_the_limit():
         for picture in (photo, drawing):
             buffer = io.BytesIO()
             Image.fromarray(picture).save(buffer, "PNG")
-            outputs.append(nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()}))
+            outputs.append(
+                nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()})
+            )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=outputs)])
     assert execute_notebooks.weight(notebook) > 4 * execute_notebooks.LIMIT_OF_A_BLOCK
     execute_notebooks.shrink(notebook, Path("x.ipynb"), execute_notebooks.LIMIT_OF_A_BLOCK)
@@ -266,11 +331,26 @@ def test_what_is_kept_of_an_output_is_neutral():
 
     import nbformat
     new = nbformat.v4.new_output
-    outputs = [new("stream", name="stderr", text="a warning"), new("display_data", {"text/plain": "audit: 3 photos"}, metadata={"vggt_lora": "progress"}),
-               new("stream", name="stdout", text=f"run: {ROOT}/outputs/b-20301231-235959 in {Path.home()}/.cache and {tempfile.gettempdir()}/tmpab_1/x, turned 30° (1.2 s), loss 1.2 s\n"), new("stream", name="stdout", text="and on\n"),
-               new("execute_result", {"text/plain": "Viewer()", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}, execution_count=1),
-               new("execute_result", {"text/plain": f"{ROOT}"}, execution_count=1)]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)], metadata={"widgets": {}})
+    outputs = [
+        new("stream", name="stderr", text="a warning"),
+        new("display_data", {"text/plain": "audit: 3 photos"}, metadata={"vggt_lora": "progress"}),
+        new(
+            "stream",
+            name="stdout",
+            text=f"run: {ROOT}/outputs/b-20301231-235959 in {Path.home()}/.cache and "
+                 f"{tempfile.gettempdir()}/tmpab_1/x, turned 30° (1.2 s), loss 1.2 s\n",
+        ),
+        new("stream", name="stdout", text="and on\n"),
+        new(
+            "execute_result",
+            {"text/plain": "Viewer()", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}},
+            execution_count=1,
+        ),
+        new("execute_result", {"text/plain": f"{ROOT}"}, execution_count=1),
+    ]
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("x", outputs=outputs)], metadata={"widgets": {}}
+    )
     execute_notebooks.clean_outputs(notebook)
     kept = notebook.cells[0].outputs
     assert kept[0].text == "run: outputs/b-<date>-<time> in ~/.cache and $TMPDIR/x, turned 30°, loss 1.2 s\nand on\n"
@@ -294,5 +374,8 @@ def test_stale_outputs_are_told_and_seconds_are_not():
 
 @pytest.mark.parametrize("name", ["nbs/settings.ipynb", "training/config", "guide/settings"])
 def test_kept_outputs_are_what_the_cells_make(name):
-    done = subprocess.run([sys.executable, "tools/execute_notebooks.py", "--check", name], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "tools/execute_notebooks.py", "--check", name], cwd=ROOT, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

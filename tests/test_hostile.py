@@ -1,4 +1,6 @@
-"""Names and texts that want to be markup, files that want to be elsewhere; pages and notebooks that load nothing from the network."""
+"""Names and texts that want to be markup, files that want to be elsewhere; pages and notebooks that load nothing from
+the network.
+"""
 import html.parser
 import json
 import os
@@ -29,7 +31,11 @@ class Asks(html.parser.HTMLParser):
             self.found.append(f"<{tag}>")
         for name, value in attributes:
             value = (value or "").strip().lower()
-            if name in self.LOADS and not value.startswith(("data:image/", "#")) and (tag != "a" or value.startswith("javascript:")):
+            if (
+                name in self.LOADS
+                and not value.startswith(("data:image/", "#"))
+                and (tag != "a" or value.startswith("javascript:"))
+            ):
                 self.found.append(f"{tag} {name}={value[:60]}")
             if name.startswith("on"):
                 self.found.append(f"{tag} {name}")
@@ -53,10 +59,18 @@ def asks(text: str) -> list[str]:
 
 
 def test_the_reader_finds_what_it_looks_for():
-    for text in ("<script src=a></script>", "<img src='http://a/b'>", "<p onclick=x()>", "<style>@import 'x'</style>", "<div style='background:url(http://a)'>", "<link rel=x href=y>",
-                 "<a href='javascript:x()'>"):
+    for text in (
+        "<script src=a></script>", "<img src='http://a/b'>", "<p onclick=x()>", "<style>@import 'x'</style>",
+        "<div style='background:url(http://a)'>", "<link rel=x href=y>", "<a href='javascript:x()'>",
+    ):
         assert asks(text), text
-    assert asks("<img src='data:image/png;base64,AA'><a href='http://a'>a link that waits for a click</a><style>p { color: red }</style>") == []
+    assert (
+        asks(
+            "<img src='data:image/png;base64,AA'><a href='http://a'>a link that waits for a click</a><style>p { "
+            "color: red }</style>"
+        )
+        == []
+    )
 
 
 # --- pages ----------------------------------------------------------------------------------------------------------
@@ -98,7 +112,9 @@ def test_a_comparison_of_such_runs_too(tmp_path):
 
     hostile_run(tmp_path / "run")
     (tmp_path / "run" / "resource_usage.json").write_text('{"trainable": 100, "seconds": 10.0}')
-    page = comparison_page(compare_runs([read_record(tmp_path / "run")]), EVIL, {EVIL: {"state": "failed", "error": EVIL}}, notes=(EVIL,))
+    page = comparison_page(
+        compare_runs([read_record(tmp_path / "run")]), EVIL, {EVIL: {"state": "failed", "error": EVIL}}, notes=(EVIL,)
+    )
     assert asks(page) == [] and "<script" not in page
 
 
@@ -123,8 +139,14 @@ def test_figures_draw_names_as_they_are(tmp_path):
     from vggt_lora.views.figures import new_figure
 
     one = np.ones((8, 12))
-    frame = {"photo": np.full((8, 12, 3), 0.5), "truth": one, "valid": one > 0, "base": one, "adapted": one, "name": "$\\frac{1$ " + EVIL}
-    for figure in (depth_comparison([frame], "m"), loss_curves([{"step": i, "split": s, "loss": 1.0 / (i + 1)} for i in range(3) for s in ("train", "val")])):
+    frame = {
+        "photo": np.full((8, 12, 3), 0.5), "truth": one, "valid": one > 0, "base": one, "adapted": one,
+        "name": "$\\frac{1$ " + EVIL,
+    }
+    for figure in (
+        depth_comparison([frame], "m"),
+        loss_curves([{"step": i, "split": s, "loss": 1.0 / (i + 1)} for i in range(3) for s in ("train", "val")]),
+    ):
         getattr(figure, "figure", figure).savefig(tmp_path / "figure.png", bbox_inches="tight")
         assert (tmp_path / "figure.png").stat().st_size > 1000
     figure = new_figure(3, 2)
@@ -132,7 +154,8 @@ def test_figures_draw_names_as_they_are(tmp_path):
     ax.set_yticks([0, 1], ["$\\frac{a$", "b"])
     ax.set(xscale="log", xlim=(1, 1000), title="$\\nothing{$")
     figure.savefig(tmp_path / "ticks.png")
-    assert any(label.get_parse_math() and "10^" in label.get_text() for label in ax.get_xticklabels())  # powers on a logarithmic axis are still set as such
+    # powers on a logarithmic axis are still set as such
+    assert any(label.get_parse_math() and "10^" in label.get_text() for label in ax.get_xticklabels())
 
 
 # --- notebooks ------------------------------------------------------------------------------------------------------
@@ -148,19 +171,35 @@ def test_notebooks_load_nothing_from_the_network(path):
             assert not found, f"{path.name}: {found}"
         if cell["cell_type"] == "markdown":
             text = "".join(cell["source"])
-            assert not re.search(r"!\[[^\]]*\]\(\s*https?:", text) and not re.search(r"<(script|iframe|img|link)\b[^>]*https?:", text, re.I), path.name
+            assert not re.search(r"!\[[^\]]*\]\(\s*https?:", text) and not re.search(
+                r"<(script|iframe|img|link)\b[^>]*https?:", text, re.I
+            ), path.name
         else:
-            assert not re.search(r"^\s*[!%](?!matplotlib)", "".join(cell["source"]), re.M), f"{path.name}: a command of the shell"
+            assert not re.search(r"^\s*[!%](?!matplotlib)", "".join(cell["source"]), re.M), (
+                f"{path.name}: a command of the shell"
+            )
 
 
 def test_no_module_opens_connections_but_the_downloads():
     """Who may ask the network is named: the dataset's download and the hub's library, both on the user's word."""
-    allowed = {"files/http.py", "scenes/eth3d_server.py", "download.py", "model/weights.py", "prediction/network.py", "adapters/hub.py", "doctor.py"}
+    allowed = {
+        "files/http.py", "scenes/eth3d_server.py", "download.py", "model/weights.py", "prediction/network.py",
+        "adapters/hub.py", "doctor.py",
+    }
     for path in sorted((ROOT / "vggt_lora").rglob("*.py")):
         name = path.relative_to(ROOT / "vggt_lora").as_posix()
-        if re.search(r"^\s*(import|from) (requests|urllib\.request|http\.client|http\.server|socket|ftplib|aiohttp|huggingface_hub)\b", path.read_text(encoding="utf-8"), re.M):
+        if re.search(
+            r"^\s*(import|from) "
+            r"(requests|urllib\.request|http\.client|http\.server|socket|ftplib|aiohttp|huggingface_hub)\b",
+            path.read_text(encoding="utf-8"),
+            re.M,
+        ):
             assert name in allowed, name
-        assert not re.search(r"trust_remote_code\s*=\s*True|weights_only\s*=\s*False|allow_pickle\s*=\s*True|(?<![.\w] )(?<![.\w])eval\(|(?<![.\w])exec\(|os\.system\(|shell\s*=\s*True|pickle\.loads?\(", code_of(path)), name
+        assert not re.search(
+            r"trust_remote_code\s*=\s*True|weights_only\s*=\s*False|allow_pickle\s*=\s*True|(?<![.\w] "
+            r")(?<![.\w])eval\(|(?<![.\w])exec\(|os\.system\(|shell\s*=\s*True|pickle\.loads?\(",
+            code_of(path),
+        ), name
 
 
 def code_of(path: Path) -> str:
@@ -168,7 +207,11 @@ def code_of(path: Path) -> str:
     import io
     import tokenize
 
-    kept = [t.string for t in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline) if t.type not in (tokenize.STRING, tokenize.COMMENT)]
+    kept = [
+        t.string
+        for t in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+        if t.type not in (tokenize.STRING, tokenize.COMMENT)
+    ]
     return re.sub(r" ?([.(=]) ?", r"\1", " ".join(kept))
 
 
@@ -201,7 +244,10 @@ def test_a_checkpoint_with_code_is_not_run(tmp_path):
 
     import torch
 
-    for name, write in {"plain.pt": lambda p: p.write_bytes(pickle.dumps(Trap())), "torch.pt": lambda p: torch.save({"weights": Trap(), "counters": {"step": 1}}, p)}.items():
+    for name, write in {
+        "plain.pt": lambda p: p.write_bytes(pickle.dumps(Trap())),
+        "torch.pt": lambda p: torch.save({"weights": Trap(), "counters": {"step": 1}}, p),
+    }.items():
         write(tmp_path / name)
         with pytest.raises(CheckpointError, match=name):
             read_checkpoint(tmp_path / name)
@@ -273,13 +319,18 @@ def test_a_link_out_of_the_hubs_cache_is_refused(name, tmp_path, monkeypatch):
         (home / "blobs" / file).write_text("{}")
         (home / "snapshots" / "abc" / file).symlink_to(home / "blobs" / file)
     asked = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision=None, **rest: asked.append(file) or str(home / "snapshots" / "abc" / file))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "hf_hub_download",
+        lambda repo, file, revision=None, **rest: asked.append(file) or str(home / "snapshots" / "abc" / file),
+    )
     assert find_weights("some/model").path.name == "model.safetensors"
     (home / "snapshots" / "abc" / name).unlink()
     (home / "snapshots" / "abc" / name).symlink_to(tmp_path / "secret")
     with pytest.raises(WeightsError, match=f"{name}: links to a place outside the hub's cache"):
         find_weights("some/model")
-    assert set(asked) == {"config.json", "model.safetensors"}  # names of our own: what a repository lists is never asked for
+    # names of our own: what a repository lists is never asked for
+    assert set(asked) == {"config.json", "model.safetensors"}
 
 
 # --- widgets and the network ----------------------------------------------------------------------------------------
@@ -315,11 +366,18 @@ def test_widgets_show_names_as_text():
     tree = TreePage.__new__(TreePage)
     tree.parts, tree.parameters, tree.python = [f"{EVIL}.a"], lambda: EVIL, lambda: EVIL
     inputs = {name: ipywidgets.Checkbox(description=name) for name in ("strategy", "rank", f"{EVIL}.a")}
-    pages = [Evil({EVIL: Choice((EVIL, "b")), "tick": Tick()}).page(), Broken({"a": Tick()}).page(), PhotoSlider([EVIL], lambda i: np.zeros((2, 2, 3))).page(), monitor.page,
-             tree.arrange(inputs, ipywidgets.Image(), ipywidgets.HTML())]
+    pages = [
+        Evil({EVIL: Choice((EVIL, "b")), "tick": Tick()}).page(),
+        Broken({"a": Tick()}).page(),
+        PhotoSlider([EVIL], lambda i: np.zeros((2, 2, 3))).page(),
+        monitor.page,
+        tree.arrange(inputs, ipywidgets.Image(), ipywidgets.HTML()),
+    ]
     widgets = [w for page in pages for w in everything_in(page)]
     texts = [w.value for w in widgets if isinstance(w, (ipywidgets.HTML, ipywidgets.HTMLMath))]
-    assert sum("&lt;img" in text for text in texts) >= 4 and not [text for text in texts if asks(text) or "<img" in text]
+    assert sum("&lt;img" in text for text in texts) >= 4 and not [
+        text for text in texts if asks(text) or "<img" in text
+    ]
     assert not [w for w in widgets if getattr(w, "description_allow_html", False)]  # descriptions are text
 
 
@@ -331,26 +389,40 @@ def watched(tmp_path: Path, command: list[str]):
     sys.path.insert(0, str(Path(__file__).parent))
     from run_all import watched as environment
 
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", **environment(tmp_path / "asked")})
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", **environment(tmp_path / "asked")},
+    )
     return done, (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
 
 
 def test_pages_and_a_notebook_ask_no_other_machine(tmp_path):
-    """All notebooks run under this watch in `make test`; here it is one of them, with the pages of a run and of a comparison."""
+    """All notebooks run under this watch in `make test`; here it is one of them, with the pages of a run and of a
+    comparison.
+    """
     hostile_run(tmp_path / "run")
-    code = ("import sys; from pathlib import Path; from vggt_lora.views.report import write_report; from vggt_lora.views.page import page, tag\n"
-            "write_report(Path(sys.argv[1])); page('a', tag('p', 'b'))\n"
-            "import subprocess; subprocess.run([Path(sys.executable).with_name('nbdev_test'), '--path', 'nbs/views/page.ipynb'], check=True)")
+    code = (
+        "import sys; from pathlib import Path; from vggt_lora.views.report import write_report; from "
+        "vggt_lora.views.page import page, tag\n"
+        "write_report(Path(sys.argv[1])); page('a', tag('p', 'b'))\n"
+        "import subprocess; subprocess.run([Path(sys.executable).with_name('nbdev_test'), '--path', "
+        "'nbs/views/page.ipynb'], check=True)"
+    )
     done, asked = watched(tmp_path, ["-c", code, str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr[-2000:]
     assert asked == ""
 
 
 def test_the_watch_hears_questions_to_others_and_no_others(tmp_path):
-    code = ("import socket, subprocess, sys\n"
-            "a = socket.create_server(('127.0.0.1', 0)); socket.create_connection(a.getsockname()).close()\n"
-            "subprocess.run([sys.executable, '-c', 'import socket; s = socket.socket(); s.setblocking(False); s.connect_ex((\"192.0.2.1\", 9))'])\n"
-            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('192.0.2.7', 9))\n")
+    code = (
+        "import socket, subprocess, sys\n"
+        "a = socket.create_server(('127.0.0.1', 0)); socket.create_connection(a.getsockname()).close()\n"
+        "subprocess.run([sys.executable, '-c', 'import socket; s = socket.socket(); s.setblocking(False); "
+        "s.connect_ex((\"192.0.2.1\", 9))'])\n"
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('192.0.2.7', 9))\n"
+    )
     _, asked = watched(tmp_path, ["-c", code])
-    assert [line.split()[:2] for line in asked.splitlines()] == [["socket.connect", "192.0.2.1"], ["socket.connect", "192.0.2.7"]]
+    assert [line.split()[:2] for line in asked.splitlines()] == [
+        ["socket.connect", "192.0.2.1"],
+        ["socket.connect", "192.0.2.7"],
+    ]

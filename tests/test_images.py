@@ -37,11 +37,15 @@ def as_bytes(pictures):
 
 # Corner of one golden picture: the first 8 x 8 pixels of "land" (130 x 87), and what the official "crop" makes of them,
 # every third pixel. Pixels further away do not reach these outputs (the bicubic filter spans 2 source pixels).
-LAND_CORNER = np.frombuffer(bytes.fromhex(
-    "2e45bc183ad4264fdc1e3ace053fcd1d3ac31645bc1d33d91c35d30526df2c4bbb1e51ce003de52d4bcd0427c90153cf"
-    "0049c4032ae30347cf172dd4002ebb152ab71131c80c2fb92224df282fb8232ae01327bf2e44e00531d20e49b82f32c5"
-    "1536d01b43de0b4db51e3ad70049bb193dc92250e30630b71c2bbe1747e02c27c50654cb1f53c10e3edf1a3eb3153ed7"
-    "1047c3004ecb2926b60630b4283db21d4dc71546be0621bb363ac83925cc3a1ec10e38d73d30d51820be134dc8284ab6"), np.uint8).reshape(8, 8, 3)
+LAND_CORNER = np.frombuffer(
+    bytes.fromhex(
+        "2e45bc183ad4264fdc1e3ace053fcd1d3ac31645bc1d33d91c35d30526df2c4bbb1e51ce003de52d4bcd0427c90153cf"
+        "0049c4032ae30347cf172dd4002ebb152ab71131c80c2fb92224df282fb8232ae01327bf2e44e00531d20e49b82f32c5"
+        "1536d01b43de0b4db51e3ad70049bb193dc92250e30630b71c2bbe1747e02c27c50654cb1f53c10e3edf1a3eb3153ed7"
+        "1047c3004ecb2926b60630b4283db21d4dc71546be0621bb363ac83925cc3a1ec10e38d73d30d51820be134dc8284ab6"
+    ),
+    np.uint8,
+).reshape(8, 8, 3)
 
 CROP_CORNER = np.frombuffer(bytes.fromhex(
     "32281a2423132c21132825121c110627251001010104140e14171b1713191f23261d181c48433d4f3f39403b354c4741"

@@ -16,7 +16,11 @@ def test_the_copy_is_folded_and_git_ignores_it(tmp_path):
     copies = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.ipynb")}
     assert {"00_data.ipynb", "06_predict.ipynb", "guide/quickstart.ipynb"} <= copies
     cells = nbformat.read(tmp_path / "03_train.ipynb", as_version=4).cells
-    folded = [cell.metadata.get("jupyter", {}).get("source_hidden", False) for cell in cells if cell.source.startswith("#| export")]
+    folded = [
+        cell.metadata.get("jupyter", {}).get("source_hidden", False)
+        for cell in cells
+        if cell.source.startswith("#| export")
+    ]
     assert len(folded) > 5 and all(folded)
     ignored = subprocess.run(["git", "check-ignore", "-q", str(lab.LAB / "03_train.ipynb")], cwd=ROOT)
     assert ignored.returncode == 0
@@ -51,4 +55,6 @@ def test_settings_keep_what_is_there(tmp_path):
     found = json.loads(file.read_text())
     assert found["lockedExtensions"] == {"a": True} and found["disabledExtensions"]["b"] and not found["buildCheck"]
     assert len(found["disabledExtensions"]) == 2
-    assert "tools/lab.py --settings" in (ROOT / "Makefile").read_text(encoding="utf-8"), "make env no longer switches the dialogs off"
+    assert "tools/lab.py --settings" in (ROOT / "Makefile").read_text(encoding="utf-8"), (
+        "make env no longer switches the dialogs off"
+    )

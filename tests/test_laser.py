@@ -55,8 +55,13 @@ def exact(scene, frame):
 
 # --- the two cameras ------------------------------------------------------------------------------------------------
 
-LENSES = {"THIN_PRISM_FISHEYE": [0.209, 0.22, 7e-5, -3e-5, -0.186, 0.42, 9e-4, 5e-4], "OPENCV": [-0.1, 0.02, 1e-3, -1e-3],
-          "OPENCV_FISHEYE": [0.05, -0.01, 0.002, 0.0], "RADIAL": [-0.08, 0.01], "FULL_OPENCV": [-0.1, 0.02, 1e-3, -1e-3, 0, 0, 0, 0]}
+LENSES = {
+    "THIN_PRISM_FISHEYE": [0.209, 0.22, 7e-5, -3e-5, -0.186, 0.42, 9e-4, 5e-4],
+    "OPENCV": [-0.1, 0.02, 1e-3, -1e-3],
+    "OPENCV_FISHEYE": [0.05, -0.01, 0.002, 0.0],
+    "RADIAL": [-0.08, 0.01],
+    "FULL_OPENCV": [-0.1, 0.02, 1e-3, -1e-3, 0, 0, 0, 0],
+}
 
 
 @settings(max_examples=40, deadline=None)
@@ -67,12 +72,17 @@ def test_every_lens_that_pycolmap_knows_goes_there_and_back(lens, seed):
     focal = 0.56 * max(height, width) * rng.uniform(1, 2)
     middle = [width / 2 + rng.uniform(-9, 9), height / 2 + rng.uniform(-9, 9)]
     params = [focal] if lens == "RADIAL" else [focal, 1.01 * focal]
-    camera = Original((height, width), pycolmap.Camera(model=lens, width=width, height=height, params=[*params, *middle, *LENSES[lens]]), lens)
+    camera = Original(
+        (height, width),
+        pycolmap.Camera(model=lens, width=width, height=height, params=[*params, *middle, *LENSES[lens]]),
+        lens,
+    )
     K = np.array([[focal * 0.9, 0, width * 0.52], [0, focal * 0.95, height * 0.49], [0, 0, 1]])
     pixels = rng.uniform(0, 1, (200, 2)) * [width, height]
     there = pinhole_pixels(camera.rays(pixels), K)
     np.testing.assert_allclose(to_original(there, K, camera), pixels, atol=1e-4)
-    point = np.array([*camera.rays(pixels[:1])[0], 1.0]) * rng.uniform(0.1, 50)  # one point, one place, whatever its distance
+    # one point, one place, whatever its distance
+    point = np.array([*camera.rays(pixels[:1])[0], 1.0]) * rng.uniform(0.1, 50)
     np.testing.assert_allclose(camera.camera.img_from_cam(point), pixels[0], atol=1e-4)
 
 
@@ -86,9 +96,13 @@ def test_photo_pairs_with_its_original_by_name_even_where_ids_differ(copy, scene
     """images.txt of the originals decides; without it the camera id does."""
     path = copy / "dslr_calibration_jpg" / "cameras.txt"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(line.replace("0 THIN", "7 THIN") if line.startswith("0 ") else line for line in lines) + "\n")
+    path.write_text(
+        "\n".join(line.replace("0 THIN", "7 THIN") if line.startswith("0 ") else line for line in lines) + "\n"
+    )
     images = copy / "dslr_calibration_jpg" / "images.txt"
-    images.write_text("\n".join(line.replace(" 0 dslr_images/", " 7 dslr_images/") for line in images.read_text().splitlines()) + "\n")
+    images.write_text(
+        "\n".join(line.replace(" 0 dslr_images/", " 7 dslr_images/") for line in images.read_text().splitlines()) + "\n"
+    )
     other = open_scene(copy)
     for frame, same in zip(other.frames, scene.frames):
         assert np.array_equal(laser_depth(other, frame, (84, 126)).depth, laser_depth(scene, same, (84, 126)).depth)
@@ -103,17 +117,30 @@ def test_changed_calibration_is_read_again(copy):
     scene = open_scene(copy)
     before = laser_depth(scene, scene.frames[0], (84, 126)).depth
     path = scene.jpg_cameras / "cameras.txt"
-    path.write_text("\n".join(line if line.startswith("#") else " ".join([*line.split()[:6], str(float(line.split()[6]) + 20), *line.split()[7:]])
-                              for line in path.read_text().splitlines()) + "\n")
+    path.write_text(
+        "\n".join(
+            line
+            if line.startswith("#")
+            else " ".join([*line.split()[:6], str(float(line.split()[6]) + 20), *line.split()[7:]])
+            for line in path.read_text().splitlines()
+        )
+        + "\n"
+    )
     assert not np.array_equal(before, laser_depth(scene, scene.frames[0], (84, 126)).depth)
 
 
-@pytest.mark.parametrize("fault, words", [
-    (lambda f: (f / "cameras.txt").unlink(), "holds no cameras.txt"),
-    (lambda f: (f / "cameras.txt").write_text("0 THIN_PRISM_FISHEYE 378 252 1 2 3\n"), "expected 12"),
-    (lambda f: (f / "cameras.txt").write_text("0 FISHBOWL 378 252 1 2 3\n"), "unknown camera model"),
-    (lambda f: (f / "images.txt").write_text("# nothing\n1 1 0 0 0 0 0 0 0 dslr_images/other.JPG\n\n"), "does not hold"),
-])
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (lambda f: (f / "cameras.txt").unlink(), "holds no cameras.txt"),
+        (lambda f: (f / "cameras.txt").write_text("0 THIN_PRISM_FISHEYE 378 252 1 2 3\n"), "expected 12"),
+        (lambda f: (f / "cameras.txt").write_text("0 FISHBOWL 378 252 1 2 3\n"), "unknown camera model"),
+        (
+            lambda f: (f / "images.txt").write_text("# nothing\n1 1 0 0 0 0 0 0 0 dslr_images/other.JPG\n\n"),
+            "does not hold",
+        ),
+    ],
+)
 def test_broken_calibration_of_the_originals_is_named(copy, fault, words):
     scene = open_scene(copy)
     fault(scene.jpg_cameras)
@@ -131,7 +158,10 @@ def test_laser_meets_exact_depth_in_every_plan(scene, mode, side):
         plan = plan_image(frame.size, side, mode)
         found, truth, K = laser_depth(scene, frame, plan.size, plan), exact(scene, frame), plan.intrinsics(frame.K)
         row, column = np.nonzero(found.valid)
-        low, high = (((np.stack([column, row], -1) + step - K[:2, 2]) / np.diag(K)[:2] * np.diag(frame.K)[:2] + frame.K[:2, 2]) for step in (0, 1))
+        low, high = (
+            ((np.stack([column, row], -1) + step - K[:2, 2]) / np.diag(K)[:2] * np.diag(frame.K)[:2] + frame.K[:2, 2])
+            for step in (0, 1)
+        )
         inside = good = 0
         for (left, top), (right, bottom), z in zip(low - 1, high + 1, found.depth[row, column]):
             there = truth[max(int(top), 0): int(np.ceil(bottom)), max(int(left), 0): int(np.ceil(right))]
@@ -144,7 +174,11 @@ def test_laser_meets_exact_depth_in_every_plan(scene, mode, side):
 def test_size_of_the_photo_on_disk_does_not_matter(scene):
     """A photo that was shrunk, with its K, gives the same map: the laser never asks for the photo's size."""
     frame = scene.frames[0]
-    small = replace(frame, size=(frame.size[0] // 2, frame.size[1] // 2), K=resize_intrinsics(frame.K, frame.size, (frame.size[0] // 2, frame.size[1] // 2)))
+    small = replace(
+        frame,
+        size=(frame.size[0] // 2, frame.size[1] // 2),
+        K=resize_intrinsics(frame.K, frame.size, (frame.size[0] // 2, frame.size[1] // 2)),
+    )
     one, other = (laser_depth(scene, f, (126, 196)) for f in (frame, small))
     assert (one.valid == other.valid).mean() > 0.995 and one.counts["observed"] == other.counts["observed"]
     both = one.valid & other.valid
@@ -155,7 +189,10 @@ def test_size_of_the_photo_on_disk_does_not_matter(scene):
 @given(seed=st.integers(0, 10**6), count=st.integers(0, 400), cells=st.integers(1, 50))
 def test_pooling_is_the_harmonic_mean_of_the_front(seed, count, cells):
     rng = np.random.default_rng(seed)
-    flat, z = rng.integers(0, cells, count), (rng.uniform(1, 4, count) if seed % 2 else rng.choice([2.0, 2.03, 2.2, 5.0], count)).astype(np.float32)
+    flat, z = (
+        rng.integers(0, cells, count),
+        (rng.uniform(1, 4, count) if seed % 2 else rng.choice([2.0, 2.03, 2.2, 5.0], count)).astype(np.float32),
+    )
     depth, front = zbuffer_mean(flat, z, cells)
     for cell in range(cells):
         own = z[flat == cell]
@@ -180,9 +217,11 @@ def test_depth_file_faults(scene, tmp_path):
 
     assert attempt(good.tobytes()).valid.any()
     camera = original_camera(scene, frame)
-    for content, words in ((good.tobytes()[:-1], "cut short"), (good.tobytes() + b"0", "another camera"), (b"", "cut short"),
-                           (frame.image_path.read_bytes(), "JPEG photo"), (changed(np.nan), "1 values are not a number"),
-                           (changed(0), "zero or negative"), (changed(-3), "zero or negative"), (changed(-np.inf), "zero or negative")):
+    for content, words in (
+        (good.tobytes()[:-1], "cut short"), (good.tobytes() + b"0", "another camera"), (b"", "cut short"),
+        (frame.image_path.read_bytes(), "JPEG photo"), (changed(np.nan), "1 values are not a number"),
+        (changed(0), "zero or negative"), (changed(-3), "zero or negative"), (changed(-np.inf), "zero or negative"),
+    ):
         with pytest.raises(SceneError, match=words) as error:
             attempt(content)
         assert str(odd) in str(error.value)
@@ -215,7 +254,11 @@ def test_no_wall_is_seen_through(scene, hide):
         truth = exact(scene, frame)
         farthest = maximum_filter(np.where(truth > 0, truth, np.inf), 3)
         found = scan_depth(scene, frame, frame.size, hide=hide)
-        assert found.counts["observed"] == sum(found.counts[fate] for fate in SCAN_FATES) == sum(map(len, load_scans(scene).points))
+        assert (
+            found.counts["observed"]
+            == sum(found.counts[fate] for fate in SCAN_FATES)
+            == sum(map(len, load_scans(scene).points))
+        )
         through += (found.depth > 1.1 * farthest)[found.valid].sum()
         total += found.valid.sum()
     assert total > 5000 and through < 0.001 * total
@@ -234,17 +277,35 @@ def test_scans_do_not_care_where_the_world_begins(copy, scene):
     import re
 
     far = np.array([512000.0, 5403000.0, 250.0])
-    moved = replace(without_truth(scene), root=copy, frames=tuple(
-        replace(f, depth_path=None, mask_path=None, world_to_cam=f.world_to_cam @ np.block([[np.eye(3), -far[:, None]], [np.zeros((1, 3)), 1]])) for f in scene.frames))
+    moved = replace(
+        without_truth(scene),
+        root=copy,
+        frames=tuple(
+            replace(
+                f, depth_path=None, mask_path=None,
+                world_to_cam=f.world_to_cam @ np.block([[np.eye(3), -far[:, None]], [np.zeros((1, 3)), 1]]),
+            )
+            for f in scene.frames
+        ),
+    )
     path = copy / "dslr_scan_eval" / "scan_alignment.mlp"
     rows = iter(np.tile(np.array([*far, 0.0]), 2))
-    path.write_text(re.sub(r"^((?:\S+ ){3})(\S+) $", lambda m: f"{m[1]}{float(m[2]) + next(rows):.9f} ", path.read_text(), flags=re.M))
+    path.write_text(
+        re.sub(
+            r"^((?:\S+ ){3})(\S+) $", lambda m: f"{m[1]}{float(m[2]) + next(rows):.9f} ", path.read_text(), flags=re.M
+        )
+    )
     (copy / "occlusion" / "surface_mesh.ply").unlink()  # single precision in the file itself
-    here = replace(without_truth(scene), frames=tuple(replace(f, depth_path=None, mask_path=None) for f in scene.frames))
+    here = replace(
+        without_truth(scene), frames=tuple(replace(f, depth_path=None, mask_path=None) for f in scene.frames)
+    )
     for frame, same in zip(moved.frames, here.frames):
         one, other = scan_depth(moved, frame, (126, 196)), scan_depth(here, same, (126, 196), hide="discs")
         both = one.valid & other.valid
-        assert both.sum() > 0.99 * other.valid.sum() > 500 and np.median(np.abs(one.depth[both] - other.depth[both])) < 1e-4
+        assert (
+            both.sum() > 0.99 * other.valid.sum() > 500
+            and np.median(np.abs(one.depth[both] - other.depth[both])) < 1e-4
+        )
 
 
 def test_files_are_read_once(scene, monkeypatch):
@@ -294,7 +355,8 @@ def test_masks_cover_what_they_were_drawn_for(scene, folder):
             checked += 1
             assert (mask[np.isin(parts, away)] == 2).mean() > 0.97
         sparse, laser = sparse_depth(scene, frame, frame.size), laser_depth(scene, frame, frame.size)
-        assert (mask[sparse.valid] > 0).mean() < 0.05 and (mask[laser.valid] == 2).mean() < 0.02  # a sample beside the border of its pixel's mask
+        # a sample beside the border of its pixel's mask
+        assert (mask[sparse.valid] > 0).mean() < 0.05 and (mask[laser.valid] == 2).mean() < 0.02
     assert checked
 
 
@@ -340,7 +402,11 @@ def test_masks_of_ones_own_scene_are_found_and_unused_ones_are_told(tmp_path):
     scene = open_scene(folder)
     assert not any("masks" in note for note in scene.notes)
     found = [sparse_depth(scene, f, (84, 126)) for f in scene.frames]
-    assert not found[0].valid.any() and found[0].counts["masked"] == found[0].counts["observed"] - found[0].counts["repeated"] and found[1].valid.any()
+    assert (
+        not found[0].valid.any()
+        and found[0].counts["masked"] == found[0].counts["observed"] - found[0].counts["repeated"]
+        and found[1].valid.any()
+    )
     assert mask_at(scene, scene.frames[0], np.array([[1.0, 1.0], [-5.0, 1.0]])).tolist() == [2, 0]
 
 
@@ -351,7 +417,9 @@ def test_own_mask_also_covers_the_laser(scene, tmp_path):
     Image.fromarray(left).save(tmp_path / "own.png")
     found = laser_depth(scene, replace(frame, photo_mask_path=tmp_path / "own.png"), frame.size)
     plain = laser_depth(scene, frame, frame.size)
-    assert not found.valid[:, : frame.size[1] // 2].any() and np.array_equal(found.depth[:, frame.size[1] // 2 + 1:], plain.depth[:, frame.size[1] // 2 + 1:])
+    assert not found.valid[:, : frame.size[1] // 2].any() and np.array_equal(
+        found.depth[:, frame.size[1] // 2 + 1 :], plain.depth[:, frame.size[1] // 2 + 1 :]
+    )
     assert found.counts["observed"] == sum(found.counts[fate] for fate in SCAN_FATES)
 
 
@@ -362,9 +430,17 @@ def test_supervision_names_reach_the_samples(scene, monkeypatch):
     assert TrainConfig(data="demo", output="out", supervision="laser+sparse").supervision == "laser+sparse"
     with pytest.raises(ConfigError, match="choose one of: .*laser.*joined by"):
         TrainConfig(data="demo", output="out", supervision="lazer")
-    maps = {name: FrameCache(196, supervision=name).get(scene, 0, (126, 196)).depth for name in ("sparse", "laser", "laser+sparse")}
+    maps = {
+        name: FrameCache(196, supervision=name).get(scene, 0, (126, 196)).depth
+        for name in ("sparse", "laser", "laser+sparse")
+    }
     assert np.array_equal(maps["laser+sparse"].valid, maps["laser"].valid | maps["sparse"].valid)
-    assert maps["laser+sparse"].counts["laser"] == maps["laser"].valid.sum() > 10 * maps["laser+sparse"].counts["sparse"] > 0
+    assert (
+        maps["laser+sparse"].counts["laser"]
+        == maps["laser"].valid.sum()
+        > 10 * maps["laser+sparse"].counts["sparse"]
+        > 0
+    )
     monkeypatch.setitem(DEPTH_SOURCES, "flat", lambda scene, frame, size, plan=None: DepthMap(
         np.ones(size, np.float32), np.ones(size, bool), np.ones(size, np.float32), {}))
     everything = depth_source("laser+sparse+flat")(scene, scene.frames[0], (126, 196))
@@ -387,7 +463,10 @@ def test_a_broken_file_stops_a_mixture_too(scene, tmp_path):
 
 def test_importing_the_sources_is_light():
     heavy = "{'torch', 'open3d', 'matplotlib', 'pycolmap', 'scipy.ndimage'}"
-    code = f"import vggt_lora.supervision.laser, vggt_lora.datasets.samples, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = (
+        f"import vggt_lora.supervision.laser, vggt_lora.datasets.samples, sys; print(sorted({heavy} & "
+        "set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -404,7 +483,12 @@ def test_fountain_laser_meets_its_sparse_points_in_every_photo():
         laser, sparse = laser_depth(scene, frame, size), sparse_depth(scene, frame, size)
         both = laser.valid & sparse.valid
         off = laser.depth[both] / sparse.depth[both] - 1
-        assert len(off) > 500 and np.median(np.abs(off)) < 0.0015 and abs(np.median(off)) < 0.0007 and laser.coverage > 0.35, frame.name
+        assert (
+            len(off) > 500
+            and np.median(np.abs(off)) < 0.0015
+            and abs(np.median(off)) < 0.0007
+            and laser.coverage > 0.35
+        ), frame.name
 
 
 def test_real_eth3d_lens_is_read_from_its_file():

@@ -30,5 +30,8 @@ def test_a_line_that_is_too_long_is_found_and_one_of_all_is_not(tmp_path, monkey
     (tmp_path / "ruff.toml").write_text((ROOT / "ruff.toml").read_text(encoding="utf-8"))
     monkeypatch.setattr(lint, "ROOT", tmp_path)
     monkeypatch.setattr(lint, "CHECKED", ("vggt_lora",))
-    assert [(found["code"], found["location"]["row"]) for found in lint.findings() if found["code"] != "F822"] == [("E501", 3), ("F401", 4)]
+    assert [(found["code"], found["location"]["row"]) for found in lint.findings() if found["code"] != "F822"] == [
+        ("E501", 3),
+        ("F401", 4),
+    ]
     assert lint.write_exceptions() == 1 and lint.findings() == []

@@ -19,7 +19,8 @@ from vggt_lora.training.run import RunFolder, read_checkpoint
 from vggt_lora.training.sample_source import SampleSource
 from vggt_lora.training.schedule import epoch_order, learning_rate
 
-WEIGHTS = {"camera": 1.5, "depth_conf": 0.5, "depth_reg": 4.0, "depth_grad": 3.0}  # all different: no two can be swapped unseen
+# all different: no two can be swapped unseen
+WEIGHTS = {"camera": 1.5, "depth_conf": 0.5, "depth_reg": 4.0, "depth_grad": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,14 @@ def scene(tmp_path_factory):
 
 
 def settings(scene, output, **changes) -> TrainConfig:
-    values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
-              "strategy": "b", "data": str(scene), "units_are_metres": "yes", "output": str(output), "epochs": 2, "frames": 4, "image_size": 56,
-              "rank": 4, "alpha": 12.0, "dropout": 0.0, "lr": 1e-2, "min_lr": 1e-4, "warmup_ratio": 0.5, "weight_decay": 0.1, "max_grad_norm": 0.5,
-              "gradient_accumulation_steps": 3, "depth_min": 0.2, "depth_max": 9.0, "seed": 5, **{f"{name}_weight": value for name, value in WEIGHTS.items()}}
+    values = {
+        "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0,
+        "adapter_weights": "last", "metric_for_best_model": "loss", "strategy": "b", "data": str(scene),
+        "units_are_metres": "yes", "output": str(output), "epochs": 2, "frames": 4, "image_size": 56, "rank": 4,
+        "alpha": 12.0, "dropout": 0.0, "lr": 1e-2, "min_lr": 1e-4, "warmup_ratio": 0.5, "weight_decay": 0.1,
+        "max_grad_norm": 0.5, "gradient_accumulation_steps": 3, "depth_min": 0.2, "depth_max": 9.0, "seed": 5,
+        **{f"{name}_weight": value for name, value in WEIGHTS.items()},
+    }
     return TrainConfig(**{**values, **changes})
 
 
@@ -82,8 +87,14 @@ class HandAdamW:
 
 def in_type(sample, dtype):
     """A sample's real numbers in another type."""
-    return dataclasses.replace(sample, **{f.name: value.to(dtype) for f in dataclasses.fields(sample)
-                                          if isinstance(value := getattr(sample, f.name), torch.Tensor) and value.is_floating_point()})
+    return dataclasses.replace(
+        sample,
+        **{
+            f.name: value.to(dtype)
+            for f in dataclasses.fields(sample)
+            if isinstance(value := getattr(sample, f.name), torch.Tensor) and value.is_floating_point()
+        },
+    )
 
 
 class Typed(SampleSource):
@@ -163,22 +174,34 @@ def test_the_held_out_curve(run, twin):
 
 
 def test_the_weights_at_the_end_in_float64(scene, tmp_path):
-    """Adam divides by the gradient's size: where that is nothing but rounding, so is the step, but a whole one. In float64 nothing of it is left, and every weight must agree."""
+    """Adam divides by the gradient's size: where that is nothing but rounding, so is the step, but a whole one. In
+    float64 nothing of it is left, and every weight must agree.
+    """
     config = settings(scene, tmp_path / "run")
     model, cache, items, held_out = adapted(config, torch.float64)
     run = RunFolder(config.output)
     fit(model, items, held_out, config, run, Typed(cache))
     run.close()
-    exact, weights = by_hand(config, torch.float64), read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["weights"]
+    exact, weights = (
+        by_hand(config, torch.float64),
+        read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["weights"],
+    )
     assert weights.keys() == exact.weights.keys() and all(tensor.dtype == torch.float64 for tensor in weights.values())
     worst = max(float((weights[n] - p.detach()).abs().max()) for n, p in exact.weights.items())
     assert worst < 1e-9, f"the weights differ by up to {worst}; the largest step is {max(s['lr'] for s in exact.steps)}"
-    moved = max(float((p.detach() - b.detach()).abs().max()) for p, b in zip(exact.weights.values(), (p for p in adapted(config, torch.float64)[0].parameters() if p.requires_grad)))
+    moved = max(
+        float((p.detach() - b.detach()).abs().max())
+        for p, b in zip(
+            exact.weights.values(), (p for p in adapted(config, torch.float64)[0].parameters() if p.requires_grad)
+        )
+    )
     assert moved > 1e-3, "the training did not move them"
 
 
 def test_the_weights_at_the_end(run, twin):
-    """In float32, through the whole of train(): no weight is off by more than a part of one step. How far rounding carries is shown in float64."""
+    """In float32, through the whole of train(): no weight is off by more than a part of one step. How far rounding
+    carries is shown in float64.
+    """
     weights = read_checkpoint(run.folder / "checkpoints" / "last.pt")["weights"]
     assert weights.keys() == twin.weights.keys()
     worst = max(float((weights[n] - p.detach()).abs().max()) for n, p in twin.weights.items())
@@ -192,24 +215,36 @@ def test_every_loss_setting_reaches_the_loss(scene, tmp_path):
     config = settings(scene, tmp_path)
     wanted = dataclasses.replace(LossConfig(), **WEIGHTS, depth_range=(0.2, 9.0))
     assert dataclasses.asdict(loss_config(config)) == dataclasses.asdict(wanted)
-    more = settings(scene, tmp_path, camera_loss="l2", camera_translation_weight=0.3, camera_rotation_weight=0.4, camera_fov_weight=0.6, depth_grad_loss="grad_conf",
-                    point_conf_weight=0.7, point_reg_weight=0.8, point_grad_weight=0.9, point_gradient="normal_conf")
-    wanted = dataclasses.replace(wanted, camera_loss="l2", camera_weights=(0.3, 0.4, 0.6), gradient="grad_conf", point_conf=0.7, point_reg=0.8, point_grad=0.9, point_gradient="normal_conf")
+    more = settings(
+        scene, tmp_path, camera_loss="l2", camera_translation_weight=0.3, camera_rotation_weight=0.4,
+        camera_fov_weight=0.6, depth_grad_loss="grad_conf", point_conf_weight=0.7, point_reg_weight=0.8,
+        point_grad_weight=0.9, point_gradient="normal_conf",
+    )
+    wanted = dataclasses.replace(
+        wanted, camera_loss="l2", camera_weights=(0.3, 0.4, 0.6), gradient="grad_conf", point_conf=0.7, point_reg=0.8,
+        point_grad=0.9, point_gradient="normal_conf",
+    )
     assert dataclasses.asdict(loss_config(more)) == dataclasses.asdict(wanted)
 
 
 def test_every_adapter_setting_reaches_peft(scene, tmp_path):
-    config = settings(scene, tmp_path / "run", strategy="custom", target_modules="depth_head.scratch, camera_head", full_finetune="depth_head.norm",
-                      rank=3, alpha=7.0, dropout=0.25, epochs=1, seed=9)
+    config = settings(
+        scene, tmp_path / "run", strategy="custom", target_modules="depth_head.scratch, camera_head",
+        full_finetune="depth_head.norm", rank=3, alpha=7.0, dropout=0.25, epochs=1, seed=9,
+    )
     adapter = train(config).adapter
     saved = json.loads((adapter / "adapter_config.json").read_text())
-    assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"], saved["modules_to_save"]) == (3, 7.0, 0.25, ["depth_head.norm"])
+    assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"], saved["modules_to_save"]) == (
+        3, 7.0, 0.25, ["depth_head.norm"],
+    )
     model = load_adapter(build_model(config), adapter)
     scales = {m.scaling["default"] for m in model.modules() if hasattr(m, "scaling")}
     adapted = {n for n, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
     assert scales == {7.0 / 3}
     assert adapted and all(n.startswith(("depth_head.scratch", "camera_head")) for n in adapted)
-    assert any(n.startswith("depth_head.scratch") for n in adapted) and any(n.startswith("camera_head") for n in adapted)
+    assert any(n.startswith("depth_head.scratch") for n in adapted) and any(
+        n.startswith("camera_head") for n in adapted
+    )
 
 
 def test_the_seed_decides_the_adapter(scene, tmp_path):
@@ -274,25 +309,37 @@ def test_validation_is_without_dropout_and_changes_nothing(scene, tmp_path):
     torch.manual_seed(123)
     assert held_out_loss(model, held_out, cache, loss_config(config), "cpu") == first
     assert model.training and all(torch.equal(state[n], p) for n, p in model.state_dict().items())
-    assert first["loss"] == pytest.approx(held_out_by_hand(model, held_out, lambda *item: load_sample(*item, cache)), rel=1e-6)
+    assert first["loss"] == pytest.approx(
+        held_out_by_hand(model, held_out, lambda *item: load_sample(*item, cache)), rel=1e-6
+    )
     model.train()
     with torch.no_grad():  # with dropout the number would be another one
-        noisy = [float(window_loss(model, load_sample(*held_out[0], cache), loss_config(config), "cpu").total) for _ in range(2)]
+        noisy = [
+            float(window_loss(model, load_sample(*held_out[0], cache), loss_config(config), "cpu").total)
+            for _ in range(2)
+        ]
     assert noisy[0] != noisy[1]
 
 
 def test_best_is_the_lowest_held_out_loss_and_its_weights(scene, tmp_path):
     """With a learning rate far too high the loss goes up and down; best.pt holds the lowest, last.pt the last."""
-    config = settings(scene, tmp_path / "run", epochs=5, lr=0.02, max_grad_norm=1e6, gradient_accumulation_steps=1, warmup_ratio=0.0, min_lr=0.018)
+    config = settings(
+        scene, tmp_path / "run", epochs=5, lr=0.02, max_grad_norm=1e6, gradient_accumulation_steps=1, warmup_ratio=0.0,
+        min_lr=0.018,
+    )
     model, cache, items, held_out = parts(config)
     model, _ = apply_lora(model, "b", rank=4, alpha=12.0, dropout=0.0, seed=5)
     folder = RunFolder(tmp_path / "run")
     seen = []
-    progress = fit(model, items, held_out, config, folder, cache, (lambda event, p: seen.append((event, p.step, p.epoch)),))
+    progress = fit(
+        model, items, held_out, config, folder, cache, (lambda event, p: seen.append((event, p.step, p.epoch)),)
+    )
     folder.close()
     losses = {r["epoch"]: r["loss"] for r in folder.records if r["split"] == "val"}
     values = [losses[e] for e in sorted(losses)]
-    assert sorted(losses) == list(range(6)) and values != sorted(values) and values != sorted(values, reverse=True), values
+    assert sorted(losses) == list(range(6)) and values != sorted(values) and values != sorted(values, reverse=True), (
+        values
+    )
     lowest = min(losses, key=losses.get)
     assert progress.best == losses[lowest] and progress.held_out == losses[5]
     assert max(losses, key=losses.get) != lowest != 5, "the last one is the best: the test would not notice"

@@ -1,7 +1,7 @@
 """The training losses against the official code's numbers, and what must hold for any scene.
 
-`data/losses_golden.safetensors` holds a few of the official inputs and results (its header says where they come from), so
-that parity is proved without the full golden files; those are used, too, where they are at hand.
+`data/losses_golden.safetensors` holds a few of the official inputs and results (its header says where they come from),
+so that parity is proved without the full golden files; those are used, too, where they are at hand.
 """
 import json
 import math
@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from vggt_lora.geometry.cameras import centre_to_corner_intrinsics
 from vggt_lora.reference_data import reference
-from vggt_lora.training.losses import (WINDOW_LABEL, LossConfig, camera_loss, depth_loss, normalise_batch, point_loss, prepare_batch,
-                                       training_loss)
+from vggt_lora.training.losses import (
+    WINDOW_LABEL, LossConfig, camera_loss, depth_loss, normalise_batch, point_loss, prepare_batch, training_loss,
+)
 from vggt_lora.training.loss_terms import difference_term, normal_term, quantile_filter
 
 SMALL = Path(__file__).parent / "data" / "losses_golden.safetensors"
@@ -41,13 +42,20 @@ def camera_numbers(data: dict, extrinsics: torch.Tensor, mask: torch.Tensor) -> 
     row[1, 0] = False
     row[1, 0, 20] = True
     none[:, 0] = False
-    cases = {"l1": (mask, {}), "l2": (mask, {"kind": "l2"}), "l1.sample1_first_frame_84px": (row, {}), "l1.no_valid": (none, {}),
-             "l1.gamma0.8_wT2_wR3_wF1": (mask, {"stage_gamma": 0.8, "weights": (2.0, 3.0, 1.0)})}
+    cases = {
+        "l1": (mask, {}), "l2": (mask, {"kind": "l2"}), "l1.sample1_first_frame_84px": (row, {}),
+        "l1.no_valid": (none, {}), "l1.gamma0.8_wT2_wR3_wF1": (mask, {"stage_gamma": 0.8, "weights": (2.0, 3.0, 1.0)}),
+    }
     numbers = {}
     for case, (valid, options) in cases.items():
-        result = camera_loss([data[f"pred.pose_enc_list.{k}"] for k in range(4)], extrinsics, data["raw.intrinsics"], valid, SIZE,
-                             **OFFICIAL_CAMERA, **options)
-        named = {"camera": result.total, "T": result.terms["translation"], "R": result.terms["rotation"], "FL": result.terms["focal"]}
+        result = camera_loss(
+            [data[f"pred.pose_enc_list.{k}"] for k in range(4)], extrinsics, data["raw.intrinsics"], valid, SIZE,
+            **OFFICIAL_CAMERA, **options,
+        )
+        named = {
+            "camera": result.total, "T": result.terms["translation"], "R": result.terms["rotation"],
+            "FL": result.terms["focal"],
+        }
         numbers |= {f"camera.{case}.loss_{name}": value.item() for name, value in named.items()}
     return numbers
 
@@ -101,9 +109,17 @@ def test_small_scalars(small):
     conf = small["pred.depth_conf.every4"]
     truth = {name: small["truth"][name][:, :, ::4, ::4] for name in ("depth", "world_points")}
     numbers = camera_numbers(small, small["truth"]["world_to_cam"], small["mask"]) | filter_numbers(small["filter.in"])
-    numbers |= stride_numbers(difference_term, "gradient_loss", small["pred.depth.every4"], truth["depth"][..., None], mask, conf, every4)
-    numbers |= stride_numbers(normal_term, "normal_loss", small["pred.world_points.every4"], truth["world_points"], mask, conf, {2: 1})
-    wanted = {name: value for name, value in small["scalars"].items() if name != "filter.0.1.threshold" and not name.startswith("filter_short")}
+    numbers |= stride_numbers(
+        difference_term, "gradient_loss", small["pred.depth.every4"], truth["depth"][..., None], mask, conf, every4
+    )
+    numbers |= stride_numbers(
+        normal_term, "normal_loss", small["pred.world_points.every4"], truth["world_points"], mask, conf, {2: 1}
+    )
+    wanted = {
+        name: value
+        for name, value in small["scalars"].items()
+        if name != "filter.0.1.threshold" and not name.startswith("filter_short")
+    }
     assert len(wanted) >= 31 and set(wanted) <= set(numbers)
     for name, value in wanted.items():
         close(name, numbers[name], value)
@@ -123,8 +139,10 @@ def dense_numbers(data: dict, prefix: str, what: str, mask=None, target=None, **
     """The three terms of one depth or point case."""
     loss, pred = (depth_loss, "depth") if what == "depth" else (point_loss, "world_points")
     target = data["norm.depths" if what == "depth" else "norm.world_points"] if target is None else target
-    result = loss(data[f"pred.{pred}"], data[f"pred.{pred}_conf"], target, data["raw.point_masks"] if mask is None else mask,
-                  **OFFICIAL_DENSE, **options)
+    result = loss(
+        data[f"pred.{pred}"], data[f"pred.{pred}_conf"], target, data["raw.point_masks"] if mask is None else mask,
+        **OFFICIAL_DENSE, **options,
+    )
     return {f"{prefix}.loss_{term}_{what}": value.item() for term, value in result.terms.items()}
 
 
@@ -141,7 +159,9 @@ def all_numbers(data: dict) -> dict:
     mask, numbers = data["raw.point_masks"], {}
     for q in (-1, 0.98, 0.9):
         for name in ("grad", "grad_conf", "none"):
-            numbers |= dense_numbers(data, f"depth.vr{q}.{name}", "depth", quantile=q, gradient=name.replace("none", ""))
+            numbers |= dense_numbers(
+                data, f"depth.vr{q}.{name}", "depth", quantile=q, gradient=name.replace("none", "")
+            )
     for q in (-1, 0.98):
         for name in ("normal", "normal_conf", "grad"):
             numbers |= dense_numbers(data, f"point.vr{q}.{name}", "point", quantile=q, gradient=name)
@@ -152,10 +172,14 @@ def all_numbers(data: dict) -> dict:
     numbers |= {"depth.few_valid.n": int(few.sum())} | dense_numbers(data, "depth.few_valid.vr0.98.grad", "depth", few)
     numbers |= camera_numbers(data, data["norm.extrinsics"], mask) | filter_numbers(data["filter.in"])
     numbers["filter_short.0.98.n"] = int(quantile_filter(data["filter_short.in"])[1].sum())
-    numbers |= stride_numbers(difference_term, "gradient_loss", data["pred.depth"], data["norm.depths"][..., None], mask,
-                              data["pred.depth_conf"], {k: 2 ** k for k in range(4)})
-    return numbers | stride_numbers(normal_term, "normal_loss", data["pred.world_points"], data["norm.world_points"], mask,
-                                    data["pred.world_points_conf"], {k: 2 ** k for k in range(3)})
+    numbers |= stride_numbers(
+        difference_term, "gradient_loss", data["pred.depth"], data["norm.depths"][..., None], mask,
+        data["pred.depth_conf"], {k: 2**k for k in range(4)},
+    )
+    return numbers | stride_numbers(
+        normal_term, "normal_loss", data["pred.world_points"], data["norm.world_points"], mask,
+        data["pred.world_points_conf"], {k: 2**k for k in range(3)},
+    )
 
 
 def test_every_official_number(full):
@@ -173,7 +197,9 @@ def test_official_normalisation(full):
     K = centre_to_corner_intrinsics(data["raw.intrinsics"])
     for scale, prefix, names in ((True, "norm", ("extrinsics", "depths", "cam_points", "world_points")),
                                  (False, "norm_noscale", ("extrinsics", "world_points"))):
-        ours = normalise_batch(data["raw.extrinsics"], K, data["raw.depths"], data["raw.point_masks"], scale_by_points=scale)
+        ours = normalise_batch(
+            data["raw.extrinsics"], K, data["raw.depths"], data["raw.point_masks"], scale_by_points=scale
+        )
         ours |= {"extrinsics": ours["world_to_cam"][..., :3, :], "depths": ours["depth"]}
         for name in names:
             close_to_largest(ours[name], data[f"{prefix}.{name}"])
@@ -185,7 +211,10 @@ def twin(pred, conf, target, weight, quantile, gamma, alpha):
     """Confidence and regression term of depth on the valid pixels, one value after the other (spec 13.3)."""
     repaired = [min(max(t, -100.0), 100.0) if math.isfinite(t) else 0.0 for t in target]
     error = [min(abs(t - p), 100.0) for p, t in zip(pred, repaired)]
-    terms = {"reg": error, "conf": [max(-100.0, min(100.0, gamma * e * k - alpha * math.log(k))) for e, k in zip(error, conf)]}
+    terms = {
+        "reg": error,
+        "conf": [max(-100.0, min(100.0, gamma * e * k - alpha * math.log(k))) for e, k in zip(error, conf)],
+    }
     means = {}
     for name, values in terms.items():
         kept = list(zip(values, weight))
@@ -227,11 +256,18 @@ def scene(valid_share: float = 0.5, scenes: int = 2, size: tuple[int, int] = (28
     poses[..., :3, 3] = torch.rand((scenes, 3, 3), generator=random)
     K = torch.tensor([[40.0, 0, size[1] / 2], [0, 41.0, size[0] / 2], [0, 0, 1]]).repeat(scenes, 3, 1, 1)
     valid = torch.rand(shape, generator=random) < valid_share
-    batch = {"images": torch.zeros(scenes, 3, 3, *size), "K": K, "world_to_cam": poses, "valid": valid, "metric": True,
-             "depth": torch.where(valid, 4 + torch.rand(shape, generator=random), 0.0),
-             "labels": torch.arange(size[1]).expand(shape).to(torch.uint8) // 10, "base_prediction": 0.5 + torch.rand(shape, generator=random)}
-    outputs = {"depth": torch.rand((*shape, 1), generator=random), "depth_conf": 1 + torch.rand(shape, generator=random),
-               "world_points": torch.rand((*shape, 3), generator=random), "world_points_conf": 1 + torch.rand(shape, generator=random)}
+    batch = {
+        "images": torch.zeros(scenes, 3, 3, *size), "K": K, "world_to_cam": poses, "valid": valid, "metric": True,
+        "depth": torch.where(valid, 4 + torch.rand(shape, generator=random), 0.0),
+        "labels": torch.arange(size[1]).expand(shape).to(torch.uint8) // 10,
+        "base_prediction": 0.5 + torch.rand(shape, generator=random),
+    }
+    outputs = {
+        "depth": torch.rand((*shape, 1), generator=random),
+        "depth_conf": 1 + torch.rand(shape, generator=random),
+        "world_points": torch.rand((*shape, 3), generator=random),
+        "world_points_conf": 1 + torch.rand(shape, generator=random),
+    }
     outputs["pose_enc_list"] = [torch.rand((scenes, 3, 9), generator=random) for _ in range(4)]
     return outputs, batch
 
@@ -245,9 +281,13 @@ def leaves(outputs: dict) -> list[torch.Tensor]:
     return tensors
 
 
-CONFIGS = {"default": LossConfig(), "points": LossConfig(point_conf=1, point_reg=1, point_grad=1), "official": LossConfig.official(point=True),
-           "grad_conf": LossConfig(gradient="grad_conf", point_grad=1, point_gradient="normal_conf"),
-           "more": LossConfig(depth_normal=1, window=2, confidence_error="relative", scale="base")}
+CONFIGS = {
+    "default": LossConfig(),
+    "points": LossConfig(point_conf=1, point_reg=1, point_grad=1),
+    "official": LossConfig.official(point=True),
+    "grad_conf": LossConfig(gradient="grad_conf", point_grad=1, point_gradient="normal_conf"),
+    "more": LossConfig(depth_normal=1, window=2, confidence_error="relative", scale="base"),
+}
 KEEP = LossConfig(base_consistency=2, depth_normal=1, scale="base")
 
 
@@ -279,11 +319,14 @@ def test_weights():
     outputs, batch = scene()
     plain = training_loss(outputs, batch)
     random = torch.rand(batch["depth"].shape, generator=torch.Generator().manual_seed(3)) + 0.01
-    ones, one, ten = (training_loss(outputs, batch | {"weight": w}) for w in (torch.ones_like(random), random, 10 * random))
+    ones, one, ten = (
+        training_loss(outputs, batch | {"weight": w}) for w in (torch.ones_like(random), random, 10 * random)
+    )
     for name, value in plain.terms.items():
         assert torch.equal(ones.terms[name], value)  # weights of 1 change no bit
         assert one.terms[name].item() == pytest.approx(ten.terms[name].item(), rel=1e-6)  # only their ratio matters
-        assert (one.terms[name] != value) == name.startswith("depth_")  # every depth term honours them, no camera term does
+        # every depth term honours them, no camera term does
+        assert (one.terms[name] != value) == name.startswith("depth_")
     half = batch["valid"] & (random > 0.5)
     dropped = training_loss(outputs, batch | {"weight": half.float()})
     masked = training_loss(outputs, batch | {"valid": half})
@@ -293,10 +336,14 @@ def test_weights():
 
 def test_a_target_without_trust_moves_no_term():
     outputs, batch = scene(0.9)
-    config = LossConfig(point_conf=1, point_reg=1, point_grad=1, depth_normal=1, window=3, quantile=0)  # the filter looks at values, whatever their weight
+    # the filter looks at values, whatever their weight
+    config = LossConfig(point_conf=1, point_reg=1, point_grad=1, depth_normal=1, window=3, quantile=0)
     trust = torch.where(torch.arange(42) < 21, 1.0, 1e-9).expand(batch["depth"].shape)
     wrong = torch.where(trust < 1, batch["depth"] * 1.3, batch["depth"])
-    sound, spoilt = (training_loss(outputs, batch | {"weight": trust, "depth": depth, "scale": 4.0}, config) for depth in (batch["depth"], wrong))
+    sound, spoilt = (
+        training_loss(outputs, batch | {"weight": trust, "depth": depth, "scale": 4.0}, config)
+        for depth in (batch["depth"], wrong)
+    )
     for name, value in sound.terms.items():
         assert spoilt.terms[name].item() == pytest.approx(value.item(), rel=2e-3), name
 
@@ -308,7 +355,12 @@ def test_a_pair_counts_as_its_worse_end():
 
 def test_window_pixels_count_more_by_the_stated_factor():
     outputs, batch = scene()
-    parts = {w: training_loss(outputs, batch, LossConfig(camera=0, depth_conf=0, depth_grad=0, depth_normal=0, window=w, quantile=0)).terms["depth_reg"] for w in (0, 1, 3)}
+    parts = {
+        w: training_loss(
+            outputs, batch, LossConfig(camera=0, depth_conf=0, depth_grad=0, depth_normal=0, window=w, quantile=0)
+        ).terms["depth_reg"]
+        for w in (0, 1, 3)
+    }
     assert (parts[3] - parts[0]).item() == pytest.approx(3 * (parts[1] - parts[0]).item(), rel=1e-4)
     truth, _ = prepare_batch(batch, LossConfig())
     error = (outputs["depth"][..., 0] - truth["depth"]).abs()
@@ -319,15 +371,22 @@ def test_window_pixels_count_more_by_the_stated_factor():
 def test_the_base_holds_pixels_without_truth_and_no_others():
     outputs, batch = scene()
     leaves(outputs)
-    result = training_loss(outputs, batch, LossConfig(camera=0, depth_conf=0, depth_reg=1e-9, depth_grad=0, base_consistency=1))
+    result = training_loss(
+        outputs, batch, LossConfig(camera=0, depth_conf=0, depth_reg=1e-9, depth_grad=0, base_consistency=1)
+    )
     result.total.backward()
     gradient = outputs["depth"].grad[..., 0]
     assert (gradient[batch["valid"]].abs() < 1e-9).all() and (gradient[~batch["valid"]] != 0).all()
     assert result.counts["pixels_kept_near_base"] == int((~batch["valid"]).sum())
-    right = {**outputs, "depth": batch["base_prediction"] * 0.3}  # the base's shape, in the unit of a truth that is 0.3 times the base
-    kept = training_loss(right, batch | {"depth": batch["base_prediction"] * 6, "scale": 20.0}, LossConfig(base_consistency=1))
+    # the base's shape, in the unit of a truth that is 0.3 times the base
+    right = {**outputs, "depth": batch["base_prediction"] * 0.3}
+    kept = training_loss(
+        right, batch | {"depth": batch["base_prediction"] * 6, "scale": 20.0}, LossConfig(base_consistency=1)
+    )
     assert kept.terms["base_consistency"].item() == pytest.approx(0, abs=1e-5)
-    full = training_loss(outputs, batch | {"valid": torch.ones_like(batch["valid"]), "depth": torch.full_like(batch["depth"], 5.0)}, KEEP)
+    full = training_loss(
+        outputs, batch | {"valid": torch.ones_like(batch["valid"]), "depth": torch.full_like(batch["depth"], 5.0)}, KEEP
+    )
     assert full.left_out == {"base_consistency": "every pixel is supervised"}
 
 
@@ -338,7 +397,10 @@ def test_the_unit_of_the_base_does_not_depend_on_what_supervises():
     for valid in (batch["valid"], near, batch["valid"] & ~near):
         truth, _ = prepare_batch(batch | {"valid": valid}, LossConfig(scale="base"))
         assert truth["scale"].tolist() == pytest.approx([7, 7], rel=1e-5)
-    lengths = [prepare_batch(batch | {"valid": valid}, LossConfig())[0]["scale"][0].item() for valid in (near, batch["valid"] & ~near)]
+    lengths = [
+        prepare_batch(batch | {"valid": valid}, LossConfig())[0]["scale"][0].item()
+        for valid in (near, batch["valid"] & ~near)
+    ]
     assert lengths[1] > 1.3 * lengths[0]  # the mean distance of the points does
 
 
@@ -350,7 +412,9 @@ def test_unit_of_the_scene_does_not_matter():
     larger["world_to_cam"][..., :3, 3] *= 50
     assert training_loss(outputs, larger).total.item() == pytest.approx(wanted, rel=1e-4)
     assert training_loss(outputs, larger | {"metric": True}).counts["pixels_out_of_range"] == int(batch["valid"].sum())
-    assert training_loss(outputs, larger | {"metric": [True, False]}).counts["pixels_out_of_range"] == int(batch["valid"][0].sum())
+    assert training_loss(outputs, larger | {"metric": [True, False]}).counts["pixels_out_of_range"] == int(
+        batch["valid"][0].sum()
+    )
     assert training_loss(outputs, larger | {"metric": True}, LossConfig.official()).counts["pixels_out_of_range"] == 0
 
 
@@ -377,8 +441,13 @@ def test_isolated_pixels_leave_the_gradient_term_out():
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), KEEP], ids=[*CONFIGS, "keep"])
-@pytest.mark.parametrize("damage", ["nothing valid", "one pixel", "one frame", "depth nan", "depth inf", "depth 0", "depth negative", "poses nan",
-                                    "poses inf", "K nan", "weight 0", "weight nan", "size 1x1"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "nothing valid", "one pixel", "one frame", "depth nan", "depth inf", "depth 0", "depth negative", "poses nan",
+        "poses inf", "K nan", "weight 0", "weight nan", "size 1x1",
+    ],
+)
 def test_degenerate_input_gives_finite_numbers(damage, config):
     outputs, batch = scene(size=(1, 1) if damage == "size 1x1" else (28, 42))
     kind, _, value = damage.partition(" ")

@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vggt_lora.core import ConfigError
-from vggt_lora.evaluation.metrics import ALIGNMENTS, ERRORS, FITTED_PIXELS, align_depth, depth_metrics, evaluate_frames, summarise
+from vggt_lora.evaluation.metrics import (
+    ALIGNMENTS, ERRORS, FITTED_PIXELS, align_depth, depth_metrics, evaluate_frames, summarise,
+)
 
 SEEDS = st.integers(0, 2 ** 32 - 1)
 
@@ -53,7 +55,9 @@ def test_least_squares_agrees_with_scipy(seed):
 def test_unit_of_the_prediction_does_not_matter_once_aligned(seed, how, unit):
     pred, truth, valid = maps(seed)
     here, there = (depth_metrics(align_depth(p, truth, valid, how)[0], truth, valid) for p in (pred, unit * pred))
-    same = all(here[name] == pytest.approx(there[name], rel=1e-6, abs=1e-9) for name in ("mae", "rmse", "absrel", "sqrel"))
+    same = all(
+        here[name] == pytest.approx(there[name], rel=1e-6, abs=1e-9) for name in ("mae", "rmse", "absrel", "sqrel")
+    )
     assert same or how == "none"
 
 
@@ -67,7 +71,8 @@ def test_other_pixels_do_not_matter(seed, how, garbage):
         aligned_too, found_too = align_depth(bad_pred, bad_truth, valid, how)
     assert found == found_too
     assert depth_metrics(aligned, truth, valid) == depth_metrics(aligned_too, bad_truth, valid)
-    marked = valid | (np.arange(truth.size).reshape(truth.shape) % 2 == 0)  # marked valid, but without a truth: not counted either
+    # marked valid, but without a truth: not counted either
+    marked = valid | (np.arange(truth.size).reshape(truth.shape) % 2 == 0)
     if not garbage > 0 or not np.isfinite(garbage):
         assert depth_metrics(aligned, bad_truth, marked) == depth_metrics(aligned, truth, valid)
 
@@ -77,7 +82,9 @@ def test_other_pixels_do_not_matter(seed, how, garbage):
 def test_more_freedom_never_gives_a_larger_squared_error(seed):
     pred, truth, valid = maps(seed)
     rmse = {how: depth_metrics(align_depth(pred, truth, valid, how)[0], truth, valid)["rmse"] for how in ALIGNMENTS}
-    assert rmse["scale+shift"] <= rmse["scale"] * (1 + 1e-12) and rmse["scale"] <= min(rmse["median"], rmse["none"]) * (1 + 1e-12)
+    assert rmse["scale+shift"] <= rmse["scale"] * (1 + 1e-12) and rmse["scale"] <= min(rmse["median"], rmse["none"]) * (
+        1 + 1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -97,7 +104,8 @@ def test_a_perfect_prediction():
 
 def test_a_negative_depth_fails_delta_and_is_counted():
     pred, truth = np.tile([1.0, 2.0, 3.0, 4.0], 3), np.tile([0.1, 0.1, 0.1, 8.0], 3)
-    aligned, found = align_depth(pred, truth, truth > 0, "scale+shift")  # by hand: 2.37 p - 3.85, so the nearest lies behind the camera
+    # by hand: 2.37 p - 3.85, so the nearest lies behind the camera
+    aligned, found = align_depth(pred, truth, truth > 0, "scale+shift")
     assert (found["scale"], found["shift"]) == pytest.approx((2.37, -3.85))
     numbers = depth_metrics(aligned, truth, truth > 0)
     assert numbers["nonpositive"] == 3 and numbers["nonfinite"] == 0
@@ -113,8 +121,9 @@ def test_windows_share_one_alignment_and_rows_keep_their_order():
         truth = random.uniform(1, 9, (4, 5 + number))
         frames.append((truth * (number + 1), truth, truth > 2, {"frame": number, "sequence": number % 2}))
     rows = evaluate_frames(frames, ["scale", "median"], scope="sequence")
-    assert [(row["frame"], row["alignment"]) for row in rows[:4]] == [(0, "scale per sequence"), (0, "median per sequence"),
-                                                                     (1, "scale per sequence"), (1, "median per sequence")]
+    assert [(row["frame"], row["alignment"]) for row in rows[:4]] == [
+        (0, "scale per sequence"), (0, "median per sequence"), (1, "scale per sequence"), (1, "median per sequence"),
+    ]
     for window in (0, 1):
         group = [row for row in rows if row["sequence"] == window and row["alignment"] == "scale per sequence"]
         mine = frames[window::2]
@@ -129,7 +138,9 @@ def test_windows_share_one_alignment_and_rows_keep_their_order():
 def test_summary_keeps_alignments_apart_and_counts_frames():
     pred, truth, valid = maps(1)
     nowhere = np.zeros_like(valid)
-    rows = evaluate_frames([(pred, truth, valid, {}), (pred, truth, nowhere, {}), (np.full_like(pred, np.nan), truth, valid, {})])
+    rows = evaluate_frames(
+        [(pred, truth, valid, {}), (pred, truth, nowhere, {}), (np.full_like(pred, np.nan), truth, valid, {})]
+    )
     table = {line["alignment"]: line for line in summarise(rows)}
     assert set(table) == {"none", "median per image", "scale per image", "scale+shift per image"}
     for line in table.values():
@@ -147,7 +158,9 @@ def test_a_fit_without_freedom_is_no_result(how, pixels):
     few.flat[:pixels] = True
     measured = pixels >= (1 if how == "none" else FITTED_PIXELS)
     aligned, found = align_depth(pred, truth, few, how)
-    assert found["pixels"] == pixels and np.isfinite([found["scale"], found["shift"]]).all() == (how == "none" and pixels > 0 or measured)
+    assert found["pixels"] == pixels and np.isfinite([found["scale"], found["shift"]]).all() == (
+        how == "none" and pixels > 0 or measured
+    )
     assert np.isfinite(depth_metrics(aligned, truth, few)["absrel"]) == measured
     line, = summarise(evaluate_frames([(pred, truth, few, {}), (pred, truth, truth > 0, {})], [how]))
     assert (line["frames"], line["frames_left_out"]) == (1 + measured, 1 - measured)

@@ -1,10 +1,10 @@
 """The model against a few numbers that travel with the project, for checkouts without the official reference folder.
 
-tests/data/model_golden.safetensors holds, copied, the official code's inputs, weights and outputs of single modules (rotary
-embedding, position table, blocks, norms with small inputs, residual unit, fusion block, embeddings, activations). For the
-wiring as a whole it holds a certified fingerprint: outputs and gradient norms of this project's own model with weights by
-formula, recorded by tests/data/make_model_golden.py at a state of the code where the model met every official golden number,
-which that script checks before it records.
+tests/data/model_golden.safetensors holds, copied, the official code's inputs, weights and outputs of single modules
+(rotary embedding, position table, blocks, norms with small inputs, residual unit, fusion block, embeddings,
+activations). For the wiring as a whole it holds a certified fingerprint: outputs and gradient norms of this project's
+own model with weights by formula, recorded by tests/data/make_model_golden.py at a state of the code where the model
+met every official golden number, which that script checks before it records.
 """
 import hashlib
 import importlib.util
@@ -80,7 +80,9 @@ def test_final_norm_of_the_vit(official):
 
 def test_epsilon_of_every_norm():
     """1e-6 inside the ViT, 1e-5 everywhere else (spec 3); a wrong one changes outputs only where inputs are small."""
-    norms = {name: module for name, module in VGGT(VGGTConfig.golden()).named_modules() if isinstance(module, nn.LayerNorm)}
+    norms = {
+        name: module for name, module in VGGT(VGGTConfig.golden()).named_modules() if isinstance(module, nn.LayerNorm)
+    }
     assert len(norms) > 40
     assert {name: norm.eps for name, norm in norms.items()} == {
         name: 1e-6 if name.startswith("aggregator.patch_embed.") else 1e-5 for name in norms}
@@ -110,9 +112,14 @@ def test_keys_shapes_and_dtypes_of_the_published_network():
     """A digest of the published state dict's keys, so that a renamed key is seen without the official list."""
     with torch.device("meta"):
         state = VGGT(VGGTConfig.vggt_1b()).state_dict()
-    text = "".join(f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}\n" for name, tensor in sorted(state.items()))
+    text = "".join(
+        f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}\n"
+        for name, tensor in sorted(state.items())
+    )
     assert len(state) == 1797
-    assert hashlib.sha256(text.encode()).hexdigest() == "8eb5c8992c20c260c989197623730e23345bd9f37ede00b56126964bf238176e"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "8eb5c8992c20c260c989197623730e23345bd9f37ede00b56126964bf238176e"
+    )
 
 
 @torch.no_grad()
@@ -130,7 +137,10 @@ def test_uv_embedding(official):
         width, height = map(int, cells.split("x"))
         y, x = uv_axes((height, width), float(aspect))
         agree(torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1), official[f"uv.{name}"])
-        agree(10 * add_uv(torch.zeros(1, 24, height, width), float(aspect))[0].permute(1, 2, 0), official[f"uv_embed24.{name}"])
+        agree(
+            10 * add_uv(torch.zeros(1, 24, height, width), float(aspect))[0].permute(1, 2, 0),
+            official[f"uv_embed24.{name}"],
+        )
 
 
 def test_activations(official):
@@ -152,4 +162,6 @@ def test_certified_fingerprint(golden):
 
 
 def test_formula_is_the_same_everywhere():
-    assert [round(float(value) * 2**23) for value in maker.formula("a", (4,))] == [6874749, -3997712, -5315066, -3922058]
+    assert [round(float(value) * 2**23) for value in maker.formula("a", (4,))] == [
+        6874749, -3997712, -5315066, -3922058,
+    ]

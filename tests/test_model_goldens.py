@@ -17,7 +17,9 @@ from vggt_lora.reference_data import reference
 
 pytestmark = pytest.mark.skipif(
     reference("tiny_outputs.safetensors") is None,
-    reason="the official reference numbers (shared/reference) are absent; test_model_fallback.py checks a few copied ones")
+    reason="the official reference numbers (shared/reference) are absent; test_model_fallback.py checks a few copied "
+           "ones",
+)
 
 TOLERANCES = {"depth": 2e-4, "world_points": 2e-4, "depth_conf": 5e-5, "world_points_conf": 5e-5}
 
@@ -51,12 +53,24 @@ def test_golden_config_is_the_recorded_one():
     nested = json.loads(reference("tiny_config.json").read_text())["config"]
     vit, camera, depth = nested["patch_embed"], nested["camera_head"], nested["depth_head"]
     config = VGGTConfig(
-        img_size=nested["img_size"], patch_size=nested["patch_size"], embed_dim=nested["embed_dim"], depth=nested["depth"],
-        num_heads=nested["num_heads"], mlp_ratio=nested["mlp_ratio"], num_register_tokens=nested["num_register_tokens"],
-        rope_base=float(nested["rope_freq"]), vit_depth=vit["depth"], vit_num_heads=vit["num_heads"],
-        camera_trunk_depth=camera["trunk_depth"], camera_num_heads=camera["num_heads"],
-        camera_iterations=camera["num_iterations"], track_head=False, dpt_features=depth["features"],
-        dpt_out_channels=depth["out_channels"], dpt_layers=depth["intermediate_layer_idx"])
+        img_size=nested["img_size"],
+        patch_size=nested["patch_size"],
+        embed_dim=nested["embed_dim"],
+        depth=nested["depth"],
+        num_heads=nested["num_heads"],
+        mlp_ratio=nested["mlp_ratio"],
+        num_register_tokens=nested["num_register_tokens"],
+        rope_base=float(nested["rope_freq"]),
+        vit_depth=vit["depth"],
+        vit_num_heads=vit["num_heads"],
+        camera_trunk_depth=camera["trunk_depth"],
+        camera_num_heads=camera["num_heads"],
+        camera_iterations=camera["num_iterations"],
+        track_head=False,
+        dpt_features=depth["features"],
+        dpt_out_channels=depth["out_channels"],
+        dpt_layers=depth["intermediate_layer_idx"],
+    )
     assert config == VGGTConfig.golden()
 
 
@@ -64,7 +78,9 @@ def test_real_keys_shapes_and_dtypes():
     with torch.device("meta"):
         state = VGGT(VGGTConfig.vggt_1b()).state_dict()
     content = json.loads(reference("vggt_1b_state_dict.json").read_text())
-    official = next(v for v in content.values() if isinstance(v, dict) and isinstance(v.get("aggregator.camera_token"), dict))
+    official = next(
+        v for v in content.values() if isinstance(v, dict) and isinstance(v.get("aggregator.camera_token"), dict)
+    )
     ours = {name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for name, t in state.items()}
     assert len(ours) == 1797 and ours == official
 
@@ -77,7 +93,9 @@ def test_outputs(model, golden, case):
         torch.testing.assert_close(got, golden[name], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
         checked.append(name)
 
-    internals = sorted(name.removeprefix(f"{case}.depth_head.") for name in golden if name.startswith(f"{case}.depth_head."))
+    internals = sorted(
+        name.removeprefix(f"{case}.depth_head.") for name in golden if name.startswith(f"{case}.depth_head.")
+    )
     seen, handles = record(model.depth_head, internals)
     more, more_handles = record(model, ["aggregator.patch_embed"])
     images = golden[f"{case}.images"]
@@ -95,7 +113,9 @@ def test_outputs(model, golden, case):
         agree(out[name], f"{case}.{name}", tolerance)
     for name in internals:
         agree(seen[name][0], f"{case}.depth_head.{name}", 2e-5)
-    assert sorted([*checked, f"{case}.images"]) == sorted(name for name in golden if name.startswith(f"{case}.")), "a golden was left out"
+    assert sorted([*checked, f"{case}.images"]) == sorted(name for name in golden if name.startswith(f"{case}.")), (
+        "a golden was left out"
+    )
 
 
 def micro_outputs(model, micro):
@@ -110,7 +130,10 @@ def micro_outputs(model, micro):
     yield "dino_block0.out", aggregator.patch_embed.blocks[0](micro["dino_block0.in"])
     yield "frame_block0.out", aggregator.frame_blocks[0](micro["frame_block0.in"], rope["frame_block0"])
     yield "global_block1.out", aggregator.global_blocks[1](micro["global_block1.in"], rope["global_block1"])
-    yield "frame_block0_attn.out", aggregator.frame_blocks[0].attn(micro["frame_block0_attn.in"], rope["frame_block0_attn"])
+    yield (
+        "frame_block0_attn.out",
+        aggregator.frame_blocks[0].attn(micro["frame_block0_attn.in"], rope["frame_block0_attn"]),
+    )
     yield "dino_norm.out", aggregator.patch_embed.norm(micro["dino_norm.in"])
     yield "q_norm.out", aggregator.frame_blocks[0].attn.q_norm(micro["q_norm.in"])
     yield "trunk_block0.out", camera.trunk[0](micro["trunk_block0.in"])
@@ -144,6 +167,8 @@ def test_micro(model, micro):
     with torch.no_grad():
         for name, got in micro_outputs(model, micro):
             tolerance = 2e-6 + 2e-6 * micro[name].abs().max().item()
-            torch.testing.assert_close(got, micro[name], rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                got, micro[name], rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+            )
             checked.add(name)
     assert checked == expected and len(checked) == 35

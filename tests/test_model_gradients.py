@@ -1,7 +1,7 @@
 """Gradients of the full objective with respect to all 346 trained tensors of the tiny model, against the official ones.
 
-Losses see targets that the official code normalised, so this tests the model's backward pass and the loss terms, and not the
-normalisation (tests/test_losses.py does). Skipped with a message where the reference is absent.
+Losses see targets that the official code normalised, so this tests the model's backward pass and the loss terms, and
+not the normalisation (tests/test_losses.py does). Skipped with a message where the reference is absent.
 """
 import json
 
@@ -25,10 +25,14 @@ def data():
 def objective(out, data):
     """Return the official objective (spec 13.3: camera 5, depth 1, points 1 with normals) and its parts."""
     valid = data["raw.point_masks"]
-    camera = camera_loss(out.pose_enc_list, data["norm.extrinsics"], data["raw.intrinsics"], valid, (56, 84), rule="first", min_valid=100)
+    camera = camera_loss(
+        out.pose_enc_list, data["norm.extrinsics"], data["raw.intrinsics"], valid, (56, 84), rule="first", min_valid=100
+    )
     options = {"min_valid": 100, "confidence_on_invalid": True}
     depth = depth_loss(out.depth, out.depth_conf, data["norm.depths"], valid, gradient="grad", **options)
-    points = point_loss(out.world_points, out.world_points_conf, data["norm.world_points"], valid, gradient="normal", **options)
+    points = point_loss(
+        out.world_points, out.world_points_conf, data["norm.world_points"], valid, gradient="normal", **options
+    )
     parts = {"loss_camera": camera.total}
     parts |= {f"loss_{name}_depth": term for name, term in depth.terms.items()}
     parts |= {f"loss_{name}_point": term for name, term in points.terms.items()}

@@ -90,7 +90,9 @@ def load(names, hub, home, **extra):
     """Load by hub name in a process of its own: the hub's address is read at import."""
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
                    "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **extra}
-    result = subprocess.run([sys.executable, "-c", LOAD, *names], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, *names], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert result.returncode == 0, result.stderr
     return [line for line in result.stdout.splitlines() if line]
 
@@ -104,7 +106,9 @@ def test_hub_names(hub, model, tmp_path):
     assert absent.startswith("refused: cannot fetch 'someone/absent' from the hub: RepositoryNotFoundError")
     # what was fetched once is there without a network, and what was not is refused
     new, absent = load([names[0], names[3]], "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
-    assert new.split() == ["someone/new", "347", total] and absent.startswith("refused: hub repository 'someone/absent'")
+    assert new.split() == ["someone/new", "347", total] and absent.startswith(
+        "refused: hub repository 'someone/absent'"
+    )
 
 
 @pytest.mark.parametrize("track_head", [True, False])
@@ -121,14 +125,20 @@ def test_published_sizes_are_recognised(track_head):
         config_from_shapes({"weight": (3, 3)}, "file")
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"aggregator.frame_blocks.x.y": (3,)}, "file: not VGGT weights: found aggregator.frame_blocks.x, expected"),
-    ({"aggregator.camera_token": ()}, r"file: not VGGT weights: aggregator.camera_token has shape \(\), expected 4 axes"),
-    ({"aggregator.register_token": (5,)}, r"aggregator.register_token has shape \(5,\), expected 4 axes"),
-    ({"aggregator.patch_embed.pos_embed": (5,)}, "pos_embed has shape"),
-    ({"aggregator.frame_blocks.0.attn.q_norm.weight": (0,)}, r"q_norm.weight has shape \(0,\)"),
-    ({"depth_head.projects.0.weight": ()}, "depth_head.projects.0.weight has shape"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"aggregator.frame_blocks.x.y": (3,)}, "file: not VGGT weights: found aggregator.frame_blocks.x, expected"),
+        (
+            {"aggregator.camera_token": ()},
+            r"file: not VGGT weights: aggregator.camera_token has shape \(\), expected 4 axes",
+        ),
+        ({"aggregator.register_token": (5,)}, r"aggregator.register_token has shape \(5,\), expected 4 axes"),
+        ({"aggregator.patch_embed.pos_embed": (5,)}, "pos_embed has shape"),
+        ({"aggregator.frame_blocks.0.attn.q_norm.weight": (0,)}, r"q_norm.weight has shape \(0,\)"),
+        ({"depth_head.projects.0.weight": ()}, "depth_head.projects.0.weight has shape"),
+    ],
+)
 def test_shapes_that_are_no_vggt_are_named(model, change, words):
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     with pytest.raises(WeightsError, match=words):
@@ -140,7 +150,9 @@ def test_a_file_that_lost_a_head_says_so(model, tmp_path, head):
     path = tmp_path / "model.safetensors"
     save_file({name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{head}.")}, path)
     report = VGGT.from_pretrained(path).load_report
-    assert report.absent == tuple(sorted((head, "track_head"))) and f"not in the file: {head}, track_head" in str(report)
+    assert report.absent == tuple(sorted((head, "track_head"))) and f"not in the file: {head}, track_head" in str(
+        report
+    )
     with pytest.raises(WeightsError, match=f"model.safetensors: holds no {head}"):
         VGGT.from_pretrained(path, **{head: True})
     save_file(model.state_dict(), path)
@@ -150,7 +162,9 @@ def test_a_file_that_lost_a_head_says_so(model, tmp_path, head):
 
 def test_images_of_another_dtype_are_refused_with_the_remedy(model):
     for run in (model, model.encode):
-        with pytest.raises(ConfigError, match=r"images are float64, the weights float32: give images.to\(torch.float32\)"):
+        with pytest.raises(
+            ConfigError, match=r"images are float64, the weights float32: give images.to\(torch.float32\)"
+        ):
             run(torch.rand(1, 3, 28, 28, dtype=torch.float64))
         with pytest.raises(ConfigError, match="images are bfloat16, the weights float32"):
             run(torch.rand(1, 3, 28, 28).bfloat16())
@@ -177,7 +191,9 @@ def test_faults_name_file_and_tensor(model, tmp_path):
         VGGT.from_pretrained(folder)
     save_file(whole, path)
     (folder / "config.json").write_text(json.dumps({"model_type": "vggt_lora", "embed_dims": 64}))
-    with pytest.raises(WeightsError, match="config.json: unknown VGGTConfig field 'embed_dims'.*Did you mean 'embed_dim'"):
+    with pytest.raises(
+        WeightsError, match="config.json: unknown VGGTConfig field 'embed_dims'.*Did you mean 'embed_dim'"
+    ):
         VGGT.from_pretrained(folder)
 
 
@@ -208,7 +224,9 @@ def test_track_head_weights_are_held_and_saved(tmp_path):
 
 
 def test_the_shipped_network_is_whole_or_named(model, tmp_path):
-    """One error for every fault of a shipped network, with the file, the fault and the remedy; the rest is in nbs/model/embedded."""
+    """One error for every fault of a shipped network, with the file, the fault and the remedy; the rest is in
+    nbs/model/embedded.
+    """
     from vggt_lora.model.embedded import write_shipped
     from vggt_lora.model.weights import find_weights
 

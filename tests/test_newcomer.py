@@ -1,4 +1,6 @@
-"""The newcomer's log: steps are timed once and remembered, a step that ends otherwise than expected ends the walk, and the page names no machine."""
+"""The newcomer's log: steps are timed once and remembered, a step that ends otherwise than expected ends the walk, and
+the page names no machine.
+"""
 import json
 import re
 import sys
@@ -34,14 +36,22 @@ def walked(tmp_path):
     python.chmod(0o755)
     journey = newcomer.Journey(folder)
     for name in ("clone", "environment", "doctor", "doctor_no_data", "doctor_half_weights", "train", "evaluate"):
-        journey.done[name] = {"command": f"do {name}", "seconds": 100.0, "lines": [f"line of {name}", "held-out loss 1.2 -> 0.9; results in outputs/b-20300101-101112"], "status": int("no_" in name or "half" in name)}
+        journey.done[name] = {
+            "command": f"do {name}",
+            "seconds": 100.0,
+            "lines": [f"line of {name}", "held-out loss 1.2 -> 0.9; results in outputs/b-20300101-101112"],
+            "status": int("no_" in name or "half" in name),
+        }
     return journey
 
 
 def test_a_step_is_timed_once_and_a_wrong_end_is_an_end(tmp_path):
     (tmp_path / newcomer.CLONE).mkdir()
     (tmp_path / "cache").mkdir()
-    command = f"echo $VGGT_LORA_CACHE/frames {tmp_path}/{newcomer.CLONE}/x https://index.example/simple; echo once >> {tmp_path}/count; echo ${{VGGT_LORA_SHARED:-unset}}"
+    command = (
+        f"echo $VGGT_LORA_CACHE/frames {tmp_path}/{newcomer.CLONE}/x https://index.example/simple; echo once >> "
+        f"{tmp_path}/count; echo ${{VGGT_LORA_SHARED:-unset}}"
+    )
     for _ in range(2):  # the second journey is another process that goes on
         step = newcomer.Journey(tmp_path).step("say", command)
     assert (tmp_path / "count").read_text() == "once\n"
@@ -55,8 +65,11 @@ def test_a_step_is_timed_once_and_a_wrong_end_is_an_end(tmp_path):
 
 def test_the_page_holds_the_steps_and_no_machine(walked):
     text = newcomer.page(walked)
-    for said in ("| `do environment` | 1 min 40 s |", "line of doctor_no_data", "the exit status is 1", "> **AbsRel 0.12 → 0.09: better.**", "1,234 points", "outputs/b-<date>-<time>/clouds/hall-adapted.glb",
-                 "**11 min 40 s**"):
+    for said in (
+        "| `do environment` | 1 min 40 s |", "line of doctor_no_data", "the exit status is 1",
+        "> **AbsRel 0.12 → 0.09: better.**", "1,234 points", "outputs/b-<date>-<time>/clouds/hall-adapted.glb",
+        "**11 min 40 s**",
+    ):
         assert said in text, said
     assert "no verdict" not in text and str(walked.folder) not in text and "20300101" not in text
 

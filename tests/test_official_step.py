@@ -1,4 +1,6 @@
-"""The comparison with the official loop, on a checkout of its layout whose network is this project's own: names, layers and loss reach each other."""
+"""The comparison with the official loop, on a checkout of its layout whose network is this project's own: names, layers
+and loss reach each other.
+"""
 import re
 import subprocess
 import sys
@@ -14,7 +16,8 @@ from vggt_lora.model.vggt import VGGT as Ours, VGGTConfig
 class VGGT(Ours):
     def __init__(self, img_size, patch_size, embed_dim, enable_camera, enable_point, enable_depth, enable_track):
         super().__init__(dataclasses.replace(VGGTConfig.tiny(), point_head=enable_point, track_head=enable_track))
-        assert (img_size, patch_size, embed_dim) == (self.config.img_size, self.config.patch_size, self.config.embed_dim)
+        c = self.config
+        assert (img_size, patch_size, embed_dim) == (c.img_size, c.patch_size, c.embed_dim)
         assert enable_camera and enable_depth
 """
 LOSS = """
@@ -35,12 +38,16 @@ class MultitaskLoss(torch.nn.Module):
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "benchmarks/official_step.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "benchmarks/official_step.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    for name, content in {"vggt/__init__.py": "", "vggt/models/__init__.py": "", "vggt/models/vggt.py": MODEL, "training/loss.py": LOSS}.items():
+    for name, content in {
+        "vggt/__init__.py": "", "vggt/models/__init__.py": "", "vggt/models/vggt.py": MODEL, "training/loss.py": LOSS,
+    }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
@@ -54,7 +61,10 @@ def test_a_folder_without_the_official_code_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_both_sides_are_measured(checkout):
-    done = run("--official", str(checkout), "--size", "tiny", "--shape", "2x28x42", "--device", "cpu", "--strategies", "forward,b", "--rounds", "1")
+    done = run(
+        "--official", str(checkout), "--size", "tiny", "--shape", "2x28x42", "--device", "cpu", "--strategies",
+        "forward,b", "--rounds", "1",
+    )
     assert done.returncode == 0, done.stderr
     rows = done.stdout.strip().splitlines()[2:]
     assert [row.split()[0] for row in rows] == ["forward", "b"]
@@ -69,5 +79,8 @@ def test_other_numbers_of_the_same_network_are_refused(checkout):
         found = super().forward(images)
         return found | {"depth": 2 * found["depth"]}
 """)
-    done = run("--official", str(checkout), "--size", "tiny", "--shape", "2x28x42", "--device", "cpu", "--strategies", "forward", "--rounds", "1")
+    done = run(
+        "--official", str(checkout), "--size", "tiny", "--shape", "2x28x42", "--device", "cpu", "--strategies",
+        "forward", "--rounds", "1",
+    )
     assert done.returncode and "the two forward passes differ" in done.stderr

@@ -18,7 +18,9 @@ FAMILIES = {"vggt": VGGTConfig.golden, "omega": VGGTConfig.omega_golden}
 
 
 def awake(config, seed=0):
-    """Return a network of random weights in which every part does something: fresh LayerScales nearly switch a block off."""
+    """Return a network of random weights in which every part does something: fresh LayerScales nearly switch a block
+    off.
+    """
     torch.manual_seed(seed)
     model = VGGT(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -50,13 +52,19 @@ def test_stop_and_go_from_every_layer(model):
         for layer in range(-1, model.config.depth):
             state = AggregatorState.from_tensors(model.encode(photos(model, batch=2), stop_after=layer).to_tensors())
             again = model(state=state)
-            assert all(torch.equal(again[name], straight[name]) for name in straight if isinstance(straight[name], torch.Tensor)), layer
+            assert all(
+                torch.equal(again[name], straight[name])
+                for name in straight
+                if isinstance(straight[name], torch.Tensor)
+            ), layer
 
 
 def test_later_frames_are_interchangeable(model):
     images = photos(model)
     with torch.no_grad():
-        straight, swapped, first = (model(images[:, order]).pose_enc[:, order] for order in ([0, 1, 2], [0, 2, 1], [1, 0, 2]))
+        straight, swapped, first = (
+            model(images[:, order]).pose_enc[:, order] for order in ([0, 1, 2], [0, 2, 1], [1, 0, 2])
+        )
     torch.testing.assert_close(swapped, straight, atol=1e-4, rtol=1e-4)
     assert (first - straight).abs().max() > 1e-3
 
@@ -75,7 +83,9 @@ def test_saved_and_loaded_in_both_layouts(model, tmp_path):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_adapter_goes_all_ways(model, tmp_path, strategy):
-    """Untrained it changes nothing; trained it is saved, loaded, merged and exported, always with the same outputs; the rest of the file stays."""
+    """Untrained it changes nothing; trained it is saved, loaded, merged and exported, always with the same outputs; the
+    rest of the file stays.
+    """
     base = model.save_pretrained(tmp_path / "base")
     images = photos(model)
     with torch.no_grad():
@@ -94,12 +104,16 @@ def test_an_adapter_goes_all_ways(model, tmp_path, strategy):
         torch.testing.assert_close(merge(again)(images).depth, trained, rtol=1e-4, atol=1e-5)
     report = export_merged(folder, tmp_path / "merged")
     torch.testing.assert_close(VGGT.from_pretrained(tmp_path / "merged")(images).depth, trained, rtol=1e-4, atol=1e-5)
-    assert report.merged == len(targets.named("adapted")) and set(load_file(tmp_path / "merged/model.safetensors")) == set(load_file(base / "model.safetensors"))
+    assert report.merged == len(targets.named("adapted")) and set(
+        load_file(tmp_path / "merged/model.safetensors")
+    ) == set(load_file(base / "model.safetensors"))
     export_adapter(folder, tmp_path / "portable")
 
 
 def test_the_frozen_beginning(model):
-    """Strategy b leaves the first half alone; the name of what is kept does not depend on what comes after, adapters included."""
+    """Strategy b leaves the first half alone; the name of what is kept does not depend on what comes after, adapters
+    included.
+    """
     half = model.config.depth // 2
     alone = feature_fingerprint(model, half - 1)
     images = photos(model)
@@ -138,7 +152,9 @@ def test_frame_blocks_are_not_mistaken_for_inter_frame_blocks():
 
 
 def test_dora_is_right_on_folded_biases(tmp_path):
-    """DoRA computes with the stored bias: on a layer that multiplies by a mask it would be wrong, on a folded one it is right."""
+    """DoRA computes with the stored bias: on a layer that multiplies by a mask it would be wrong, on a folded one it is
+    right.
+    """
     state = awake(VGGTConfig.omega_golden()).state_dict()
     for name in [name for name in state if name.endswith("qkv.bias")]:
         state[name] = torch.randn_like(state[name])  # also where the mask is 0, as in published files
@@ -155,7 +171,9 @@ def test_dora_is_right_on_folded_biases(tmp_path):
 
 
 def test_masked_biases(tmp_path):
-    """The mask that is stored decides, not the rule; the folded bias acts, the mask is kept; a mask of other values is refused."""
+    """The mask that is stored decides, not the rule; the folded bias acts, the mask is kept; a mask of other values is
+    refused.
+    """
     model = awake(VGGTConfig.omega_golden())
     state = model.state_dict()
     layer = "aggregator.inter_frame_blocks.2.attn.qkv"
@@ -163,7 +181,9 @@ def test_masked_biases(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(state, path)
     loaded = VGGT.from_pretrained(path).state_dict()
-    assert torch.equal(loaded[f"{layer}.bias"], torch.zeros(144)) and torch.equal(loaded[f"{layer}.bias_mask"], torch.zeros(144))
+    assert torch.equal(loaded[f"{layer}.bias"], torch.zeros(144)) and torch.equal(
+        loaded[f"{layer}.bias_mask"], torch.zeros(144)
+    )
     for value, words in ((0.5, "other values than 0 and 1"), (math.nan, "not finite")):
         save_file({**state, f"{layer}.bias_mask": torch.full((144,), value)}, path)
         with pytest.raises(WeightsError, match=words):
@@ -186,7 +206,9 @@ def test_the_text_head_is_left_out_with_a_word_and_carried_through(tmp_path):
     path = tmp_path / "with_text.safetensors"
     save_file(model.state_dict() | {"text_alignment_head.language_token": torch.ones(1, 1, 96)}, path)
     loaded = VGGT.from_pretrained(path)
-    assert loaded.load_report.dropped == {"text_alignment_head": 1} and "left out: 1 of text_alignment_head" in str(loaded.load_report)
+    assert loaded.load_report.dropped == {"text_alignment_head": 1} and "left out: 1 of text_alignment_head" in str(
+        loaded.load_report
+    )
     adapted, _ = apply_lora(loaded, "a", rank=2, seed=0)
     folder = save_adapter(adapted, tmp_path / "adapter", {"config": {"model": str(path)}})
     assert export_merged(folder, tmp_path / "merged").carried == {"text_alignment_head": 1}
@@ -207,7 +229,9 @@ def test_register_layers_let_patches_pass():
     with torch.no_grad():
         inside, across = model.aggregator._layer(layer, tokens, rope)
         assert torch.equal(across[:, :, special:], inside[:, :, special:])
-        slow = model.aggregator.inter_frame_blocks[layer](torch.cat([inside[:, 0, :special], inside[:, 1, :special]], dim=1))
+        slow = model.aggregator.inter_frame_blocks[layer](
+            torch.cat([inside[:, 0, :special], inside[:, 1, :special]], dim=1)
+        )
         torch.testing.assert_close(across[:, 1, :special], slow[:, special:], atol=1e-6, rtol=1e-6)
 
 
@@ -219,7 +243,10 @@ def test_a_configuration_of_unknown_size_is_named():
     assert config_from_shapes(shapes, "file") == VGGTConfig.omega_golden()
     with torch.device("meta"):
         published = VGGT(VGGTConfig.omega_1b()).state_dict()
-    assert config_from_shapes({name: tuple(tensor.shape) for name, tensor in published.items()}, "file") == VGGTConfig.omega_1b()
+    assert (
+        config_from_shapes({name: tuple(tensor.shape) for name, tensor in published.items()}, "file")
+        == VGGTConfig.omega_1b()
+    )
     other = VGGT(dataclasses.replace(VGGTConfig.omega_golden(), num_register_tokens=5)).state_dict()
     with pytest.raises(WeightsError, match="VGGT of unknown size"):
         config_from_shapes({name: tuple(tensor.shape) for name, tensor in other.items()}, "file")
@@ -236,7 +263,10 @@ def test_card_and_export_name_the_licence(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, changes", [("vggt", {"model": "random", "image_size": 56}), ("omega", {"model": "random-omega", "image_size": 64})])
+@pytest.mark.parametrize(
+    "family, changes",
+    [("vggt", {"model": "random", "image_size": 56}), ("omega", {"model": "random-omega", "image_size": 64})],
+)
 def test_cached_training_equals_uncached(tmp_path, monkeypatch, family, changes):
     """More than 50 steps of strategy b with and without the kept states of the frozen half: every loss is the same."""
     from vggt_lora.demo.demo_scenes import toy_scene
@@ -247,10 +277,14 @@ def test_cached_training_equals_uncached(tmp_path, monkeypatch, family, changes)
     monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "cache"))
     scene, losses = toy_scene(tmp_path / "data", frames=12, size=(84, 112)), {}
     for cache in ("off", "float32"):
-        config = TrainConfig(data=str(scene), output=str(tmp_path / cache), strategy="b", epochs=13, frames=3, rank=2, lr=1e-3, supervision="laser+sparse",
-                             feature_cache=cache, device="cpu", **changes)
+        config = TrainConfig(
+            data=str(scene), output=str(tmp_path / cache), strategy="b", epochs=13, frames=3, rank=2, lr=1e-3,
+            supervision="laser+sparse", feature_cache=cache, device="cpu", **changes,
+        )
         run = train(config)
-        losses[cache] = [record["loss"] for record in without_wall(run.folder / "metrics.jsonl") if record["split"] == "train"]
+        losses[cache] = [
+            record["loss"] for record in without_wall(run.folder / "metrics.jsonl") if record["split"] == "train"
+        ]
         log = (run.folder / "train.log").read_text()
         assert ("states after layer 2 in float32" in log) == (cache == "float32")
     assert len(losses["off"]) >= 50 and losses["off"] == pytest.approx(losses["float32"], rel=1e-4)

@@ -1,8 +1,8 @@
 """Every recorded number of the official VGGT-Ω code, at the tolerance that the reference states.
 
-Needs the reference folder (see `vggt_lora.reference_data`); skipped with a message where it is absent. The numbers may not be copied
-into this project (the licence of VGGT-Ω covers outputs too), so a checkout without them has the plain twins of
-nbs/model/omega.ipynb and of test_omega.py instead.
+Needs the reference folder (see `vggt_lora.reference_data`); skipped with a message where it is absent. The numbers may
+not be copied into this project (the licence of VGGT-Ω covers outputs too), so a checkout without them has the plain
+twins of nbs/model/omega.ipynb and of test_omega.py instead.
 """
 import json
 
@@ -40,13 +40,28 @@ def test_golden_config_is_the_recorded_one(model):
     nested = json.loads(reference("omega_tiny_config.json").read_text())["config"]
     vit, camera, dense = nested["patch_embed"], nested["camera_head"], nested["dense_head"]
     config = VGGTConfig(
-        family="omega", img_size=96, patch_size=nested["patch_size"], embed_dim=nested["embed_dim"], depth=nested["depth"],
-        num_heads=nested["num_heads"], mlp_ratio=nested["mlp_ratio"], num_register_tokens=nested["num_register_tokens"],
-        storage_tokens=vit["n_storage_tokens"], register_layers=nested["register_attention_block_indices"],
-        rope_base=float(nested["rope_base"]), vit_depth=vit["depth"], vit_num_heads=vit["num_heads"],
-        camera_trunk_depth=camera["trunk_depth"], camera_num_heads=camera["num_heads"], camera_iterations=1,
-        point_head=False, track_head=False, dpt_features=dense["features"], dpt_out_channels=dense["out_channels"],
-        dpt_layers=dense["intermediate_layer_idx"])
+        family="omega",
+        img_size=96,
+        patch_size=nested["patch_size"],
+        embed_dim=nested["embed_dim"],
+        depth=nested["depth"],
+        num_heads=nested["num_heads"],
+        mlp_ratio=nested["mlp_ratio"],
+        num_register_tokens=nested["num_register_tokens"],
+        storage_tokens=vit["n_storage_tokens"],
+        register_layers=nested["register_attention_block_indices"],
+        rope_base=float(nested["rope_base"]),
+        vit_depth=vit["depth"],
+        vit_num_heads=vit["num_heads"],
+        camera_trunk_depth=camera["trunk_depth"],
+        camera_num_heads=camera["num_heads"],
+        camera_iterations=1,
+        point_head=False,
+        track_head=False,
+        dpt_features=dense["features"],
+        dpt_out_channels=dense["out_channels"],
+        dpt_layers=dense["intermediate_layer_idx"],
+    )
     assert config == VGGTConfig.omega_golden() == model.config
     assert model.load_report.n_loaded == 329 and model.load_report.absent == ()
 
@@ -55,8 +70,11 @@ def test_real_keys_shapes_and_dtypes():
     with torch.device("meta"):
         real = VGGT(VGGTConfig.omega_1b())
     state, buffers = real.state_dict(), dict(real.named_buffers())
-    ours = {name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} | ({"buffer": True} if name in buffers else {})
-            for name, tensor in state.items()}
+    ours = {
+        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        | ({"buffer": True} if name in buffers else {})
+        for name, tensor in state.items()
+    }
     official = json.loads(reference("omega_1b_state_dict.json").read_text())["state"]
     assert len(ours) == 1411 and ours == official
     assert sum(p.numel() for p in real.parameters()) == 1_143_814_185
@@ -71,20 +89,29 @@ def test_outputs(model, golden, case):
         def hook(_, inputs, output, name=name):
             seen.setdefault(name, output.detach().clone())
         handles.append(model.get_submodule(name).register_forward_hook(hook))
-    handles.append(model.dense_head.proj.register_forward_pre_hook(lambda _, inputs: seen.update({"dense_head.fused": inputs[0].clone()})))
+    handles.append(
+        model.dense_head.proj.register_forward_pre_hook(
+            lambda _, inputs: seen.update({"dense_head.fused": inputs[0].clone()})
+        )
+    )
     images = golden[f"{case}.images"]
     with torch.no_grad():
         out = model(images)
         outputs = model.aggregator(images, keep=(0, 1, 2, 4)).outputs
     for handle in handles:
         handle.remove()
-    got = {"patch_tokens": seen.pop("aggregator.patch_embed"), "pose_enc": out.pose_enc, "depth": out.depth, "depth_conf": out.depth_conf}
+    got = {
+        "patch_tokens": seen.pop("aggregator.patch_embed"), "pose_enc": out.pose_enc, "depth": out.depth,
+        "depth_conf": out.depth_conf,
+    }
     got["frame.3"] = seen.pop("aggregator.frame_blocks.3").unflatten(0, images.shape[:2])
     got |= {f"tokens.{layer}": output for layer, output in outputs.items()} | seen
     wanted = {name.removeprefix(f"{case}."): tensor for name, tensor in golden.items() if name.startswith(f"{case}.")}
     wanted.pop("images")
     for name, truth in wanted.items():
-        torch.testing.assert_close(got[name], truth, rtol=0, atol=TOLERANCES[name.split(".")[0]], msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], truth, rtol=0, atol=TOLERANCES[name.split(".")[0]], msg=lambda m, name=name: f"{name}: {m}"
+        )
     assert torch.equal(out.pose_enc, out.pose_enc_list[-1]) and len(out.pose_enc_list) == 1
 
 
@@ -118,7 +145,10 @@ def micro_outputs(model, micro):
     yield "rope.apply.q_out", rotate(micro["rope.apply.q"], rope)
     yield "rope.apply.k_out", rotate(micro["rope.apply.k"], rope)
     for index in (1, 2):
-        yield f"qkv.frame_block{index}.out", aggregator.frame_blocks[index].attn.qkv(micro[f"qkv.frame_block{index}.in"])
+        yield (
+            f"qkv.frame_block{index}.out",
+            aggregator.frame_blocks[index].attn.qkv(micro[f"qkv.frame_block{index}.in"]),
+        )
     vit, own = aggregator.patch_embed, aggregator.rope_embed((3, 5), 7)
     for name, block in (("vit_block0", vit.blocks[0]), ("vit_block1_zero_mask", vit.blocks[1])):
         yield f"{name}.out", block(micro[f"{name}.in"], vit.rope_embed((3, 5), 5))
@@ -127,8 +157,11 @@ def micro_outputs(model, micro):
     yield "inter_block2.out", aggregator.inter_frame_blocks[2](micro["inter_block2.in"])
     yield "inter_block2_attn.out", aggregator.inter_frame_blocks[2].attn(micro["inter_block2_attn.in"])
     yield "trunk_block0.out", camera.trunk[0](micro["trunk_block0.in"])
-    for name, norm in (("vit_norm", vit.norm), ("q_norm", aggregator.frame_blocks[0].attn.q_norm), ("k_norm", aggregator.inter_frame_blocks[0].attn.k_norm),
-                       ("camera_token_norm", camera.token_norm), ("camera_trunk_norm", camera.trunk_norm), ("dense_norm", dense.norm)):
+    for name, norm in (
+        ("vit_norm", vit.norm), ("q_norm", aggregator.frame_blocks[0].attn.q_norm),
+        ("k_norm", aggregator.inter_frame_blocks[0].attn.k_norm), ("camera_token_norm", camera.token_norm),
+        ("camera_trunk_norm", camera.trunk_norm), ("dense_norm", dense.norm),
+    ):
         yield f"{name}.out", norm(micro[f"{name}.in"])
     yield "register_step.out", across(aggregator, 1, micro["register_step.in"])
     yield "global_step.out", across(aggregator, 2, micro["global_step.in"])
@@ -143,8 +176,14 @@ def micro_outputs(model, micro):
         yield f"{name}.depth_conf", confidence
     scratch = dense.scratch
     yield "residual_conv_unit.out", scratch.refinenet1.resConfUnit1(micro["residual_conv_unit.in"])
-    yield "fusion1_same_size.out", scratch.refinenet1(micro["fusion1_same_size.in0"], micro["fusion1_same_size.in1"], size=(6, 10))
-    yield "fusion2_double.out", scratch.refinenet2(micro["fusion2_double.in0"], micro["fusion2_double.in1"], size=(6, 10))
+    yield (
+        "fusion1_same_size.out",
+        scratch.refinenet1(micro["fusion1_same_size.in0"], micro["fusion1_same_size.in1"], size=(6, 10)),
+    )
+    yield (
+        "fusion2_double.out",
+        scratch.refinenet2(micro["fusion2_double.in0"], micro["fusion2_double.in1"], size=(6, 10)),
+    )
     yield "fusion4_to_3x5.out", scratch.refinenet4(micro["fusion4_to_3x5.in0"], size=(3, 5))
     yield "pixel_shuffle.out", F.pixel_shuffle(micro["pixel_shuffle.in"], 4)
     for name in (name for name in micro if name.startswith("uv_embed24.")):
@@ -154,12 +193,16 @@ def micro_outputs(model, micro):
 
 def test_micro(model):
     micro = load_file(reference("omega_micro.safetensors"))
-    expected = {name for name in micro if not name.endswith((".in", ".in0", ".in1", ".q", ".k")) and ".tokens" not in name}
+    expected = {
+        name for name in micro if not name.endswith((".in", ".in0", ".in1", ".q", ".k")) and ".tokens" not in name
+    }
     checked = set()
     with torch.no_grad():
         for name, got in micro_outputs(model, micro):
             tolerance = 3e-6 + 3e-6 * micro[name].abs().max().item()
-            torch.testing.assert_close(got, micro[name], rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                got, micro[name], rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+            )
             checked.add(name)
     assert checked == expected and len(checked) > 40
 
@@ -182,7 +225,8 @@ def test_gradients(golden, checkpointing):
     model = VGGT.from_pretrained(reference("omega_tiny_state_dict.safetensors")).train()
     model.set_gradient_checkpointing(checkpointing)
     truth = golden["b.dense_head.scratch.layer1_rn"]
-    on_the_edge = truth.abs() < 1e-6  # below the float32 noise: the sign, and with it a ReLU's gradient, is a matter of chance
+    # below the float32 noise: the sign, and with it a ReLU's gradient, is a matter of chance
+    on_the_edge = truth.abs() < 1e-6
     assert on_the_edge.sum() == 1
 
     def same_side(_, inputs, output):
@@ -210,7 +254,9 @@ def test_preprocessing():
     from vggt_lora.scenes.images import omega_crop, omega_size, preprocess_omega
 
     numbers = load_file(reference("omega_preprocess.safetensors"))
-    pictures = {name.removeprefix("src."): tensor.numpy() for name, tensor in numbers.items() if name.startswith("src.")}
+    pictures = {
+        name.removeprefix("src."): tensor.numpy() for name, tensor in numbers.items() if name.startswith("src.")
+    }
     results = {name: tensor for name, tensor in numbers.items() if name.startswith("out.")}
     assert len(results) > 10
     for name, truth in results.items():

@@ -1,4 +1,6 @@
-"""Papermill and the command line as a user runs them: a wrong parameter stops at once, a right one trains, and the README's commands run as written."""
+"""Papermill and the command line as a user runs them: a wrong parameter stops at once, a right one trains, and the
+README's commands run as written.
+"""
 import dataclasses
 import json
 import os
@@ -17,8 +19,11 @@ BIN = Path(sys.executable).parent
 
 
 def papermill(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run papermill as a user would; never with a pipe as standard input, which would make it overwrite the notebook."""
-    return subprocess.run([str(BIN / "papermill"), *arguments], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    """Run papermill as a user would; never with a pipe as standard input, which would make it overwrite the notebook.
+    """
+    return subprocess.run(
+        [str(BIN / "papermill"), *arguments], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 @pytest.mark.parametrize("parameter, messages", [
@@ -37,7 +42,10 @@ def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
 # --- the command line ------------------------------------------------------------------------------------------------
 
 def command(*arguments: str):
-    return subprocess.run([sys.executable, "-m", "vggt_lora.train", *arguments], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    return subprocess.run(
+        [sys.executable, "-m", "vggt_lora.train", *arguments], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ},
+    )
 
 
 def test_the_command_line_has_every_field_and_trains(tmp_path):
@@ -83,5 +91,7 @@ def test_readme_papermill_command_trains(tmp_path):
 def test_readme_python_runs():
     for block in re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S):
         if "facebook/" not in block and "path/to" not in block:
-            done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+            done = subprocess.run(
+                [sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
+            )
             assert done.returncode == 0, done.stderr[-2000:]

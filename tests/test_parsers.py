@@ -1,4 +1,6 @@
-"""What is written is read as it was, and any other bytes are refused by name: COLMAP's text and binary, PLY, raw depth, calibrations."""
+"""What is written is read as it was, and any other bytes are refused by name: COLMAP's text and binary, PLY, raw depth,
+calibrations.
+"""
 import math
 import struct
 
@@ -16,7 +18,9 @@ from vggt_lora.supervision.laser import read_ground_truth
 
 FEW = settings(deadline=None, max_examples=40, derandomize=True)
 numbers = st.floats(-1e6, 1e6, allow_subnormal=False)
-names = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12).map(lambda n: n.lstrip("#") or "a")
+names = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=12).map(
+    lambda n: n.lstrip("#") or "a"
+)
 
 
 @st.composite
@@ -32,8 +36,14 @@ def models(draw):
         q = q / np.linalg.norm(q) if np.linalg.norm(q) > 1e-3 else np.array([1.0, 0, 0, 0])
         pixels = [(draw(st.floats(0, 640)), draw(st.floats(0, 480)), 7 + j if seen[k][j] else -1) for j in range(count)]
         images.append((ids[k], list(q), draw(st.lists(numbers, min_size=3, max_size=3)), names_[k], pixels))
-    points = [(7 + j, draw(st.lists(numbers, min_size=3, max_size=3)), draw(st.lists(st.integers(0, 255), min_size=3, max_size=3)), draw(st.floats(0, 50)),
-               [(ids[k], j) for k in range(photos) if seen[k][j]]) for j in range(count)]
+    points = [
+        (
+            7 + j, draw(st.lists(numbers, min_size=3, max_size=3)),
+            draw(st.lists(st.integers(0, 255), min_size=3, max_size=3)), draw(st.floats(0, 50)),
+            [(ids[k], j) for k in range(photos) if seen[k][j]],
+        )
+        for j in range(count)
+    ]
     cameras = [(1, "PINHOLE", 640, 480, [draw(st.floats(1, 1e4)) for _ in range(2)] + [320.0, 240.0])]
     return cameras, images, points
 
@@ -42,16 +52,32 @@ def write_text(folder, cameras, images, points):
     """The three text files, floats with all their digits."""
     def line(*values):
         return " ".join(repr(float(v)) if isinstance(v, float) else str(v) for v in values) + "\n"
-    (folder / "cameras.txt").write_text("# cameras\n" + "".join(line(n, model, w, h, *params) for n, model, w, h, params in cameras))
-    (folder / "images.txt").write_text("".join(line(n, *map(float, q), *t, 1, name) + line(*(v for row in pixels for v in row)) for n, q, t, name, pixels in images), encoding="utf-8")
-    (folder / "points3D.txt").write_text("".join(line(n, *xyz, *rgb, error, *(v for pair in track for v in pair)) for n, xyz, rgb, error, track in points))
+
+    (folder / "cameras.txt").write_text(
+        "# cameras\n" + "".join(line(n, model, w, h, *params) for n, model, w, h, params in cameras)
+    )
+    (folder / "images.txt").write_text(
+        "".join(
+            line(n, *map(float, q), *t, 1, name) + line(*(v for row in pixels for v in row))
+            for n, q, t, name, pixels in images
+        ),
+        encoding="utf-8",
+    )
+    (folder / "points3D.txt").write_text(
+        "".join(
+            line(n, *xyz, *rgb, error, *(v for pair in track for v in pair)) for n, xyz, rgb, error, track in points
+        )
+    )
 
 
 def write_binary(folder, cameras, images, points):
     """The three tables as cameras.bin, images.bin and points3D.bin."""
     parts = [struct.pack("<Q", len(cameras.ids))]
     for camera, model, (width, height), params in zip(cameras.ids, cameras.models, cameras.sizes, cameras.params):
-        parts += [struct.pack("<IiQQ", camera, camera_models()[model].number, width, height), np.asarray(params, "<f8").tobytes()]
+        parts += [
+            struct.pack("<IiQQ", camera, camera_models()[model].number, width, height),
+            np.asarray(params, "<f8").tobytes(),
+        ]
     (folder / "cameras.bin").write_bytes(b"".join(parts))
     parts = [struct.pack("<Q", len(images.ids))]
     for row, name in enumerate(images.names):
@@ -59,13 +85,23 @@ def write_binary(folder, cameras, images, points):
         raw = np.zeros(len(table), KEYPOINT)
         raw["xy"] = table[:, :2]
         raw["id"] = table[:, 2].astype(np.int64).astype(np.uint64)  # -1 becomes 2^64 - 1
-        parts += [struct.pack("<I7dI", images.ids[row], *images.quaternions[row], *images.translations[row], images.camera_ids[row]),
-                  name.encode() + b"\0", struct.pack("<Q", len(table)), raw.tobytes()]
+        parts += [
+            struct.pack(
+                "<I7dI", images.ids[row], *images.quaternions[row], *images.translations[row], images.camera_ids[row]
+            ),
+            name.encode() + b"\0",
+            struct.pack("<Q", len(table)),
+            raw.tobytes(),
+        ]
     (folder / "images.bin").write_bytes(b"".join(parts))
     parts, ends = [struct.pack("<Q", len(points.ids))], np.cumsum(points.track_lengths)
     for row, (length, end) in enumerate(zip(points.track_lengths, ends)):
-        parts += [struct.pack("<Q3d3BdQ", points.ids[row], *points.xyz[row], *points.rgb[row].astype(int), points.error[row], length),
-                  points.tracks[end - length:end].astype("<u4").tobytes()]
+        parts += [
+            struct.pack(
+                "<Q3d3BdQ", points.ids[row], *points.xyz[row], *points.rgb[row].astype(int), points.error[row], length
+            ),
+            points.tracks[end - length : end].astype("<u4").tobytes(),
+        ]
     (folder / "points3D.bin").write_bytes(b"".join(parts))
 
 
@@ -74,16 +110,35 @@ def write_binary(folder, cameras, images, points):
 def test_colmap_models_survive_text_and_binary(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("model", numbered=True)
     write_text(folder, *model)
-    cameras, images, points = scan_cameras_text(folder / "cameras.txt"), scan_images_text(folder / "images.txt"), scan_points_text(folder / "points3D.txt")
+    cameras, images, points = (
+        scan_cameras_text(folder / "cameras.txt"),
+        scan_images_text(folder / "images.txt"),
+        scan_points_text(folder / "points3D.txt"),
+    )
     assert [list(p) for p in cameras.params] == [c[4] for c in model[0]]
     for row, (number, q, t, name, pixels) in enumerate(model[1]):
-        assert (images.ids[row], images.names[row], list(images.quaternions[row]), list(images.translations[row])) == (number, name, q, t)
-        assert images.keypoints[row] is None and not pixels or [tuple(p) for p in images.keypoints[row]] == [(x, y, float(i)) for x, y, i in pixels]
-    assert [list(xyz) for xyz in points.xyz] == [p[1] for p in model[2]] and list(points.error) == [p[3] for p in model[2]]
+        assert (images.ids[row], images.names[row], list(images.quaternions[row]), list(images.translations[row])) == (
+            number, name, q, t,
+        )
+        assert (
+            images.keypoints[row] is None
+            and not pixels
+            or [tuple(p) for p in images.keypoints[row]] == [(x, y, float(i)) for x, y, i in pixels]
+        )
+    assert [list(xyz) for xyz in points.xyz] == [p[1] for p in model[2]] and list(points.error) == [
+        p[3] for p in model[2]
+    ]
     write_binary(folder, cameras, images, points)
-    again = scan_cameras_binary(folder / "cameras.bin"), scan_images_binary(folder / "images.bin"), scan_points_binary(folder / "points3D.bin")
-    for one, other, fields in ((cameras, again[0], "ids models sizes params"), (images, again[1], "ids quaternions translations camera_ids names"),
-                               (points, again[2], "ids xyz rgb error track_lengths tracks")):
+    again = (
+        scan_cameras_binary(folder / "cameras.bin"),
+        scan_images_binary(folder / "images.bin"),
+        scan_points_binary(folder / "points3D.bin"),
+    )
+    for one, other, fields in (
+        (cameras, again[0], "ids models sizes params"),
+        (images, again[1], "ids quaternions translations camera_ids names"),
+        (points, again[2], "ids xyz rgb error track_lengths tracks"),
+    ):
         for field in fields.split():
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field), err_msg=field)
     for one, other in zip(images.keypoints, again[1].keypoints, strict=True):
@@ -97,19 +152,30 @@ def test_pycolmap_reads_what_is_written(tmp_path_factory, model):
     pycolmap = pytest.importorskip("pycolmap")
     folder = tmp_path_factory.mktemp("judge", numbered=True)
     write_text(folder, *model)
-    write_binary(folder, scan_cameras_text(folder / "cameras.txt"), scan_images_text(folder / "images.txt"), scan_points_text(folder / "points3D.txt"))
+    write_binary(
+        folder, scan_cameras_text(folder / "cameras.txt"), scan_images_text(folder / "images.txt"),
+        scan_points_text(folder / "points3D.txt"),
+    )
     for path in folder.glob("*.txt"):
         path.unlink()
     found = pycolmap.Reconstruction(folder)
     assert {i: image.name for i, image in found.images.items()} == {number: name for number, _, _, name, _ in model[1]}
     for number, q, t, _, _ in model[1]:
         pose = found.images[number].cam_from_world()
-        assert np.allclose(np.abs(np.dot(pose.rotation.quat, [*q[1:], q[0]])), 1, atol=1e-9) and np.allclose(pose.translation, t)
+        assert np.allclose(np.abs(np.dot(pose.rotation.quat, [*q[1:], q[0]])), 1, atol=1e-9) and np.allclose(
+            pose.translation, t
+        )
     assert {i: list(point.xyz) for i, point in found.points3D.items()} == {p[0]: p[1] for p in model[2]}
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
-@given(st.binary(max_size=300), st.integers(0, 3), st.sampled_from([("cameras.bin", scan_cameras_binary), ("images.bin", scan_images_binary), ("points3D.bin", scan_points_binary)]))
+@given(
+    st.binary(max_size=300),
+    st.integers(0, 3),
+    st.sampled_from(
+        [("cameras.bin", scan_cameras_binary), ("images.bin", scan_images_binary), ("points3D.bin", scan_points_binary)]
+    ),
+)
 def test_any_bytes_are_a_binary_model_or_refused(tmp_path_factory, content, count, kind):
     path = tmp_path_factory.getbasetemp() / kind[0]
     path.write_bytes(count.to_bytes(8, "little") + content)
@@ -122,8 +188,14 @@ def test_any_bytes_are_a_binary_model_or_refused(tmp_path_factory, content, coun
 
 
 @FEW
-@given(st.dictionaries(st.sampled_from(["red", "nx", "intensity"]), st.sampled_from(sorted(PLY_TYPES)), max_size=3), st.sampled_from(["float", "float64", "double", "float32"]),
-       st.randoms(use_true_random=False), st.sampled_from("<>"), st.lists(st.tuples(*[st.floats(-1e5, 1e5, width=32)] * 3), max_size=5), st.integers(-5, 5))
+@given(
+    st.dictionaries(st.sampled_from(["red", "nx", "intensity"]), st.sampled_from(sorted(PLY_TYPES)), max_size=3),
+    st.sampled_from(["float", "float64", "double", "float32"]),
+    st.randoms(use_true_random=False),
+    st.sampled_from("<>"),
+    st.lists(st.tuples(*[st.floats(-1e5, 1e5, width=32)] * 3), max_size=5),
+    st.integers(-5, 5),
+)
 def test_ply_files_of_every_layout_are_read(tmp_path_factory, more, kind, order, endian, points, change):
     """Properties in any order and of any type, both byte orders; a byte too few or too many is told."""
     properties = [("x", kind), ("y", kind), ("z", kind), *more.items()]
@@ -132,7 +204,10 @@ def test_ply_files_of_every_layout_are_read(tmp_path_factory, more, kind, order,
     table = np.zeros(len(points), record)
     for k, axis in enumerate("xyz"):
         table[axis] = [p[k] for p in points]
-    header = ["ply", f"format binary_{'little' if endian == '<' else 'big'}_endian 1.0", "comment a", f"element vertex {len(points)}", *(f"property {t} {n}" for n, t in properties), "end_header"]
+    header = [
+        "ply", f"format binary_{'little' if endian == '<' else 'big'}_endian 1.0", "comment a",
+        f"element vertex {len(points)}", *(f"property {t} {n}" for n, t in properties), "end_header",
+    ]
     data = table.tobytes()
     path = tmp_path_factory.getbasetemp() / "any.ply"
     path.write_bytes("\n".join(header).encode() + b"\n" + (data[:change] if change < 0 else data + bytes(change)))
@@ -157,16 +232,36 @@ def test_raw_depth_is_read_whole_or_refused(tmp_path_factory, values, change):
 
 
 @FEW
-@given(st.dictionaries(st.integers(0, 2**31 - 2), st.tuples(st.integers(1, 9999), st.integers(1, 9999), st.lists(st.floats(1e-2, 1e5), min_size=4, max_size=4),
-                                                           st.one_of(st.none(), st.lists(st.floats(-1, 1), min_size=8, max_size=8))), min_size=1, max_size=4))
+@given(
+    st.dictionaries(
+        st.integers(0, 2**31 - 2),
+        st.tuples(
+            st.integers(1, 9999),
+            st.integers(1, 9999),
+            st.lists(st.floats(1e-2, 1e5), min_size=4, max_size=4),
+            st.one_of(st.none(), st.lists(st.floats(-1, 1), min_size=8, max_size=8)),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_calibrations_are_read_as_they_were_written(tmp_path_factory, cameras):
     """To the six digits that ETH3D's own files have."""
     path = tmp_path_factory.getbasetemp() / "cameras.txt"
-    path.write_text(cameras_text({n: ((h, w), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), *([lens] if lens else [])) for n, (h, w, (fx, fy, cx, cy), lens) in cameras.items()}))
+    path.write_text(
+        cameras_text(
+            {
+                n: ((h, w), np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), *([lens] if lens else []))
+                for n, (h, w, (fx, fy, cx, cy), lens) in cameras.items()
+            }
+        )
+    )
     found = scan_cameras_text(path)
     assert sorted(found.ids) == sorted(cameras)
     for row, number in enumerate(found.ids):
         height, width, params, lens = cameras[int(number)]
-        assert tuple(found.sizes[row]) == (width, height) and found.models[row] == ("THIN_PRISM_FISHEYE" if lens else "PINHOLE")
+        assert tuple(found.sizes[row]) == (width, height) and found.models[row] == (
+            "THIN_PRISM_FISHEYE" if lens else "PINHOLE"
+        )
         for got, wanted in zip(found.params[row], [*params, *(lens or ())], strict=True):
             assert math.isclose(got, wanted, rel_tol=1e-5, abs_tol=1e-300)

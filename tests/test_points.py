@@ -19,7 +19,8 @@ from vggt_lora.training.config import TrainConfig
 from vggt_lora.training.losses import LossConfig, prepare_batch
 from vggt_lora.training.run import without_wall
 
-POINTS = {"point_conf_weight": 0.5, "point_reg_weight": 3.0, "point_grad_weight": 2.0, "point_gradient": "grad"}  # all different: no two can be swapped unseen
+# all different: no two can be swapped unseen
+POINTS = {"point_conf_weight": 0.5, "point_reg_weight": 3.0, "point_grad_weight": 2.0, "point_gradient": "grad"}
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +32,18 @@ def scene(tmp_path_factory):
 def weights(tmp_path_factory):
     """A small network with a point head, on disk."""
     torch.manual_seed(0)
-    return VGGT(dataclasses.replace(VGGTConfig.tiny(), point_head=True)).save_pretrained(tmp_path_factory.mktemp("weights") / "pointed")
+    return VGGT(dataclasses.replace(VGGTConfig.tiny(), point_head=True)).save_pretrained(
+        tmp_path_factory.mktemp("weights") / "pointed"
+    )
 
 
 def settings(scene, weights, output, **changes) -> TrainConfig:
-    values = {"supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
-              "strategy": "b", "model": str(weights), "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "lr": 1e-3, "device": "cpu"}
+    values = {
+        "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0,
+        "adapter_weights": "last", "metric_for_best_model": "loss", "strategy": "b", "model": str(weights),
+        "data": str(scene), "output": str(output), "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "lr": 1e-3,
+        "device": "cpu",
+    }
     return TrainConfig(**{**values, **changes})
 
 
@@ -57,7 +64,10 @@ def steps(run, split="train") -> list[dict]:
 
 def test_a_run_records_the_terms_and_its_adapter_is_measured_from_the_file(run):
     for record in [*steps(run), *steps(run, "val")]:
-        assert all(record[f"loss_point_{name}"] != 0 for name in ("conf", "reg", "grad")) and record["count_point_pixels_used"] > 0
+        assert (
+            all(record[f"loss_point_{name}"] != 0 for name in ("conf", "reg", "grad"))
+            and record["count_point_pixels_used"] > 0
+        )
     assert all(r["grad_norm_point_head"] > 0 for r in steps(run))
     assert steps(run, "val")[-1]["loss"] < steps(run, "val")[0]["loss"]
     assert "point_head" in run.adapter.joinpath("adapter_config.json").read_text()
@@ -68,8 +78,13 @@ def test_before_the_first_step_points_only_add_to_the_loss(run, plain):
     ours, theirs = steps(run, "val")[0], steps(plain, "val")[0]
     added = sum(POINTS[f"point_{name}_weight"] * ours[f"loss_point_{name}"] for name in ("conf", "reg", "grad"))
     assert ours["loss"] == pytest.approx(theirs["loss"] + added, rel=1e-6)
-    assert {n: v for n, v in theirs.items() if n not in ("loss", "wall")} == {n: ours[n] for n in theirs if n not in ("loss", "wall")}
-    assert not any("point" in n for r in plain.records for n in r) and "point_head" not in plain.adapter.joinpath("adapter_config.json").read_text()
+    assert {n: v for n, v in theirs.items() if n not in ("loss", "wall")} == {
+        n: ours[n] for n in theirs if n not in ("loss", "wall")
+    }
+    assert (
+        not any("point" in n for r in plain.records for n in r)
+        and "point_head" not in plain.adapter.joinpath("adapter_config.json").read_text()
+    )
 
 
 def test_the_truth_of_points_is_depth_lifted_into_the_first_camera(scene, weights, tmp_path):
@@ -77,11 +92,20 @@ def test_the_truth_of_points_is_depth_lifted_into_the_first_camera(scene, weight
     config = settings(scene, weights, tmp_path, **POINTS)
     model, scenes = build_model(config), open_scenes(config)
     sample = load_sample(*items_of(split_scenes(scenes, config)[0].train, scenes)[0], make_frame_cache(config, model))
-    truth, _ = prepare_batch({n: getattr(sample, n) for n in ("K", "world_to_cam", "depth", "valid", "weight")}, LossConfig(depth_range=None))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in sample.depth.shape[-2:]), indexing="ij")
+    truth, _ = prepare_batch(
+        {n: getattr(sample, n) for n in ("K", "world_to_cam", "depth", "valid", "weight")}, LossConfig(depth_range=None)
+    )
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64) for n in sample.depth.shape[-2:]), indexing="ij"
+    )
     rays = torch.stack([columns + 0.5, rows + 0.5, torch.ones_like(rows)], -1)
     cameras = sample.world_to_cam.double()
-    lifted = torch.stack([(z.double()[..., None] * (rays @ K.double().inverse().T) - pose[:3, 3]) @ pose[:3, :3] for z, K, pose in zip(sample.depth, sample.K, cameras)])
+    lifted = torch.stack(
+        [
+            (z.double()[..., None] * (rays @ K.double().inverse().T) - pose[:3, 3]) @ pose[:3, :3]
+            for z, K, pose in zip(sample.depth, sample.K, cameras)
+        ]
+    )
     lifted = lifted @ cameras[0, :3, :3].T + cameras[0, :3, 3]
     used = truth["valid"][0]
     lifted = lifted / lifted[used].norm(dim=-1).mean()
@@ -90,13 +114,28 @@ def test_the_truth_of_points_is_depth_lifted_into_the_first_camera(scene, weight
 
 def test_points_alone_teach_the_layers_of_the_aggregator(scene, weights, tmp_path):
     alone = dict.fromkeys(("camera_weight", "depth_conf_weight", "depth_reg_weight", "depth_grad_weight"), 0.0)
-    found = train(settings(scene, weights, tmp_path / "run", strategy="b", heads="camera", supervision="completed", **alone, **POINTS | {"point_gradient": "normal_conf"}))
-    assert {n for n in steps(found)[0] if n.startswith("loss_")} == {"loss_point_conf", "loss_point_reg", "loss_point_grad"}
-    assert all(r[f"grad_norm_{part}"] > 0 for r in steps(found) for part in ("frame_blocks", "global_blocks", "point_head"))
+    found = train(
+        settings(
+            scene, weights, tmp_path / "run", strategy="b", heads="camera", supervision="completed", **alone,
+            **POINTS | {"point_gradient": "normal_conf"},
+        )
+    )
+    assert {n for n in steps(found)[0] if n.startswith("loss_")} == {
+        "loss_point_conf",
+        "loss_point_reg",
+        "loss_point_grad",
+    }
+    assert all(
+        r[f"grad_norm_{part}"] > 0 for r in steps(found) for part in ("frame_blocks", "global_blocks", "point_head")
+    )
     assert not any("grad_norm_depth_head" in r for r in steps(found))
 
 
-@pytest.mark.parametrize("changes", [{"feature_cache": "off"}, {"gradient_checkpointing": True, "frames_chunk": 1}], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize(
+    "changes",
+    [{"feature_cache": "off"}, {"gradient_checkpointing": True, "frames_chunk": 1}],
+    ids=lambda c: next(iter(c)),
+)
 def test_choices_of_time_and_memory_change_no_number(scene, weights, tmp_path, run, changes):
     other = train(settings(scene, weights, tmp_path / "run", **POINTS, **changes))
     for ours, theirs in zip(without_wall(other.records), without_wall(run.records), strict=True):
@@ -124,7 +163,9 @@ def test_out_of_memory_makes_both_dense_heads_take_smaller_pieces(scene, weights
 
 
 def test_a_run_from_before_the_weights_is_resumed(plain, tmp_path):
-    new = {f"point_{n}" for n in ("conf_weight", "reg_weight", "grad_weight", "gradient")} | {f"camera_{n}" for n in ("kind", "translation_weight", "rotation_weight", "view_weight")}
+    new = {f"point_{n}" for n in ("conf_weight", "reg_weight", "grad_weight", "gradient")} | {
+        f"camera_{n}" for n in ("kind", "translation_weight", "rotation_weight", "view_weight")
+    }
     about = json.loads((plain.folder / "config.json").read_text())
     about["config"] = {n: v for n, v in about["config"].items() if n not in new | {"depth_grad_loss"}}
     (tmp_path / "config.json").write_text(json.dumps(about))
@@ -141,10 +182,17 @@ def test_the_adapter_leaves_merged_and_its_card_says_which_heads(run, tmp_path):
 
 
 def test_weights_without_a_point_head_and_unknown_weights_are_refused_by_name(scene, tmp_path):
-    with pytest.raises(ConfigError, match="point_conf_weight, point_reg_weight or point_grad_weight is above 0, but tiny has no point head"):
+    with pytest.raises(
+        ConfigError,
+        match="point_conf_weight, point_reg_weight or point_grad_weight is above 0, but tiny has no point head",
+    ):
         train(settings(scene, "tiny", tmp_path / "run", point_reg_weight=1.0))
     assert not (tmp_path / "run").exists()
-    for wrong, words in [({"point_grad_weight": -1.0}, "point_grad_weight must lie between 0"), ({"point_reg_weight": float("nan")}, "point_reg_weight must lie"),
-                         ({"points_weight": 1.0}, "unknown parameter 'points_weight'"), ({"point_gradient": "edges"}, "point_gradient")]:
+    for wrong, words in [
+        ({"point_grad_weight": -1.0}, "point_grad_weight must lie between 0"),
+        ({"point_reg_weight": float("nan")}, "point_reg_weight must lie"),
+        ({"points_weight": 1.0}, "unknown parameter 'points_weight'"),
+        ({"point_gradient": "edges"}, "point_gradient"),
+    ]:
         with pytest.raises(ConfigError, match=words):
             TrainConfig.from_parameters(wrong)

@@ -39,12 +39,16 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    return predict(PredictConfig(photos="demo", output=str(tmp_path_factory.mktemp("known") / "out"), frames=6, **SMALL), quiet)
+    return predict(
+        PredictConfig(photos="demo", output=str(tmp_path_factory.mktemp("known") / "out"), frames=6, **SMALL), quiet
+    )
 
 
 @pytest.fixture(scope="module")
 def free(photos, tmp_path_factory):
-    return predict(PredictConfig(photos=str(photos), output=str(tmp_path_factory.mktemp("free") / "out"), frames=4, **SMALL), quiet)
+    return predict(
+        PredictConfig(photos=str(photos), output=str(tmp_path_factory.mktemp("free") / "out"), frames=4, **SMALL), quiet
+    )
 
 
 @pytest.mark.parametrize("which", ["known", "free"])
@@ -59,10 +63,16 @@ def test_the_colmap_model_is_exact_and_opens_as_a_scene(which, request):
     assert model.compute_mean_track_length() > 1
     scene = open_scene(found.folder)
     assert scene.metric is (which == "known")
-    cameras = {camera["image"].removeprefix("images/"): camera for camera in json.loads((found.folder / "cameras.json").read_text())["cameras"]}
+    cameras = {
+        camera["image"].removeprefix("images/"): camera
+        for camera in json.loads((found.folder / "cameras.json").read_text())["cameras"]
+    }
     for frame in scene.frames:
         camera = cameras[frame.name]
-        assert np.abs(frame.world_to_cam - camera["world_to_cam"]).max() < 1e-6 and np.abs(frame.K - camera["K"]).max() < 1e-6
+        assert (
+            np.abs(frame.world_to_cam - camera["world_to_cam"]).max() < 1e-6
+            and np.abs(frame.K - camera["K"]).max() < 1e-6
+        )
         kept = np.load(found.folder / camera["depth"])
         assert kept["depth"].shape == frame.size and kept["confidence"].dtype == np.float32
         png = read_depth_png(found.folder / camera["depth"].replace(".npz", ".png"))
@@ -117,7 +127,9 @@ def test_known_cameras_bring_the_depth_to_metres(known):
 def test_the_cloud_is_scored_against_the_laser_by_the_code_of_notebook_04(known):
     rows = known.facts["cloud_scores"]
     assert [row["threshold"] for row in rows] == [0.05, 0.1] and 0 < rows[0]["f1"] < rows[1]["f1"] < 1
-    assert np.isfinite(known.clouds["network"].error).any() and "cloud against the laser scans" in known.page.read_text()
+    assert (
+        np.isfinite(known.clouds["network"].error).any() and "cloud against the laser scans" in known.page.read_text()
+    )
 
 
 def test_a_broken_photo_is_left_out_and_named(photos, tmp_path):
@@ -174,12 +186,16 @@ def test_a_run_whose_base_is_absent_says_how_to_give_it(photos, tmp_path):
 
     adapted, _ = apply_lora(VGGT.from_pretrained("tiny"), "b", rank=2)
     folder = save_adapter(adapted, tmp_path / "adapter", {"config": {"model": str(tmp_path / "gone")}})
-    settings = {"photos": str(photos), "model": str(folder), "output": str(tmp_path / "out"), "image_size": 56, "only": "IMG_8.JPG, IMG_9.JPG"}
+    settings = {
+        "photos": str(photos), "model": str(folder), "output": str(tmp_path / "out"), "image_size": 56,
+        "only": "IMG_8.JPG, IMG_9.JPG",
+    }
     with pytest.raises(WeightsError, match="give its place with base="):
         predict(PredictConfig(**settings), quiet)
     both = predict(PredictConfig(**settings, base="tiny", with_base=True), quiet)
     assert list(both.solved) == ["adapted", "base"] and (both.folder / "base" / "cameras.json").is_file()
-    one, other = (s.geometry for s in both.solved.values())  # the adapter is untrained: both are the same, also after the alignment
+    # the adapter is untrained: both are the same, also after the alignment
+    one, other = (s.geometry for s in both.solved.values())
     assert np.abs(one.depth / other.depth - 1).max() < 1e-3
 
 
@@ -192,10 +208,22 @@ def test_an_adapter_on_the_hub_is_used_by_its_name(photos, tmp_path, monkeypatch
 
     adapted, _ = apply_lora(VGGT.from_pretrained("tiny"), "b", rank=2)
     folder, asked = save_adapter(adapted, tmp_path / "adapter", {"config": {"model": "tiny"}}), []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: asked.append((repo, name)) or str(folder / name))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, name: asked.append((repo, name)) or str(folder / name)
+    )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **more: str(folder))
-    found = predict(PredictConfig(photos=str(photos), model="somebody/houses", only="IMG_8.JPG, IMG_9.JPG", output=str(tmp_path / "out"), image_size=56), quiet)
-    assert asked == [("somebody/houses", "adapter_config.json")] and found.facts["adapted"] and found.facts["model"] == "somebody/houses"
+    found = predict(
+        PredictConfig(
+            photos=str(photos), model="somebody/houses", only="IMG_8.JPG, IMG_9.JPG", output=str(tmp_path / "out"),
+            image_size=56,
+        ),
+        quiet,
+    )
+    assert (
+        asked == [("somebody/houses", "adapter_config.json")]
+        and found.facts["adapted"]
+        and found.facts["model"] == "somebody/houses"
+    )
 
 
 @pytest.mark.slow
@@ -231,10 +259,14 @@ def test_memory_is_predicted(tmp_path):
 
     # VmHWM is this process's own; getrusage starts at the peak of the process that started it.
     peak = "int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
-    code = ("import torch\nfrom vggt_lora.prediction.network import load_network, forward_bytes\nm = load_network('tiny')\nimages = torch.rand(1, 8, 3, 392, 518)\n"
-            "m.model(images[:, :1, :, :56, :56], heads=('camera', 'depth'))\n" f"start = {peak}\n"
-            "with torch.no_grad(): m.model(images, heads=('camera', 'depth'))\n"
-            f"print(({peak} - start) * 1024 / forward_bytes(m.config, 8, (392, 518))[1])")
+    code = (
+        "import torch\nfrom vggt_lora.prediction.network import load_network, forward_bytes\nm = "
+        "load_network('tiny')\nimages = torch.rand(1, 8, 3, 392, 518)\n"
+        "m.model(images[:, :1, :, :56, :56], heads=('camera', 'depth'))\n"
+        f"start = {peak}\n"
+        "with torch.no_grad(): m.model(images, heads=('camera', 'depth'))\n"
+        f"print(({peak} - start) * 1024 / forward_bytes(m.config, 8, (392, 518))[1])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.5 < float(done.stdout) < 1.3, done.stdout
 
@@ -250,7 +282,9 @@ def chromium(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_page_turns_by_mouse_from_a_disk_without_a_network(known, chromium, tmp_path):
-    """Opened by file://: a drag changes the picture, the wheel comes nearer, other colours are drawn, a click on a camera finds its photo."""
+    """Opened by file://: a drag changes the picture, the wheel comes nearer, other colours are drawn, a click on a
+    camera finds its photo.
+    """
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
     from selenium.webdriver.support.ui import Select
@@ -284,10 +318,25 @@ def test_the_page_turns_by_mouse_from_a_disk_without_a_network(known, chromium, 
     assert changed(nearer, picture("confidence")) > 0.05
     chromium.find_element("xpath", "//button[text()='from the start']").click()
     chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    spot = chromium.execute_script("const s = window.cloud.centreOf(3), c = arguments[0]; return [s[0] - c.clientWidth / 2, s[1] - c.clientHeight / 2]", canvas)
+    spot = chromium.execute_script(
+        "const s = window.cloud.centreOf(3), c = arguments[0]; return [s[0] - c.clientWidth / 2, s[1] - "
+        "c.clientHeight / 2]",
+        canvas,
+    )
     ActionChains(chromium).move_to_element_with_offset(canvas, round(spot[0]), round(spot[1])).click().perform()
-    browser.wait_for(chromium, lambda d: d.find_elements("css selector", "figure.chosen"), "the photo of the clicked camera")
-    browser.wait_for(chromium, lambda d: abs(d.execute_script("return document.querySelector('figure.chosen').getBoundingClientRect().top")) < 900, "its place on the page")
+    browser.wait_for(
+        chromium, lambda d: d.find_elements("css selector", "figure.chosen"), "the photo of the clicked camera"
+    )
+    browser.wait_for(
+        chromium,
+        lambda d: (
+            abs(d.execute_script("return document.querySelector('figure.chosen').getBoundingClientRect().top")) < 900
+        ),
+        "its place on the page",
+    )
     chromium.save_screenshot(str(shots / "predict_photo.png"))
-    assert chromium.find_element("css selector", "figure.chosen").get_attribute("id") == f"photo-{chromium.execute_script('return window.cloud.state.chosen')}"
+    assert (
+        chromium.find_element("css selector", "figure.chosen").get_attribute("id")
+        == f"photo-{chromium.execute_script('return window.cloud.state.chosen')}"
+    )
     assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []

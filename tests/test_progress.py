@@ -21,12 +21,19 @@ print("after")
 def test_a_notebook_keeps_one_quiet_line_for_each_bar():
     """No red box, no states of the past, no clock: what is run twice is the same twice."""
     client = pytest.importorskip("nbclient")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(CELL)],
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
+    )
     client.NotebookClient(notebook, timeout=120).execute()
     outputs = notebook.cells[0].outputs
     assert [output.get("name") for output in outputs if output.output_type == "stream"] == ["stdout"], outputs
     lines = [output for output in outputs if output.output_type == "display_data"]
-    assert [line.data["text/plain"] for line in lines] == ["outer: 3 photos", "inner: 4 steps", "broken: 2 of 9 windows"]
+    assert [line.data["text/plain"] for line in lines] == [
+        "outer: 3 photos",
+        "inner: 4 steps",
+        "broken: 2 of 9 windows",
+    ]
     assert all(set(line.data) == {"text/plain"} and line.metadata == {"vggt_lora": "progress"} for line in lines)
 
 

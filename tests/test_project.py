@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vggt_lora"
 
-# The house, from the ground up: a module imports from its own floor's room or from rooms below, never upwards, at the top or inside a function.
+# The house, from the ground up: a module imports from its own floor's room or from rooms below, never upwards, at the
+# top or inside a function.
 FLOORS = [
     ["core", "settings", "progress", "reference_data", "threads", "geometry"],
     ["files"],
@@ -27,12 +28,14 @@ FLOORS = [
     ["preflight", "pretraining"],
     ["evaluation"],
     ["comparison", "prediction"],
-    ["data", "depth", "lora", "train", "evaluate", "compare", "predict", "doctor", "download"],  # the chapters, in their order
+    # the chapters, in their order
+    ["data", "depth", "lora", "train", "evaluate", "compare", "predict", "doctor", "download"],
     ["commands"],
 ]
 STEPS = ["data", "depth", "lora", "train", "evaluate", "compare", "predict"]
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-GROUND = {"settings": {"core"}, "reference_data": {"core"}}  # what the modules of the ground floor may import of each other
+# what the modules of the ground floor may import of each other
+GROUND = {"settings": {"core"}, "reference_data": {"core"}}
 
 
 def imports(path: Path):
@@ -43,7 +46,10 @@ def imports(path: Path):
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = parts[: len(parts) - node.level]
-            yield ".".join((*base, *(node.module or "").split("."))).removeprefix("vggt_lora.").strip("."), id(node) in top
+            yield (
+                ".".join((*base, *(node.module or "").split("."))).removeprefix("vggt_lora.").strip("."),
+                id(node) in top,
+            )
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vggt_lora."):
             yield node.module.removeprefix("vggt_lora."), id(node) in top
 
@@ -67,14 +73,19 @@ def fault_of(path: Path) -> list[str]:
             if STEPS.index(other) > STEPS.index(room):
                 faults.append(f"{path.relative_to(ROOT)} imports the later step {target}")
         elif ROOMS[other] > ROOMS[room] or ROOMS[other] == ROOMS[room] and other not in GROUND.get(room, ()):
-            faults.append(f"{path.relative_to(ROOT)} imports {target}, which stands on floor {ROOMS[other] + 1}, its own is {ROOMS[room] + 1}")
+            faults.append(
+                f"{path.relative_to(ROOT)} imports {target}, which stands on floor {ROOMS[other] + 1}, its own is "
+                f"{ROOMS[room] + 1}"
+            )
         if room in STEPS and other == "views" and at_top:
             faults.append(f"{path.relative_to(ROOT)} imports {target} at the top, a headless run would load it")
     return faults
 
 
 def circles(graph: dict[str, set]) -> list[str]:
-    """Modules that import each other in a loop: what is left when all that import nothing of the rest are taken away, again and again."""
+    """Modules that import each other in a loop: what is left when all that import nothing of the rest are taken away,
+    again and again.
+    """
     left = {name: set(targets) & graph.keys() for name, targets in graph.items()}
     while free := [name for name, targets in left.items() if not targets]:
         for name in free:
@@ -98,7 +109,9 @@ def test_no_import_circle():
 
 
 def test_the_page_about_the_house_names_what_exists():
-    """docs/house.md: every room has its row, every file is there, and every other name stands in the file that its line begins with."""
+    """docs/house.md: every room has its row, every file is there, and every other name stands in the file that its line
+    begins with.
+    """
     text = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([\w/]+(?:/|\.py|\.ipynb))`", text))
     assert {room for room in ROOMS if not {f"{room}/", f"{room}.py"} & named} == set()
@@ -107,16 +120,21 @@ def test_the_page_about_the_house_names_what_exists():
     assert len(walks) == 25
     for file, sentence in walks:
         files = [file, *(name for name in re.findall(r"`(\S+?)`", sentence) if name.endswith(".py"))]
-        source = "".join((PACKAGE / name if name.endswith(".py") else ROOT / name).read_text(encoding="utf-8") for name in files)
+        source = "".join(
+            (PACKAGE / name if name.endswith(".py") else ROOT / name).read_text(encoding="utf-8") for name in files
+        )
         for name in re.findall(r"`([A-Za-z_]+)`", sentence):
             assert re.search(rf"\b{name}\b", source), f"docs/house.md: {name} is not in {', '.join(files)}"
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
 
-RETIRED = ("Retreat", "retreat", "obstacle", "BaseGate", "gated_adapter", "halve_frozen", "set_speed", "from_main", "in_turn", "put_adapter", "what_is_there",
-           "keep_term", "as_it_began", "LENIENT", "unreached_by_loss", "put_in_place", "remove_dead", "let_go", "leads_out", "in_markdown", "given_parameters",
-           "look_up", "pool_front", "splat_nearest", "TRAPS", "Glimpse", "glimpse", "faults_of", "answer_of", "prefix_store", "shoot_scene")
+RETIRED = (
+    "Retreat", "retreat", "obstacle", "BaseGate", "gated_adapter", "halve_frozen", "set_speed", "from_main", "in_turn",
+    "put_adapter", "what_is_there", "keep_term", "as_it_began", "LENIENT", "unreached_by_loss", "put_in_place",
+    "remove_dead", "let_go", "leads_out", "in_markdown", "given_parameters", "look_up", "pool_front", "splat_nearest",
+    "TRAPS", "Glimpse", "glimpse", "faults_of", "answer_of", "prefix_store", "shoot_scene",
+)
 
 
 def written() -> dict[str, str]:
@@ -135,7 +153,9 @@ def test_no_retired_name_is_written():
 
 
 def test_no_setting_is_written_by_its_retired_name():
-    """As a parameter of papermill, an option of the command, or an argument of TrainConfig; RENAMED is what the messages read, too."""
+    """As a parameter of papermill, an option of the command, or an argument of TrainConfig; RENAMED is what the
+    messages read, too.
+    """
     from vggt_lora.core import RENAMED, unknown_name_message
     from vggt_lora.train import TrainConfig
 
@@ -145,7 +165,11 @@ def test_no_setting_is_written_by_its_retired_name():
     found = []
     for file, text in written().items():
         for old, new in RENAMED.items():
-            given = [command for command in re.findall(r"(?:nbs/03_train\.ipynb|vggt_lora_train)[^\n`]*", text) if re.search(rf"(-p |--){old.replace('_', '[-_]')}\b", command)]
+            given = [
+                command
+                for command in re.findall(r"(?:nbs/03_train\.ipynb|vggt_lora_train)[^\n`]*", text)
+                if re.search(rf"(-p |--){old.replace('_', '[-_]')}\b", command)
+            ]
             given += re.findall(rf"TrainConfig\([^()]*\b{old}=", text)
             found += [(file, old, new)] if given else []
     assert not found
@@ -170,9 +194,13 @@ def test_the_package_is_light():
 
 
 def test_training_and_evaluation_import_no_gui_and_nothing_slow():
-    """PEFT and its transformers take longer to import than all the rest together; they wait until an adapter is added."""
+    """PEFT and its transformers take longer to import than all the rest together; they wait until an adapter is added.
+    """
     heavy = ["open3d", "ipywidgets", "matplotlib", "peft", "transformers", "pycolmap", "scipy"]
-    code = f"import vggt_lora.train, vggt_lora.evaluate, vggt_lora.predict, sys; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import vggt_lora.train, vggt_lora.evaluate, vggt_lora.predict, sys; print([m for m in {heavy} if m in "
+        "sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -199,13 +227,18 @@ def test_there_are_five_steps():
     assert [n[:2] for n in names[:5]] == ["00", "01", "02", "03", "04"]
 
 
-NOTEBOOKS_WITH_A_CONFIG = {"03_train.ipynb": ("vggt_lora.train", "TrainConfig"), "05_compare.ipynb": ("vggt_lora.compare", "CompareConfig"),
-                           "06_predict.ipynb": ("vggt_lora.predict", "PredictConfig")}
+NOTEBOOKS_WITH_A_CONFIG = {
+    "03_train.ipynb": ("vggt_lora.train", "TrainConfig"),
+    "05_compare.ipynb": ("vggt_lora.compare", "CompareConfig"),
+    "06_predict.ipynb": ("vggt_lora.predict", "PredictConfig"),
+}
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS_WITH_A_CONFIG)
 def test_papermill_parameters_are_fields_of_the_config(name):
-    """Name, type, default and meaning are those of the field; 03 shows the settings that a first run needs, the others all."""
+    """Name, type, default and meaning are those of the field; 03 shows the settings that a first run needs, the others
+    all.
+    """
     from vggt_lora.settings import settings_of
 
     module, cls = NOTEBOOKS_WITH_A_CONFIG[name]
@@ -229,8 +262,14 @@ def test_no_parameter_hides_a_name_of_the_module():
     for cell in notebook("03_train.ipynb")["cells"]:
         if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
             tree = ast.parse("".join(cell["source"]))
-            inside = {id(n) for d in ast.walk(tree) if isinstance(d, (ast.FunctionDef, ast.ClassDef)) for n in ast.walk(d)}
-            stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and id(n) not in inside}
+            inside = {
+                id(n) for d in ast.walk(tree) if isinstance(d, (ast.FunctionDef, ast.ClassDef)) for n in ast.walk(d)
+            }
+            stored = {
+                n.id
+                for n in ast.walk(tree)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and id(n) not in inside
+            }
             assert not fields & stored, "a cell that is run again would take this for a parameter"
 
 

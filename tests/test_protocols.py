@@ -1,4 +1,6 @@
-"""Protocols, cameras, regions and drift against other people's code, and the traps that an evaluation must not fall into."""
+"""Protocols, cameras, regions and drift against other people's code, and the traps that an evaluation must not fall
+into.
+"""
 import dataclasses
 import json
 import os
@@ -33,7 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A demo building with laser depth and labels."""
-    return demo_scene(tmp_path_factory.mktemp("data"), frames=6, size=(168, 252), seed=4, style="stone", layout="corner")
+    return demo_scene(
+        tmp_path_factory.mktemp("data"), frames=6, size=(168, 252), seed=4, style="stone", layout="corner"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,9 @@ def window(folder):
 def exact(sample, depth_factor=1.0, fill=None, camera=None):
     """A model that knows the truth, in the network's unit; `fill` is put where there is none."""
     unit = window_scale(sample, trusted_truth(sample))
-    depth = torch.where(sample.valid, sample.depth * depth_factor, sample.depth if fill is None else torch.full_like(sample.depth, fill))
+    depth = torch.where(
+        sample.valid, sample.depth * depth_factor, sample.depth if fill is None else torch.full_like(sample.depth, fill)
+    )
     poses = relative_to_first(sample.world_to_cam.numpy())
     poses[:, :3, 3] /= unit
     poses = poses if camera is None else camera(poses)
@@ -81,8 +87,11 @@ def test_logarithms_and_inliers_agree_with_torchmetrics(seed):
 def test_every_row_of_everything_names_its_protocol(window):
     found = rows_of(window, exact(window[3]), (*STANDARD, "robustmvd", "vggt-omega"))
     assert {row["protocol"] for row in found.rows} == {row["protocol"] for row in found.table()} == set(PROTOCOLS)
-    for rows in (found.rows, found.table(), found.pairs, found.cameras(), confidence_rows(found.maps, models=("model",)),
-                 confidence_table(confidence_rows(found.maps, models=("model",))), regions.region_rows(found.maps, models=("model",))):
+    for rows in (
+        found.rows, found.table(), found.pairs, found.cameras(), confidence_rows(found.maps, models=("model",)),
+        confidence_table(confidence_rows(found.maps, models=("model",))),
+        regions.region_rows(found.maps, models=("model",)),
+    ):
         assert rows and all(row["protocol"] for row in rows)
 
 
@@ -99,7 +108,9 @@ def test_photo_resolution_clip_and_truth_range(window):
     mine = Protocol("mine", "none", resolution="photo", clip=(0.1, 5.0))
     found = {row["protocol"]: row for row in rows_of(window, exact(sample), ("none", mine)).table()}
     photos = [cache.source(scene, scene.frames[i], scene.frames[i].size) for i in item.frames]
-    assert found["mine"]["pixels"] == sum(int(d.valid.sum()) for d in photos), "not every pixel of the photos' own truth was counted"
+    assert found["mine"]["pixels"] == sum(int(d.valid.sum()) for d in photos), (
+        "not every pixel of the photos' own truth was counted"
+    )
     limited = rows_of(window, exact(sample), Protocol("near", "none", truth_range=(0.1, 8.0))).table()[0]
     depth, known = sample.depth.numpy(), sample.valid.numpy()
     assert 0 < limited["pixels"] == ((depth >= 0.1) & (depth <= 8) & known).sum() < known.sum()
@@ -121,7 +132,9 @@ def test_a_sequence_shares_one_scale_even_where_a_frame_is_scored_elsewhere(wind
     scales = {p: [row["scale"] for row in found.rows if row["protocol"] == p] for p in ("median", "median-sequence")}
     assert scales["median"] == pytest.approx([2] + [1] * 5) and len(set(scales["median-sequence"])) == 1
     used = sample.valid.numpy()
-    assert scales["median-sequence"][0] == pytest.approx(np.median(sample.depth.numpy()[used]) / np.median(halved.numpy()[used]), rel=1e-5)
+    assert scales["median-sequence"][0] == pytest.approx(
+        np.median(sample.depth.numpy()[used]) / np.median(halved.numpy()[used]), rel=1e-5
+    )
 
 
 # --- the traps ------------------------------------------------------------------------------------------------------
@@ -130,10 +143,14 @@ def test_alignment_on_invalid_pixels_would_show(window, monkeypatch):
     model = exact(window[3], fill=1e5)
     clean = rows_of(window, model)
     assert all(row["absrel"] < 1e-5 for row in clean.rows)
-    monkeypatch.setattr("vggt_lora.evaluation.metrics.counted_pixels", lambda truth, valid: np.ones(np.shape(truth), bool))
+    monkeypatch.setattr(
+        "vggt_lora.evaluation.metrics.counted_pixels", lambda truth, valid: np.ones(np.shape(truth), bool)
+    )
     with np.errstate(all="ignore"):
         careless = rows_of(window, model)
-    assert not any(row["absrel"] < 0.1 for row in careless.rows), "counting every pixel makes no difference: the test sees nothing"
+    assert not any(row["absrel"] < 0.1 for row in careless.rows), (
+        "counting every pixel makes no difference: the test sees nothing"
+    )
 
 
 def test_a_forgotten_unit_is_reported(window, monkeypatch):
@@ -178,7 +195,10 @@ def test_relative_poses_agree_with_scipy(seed):
     assert exact_turn.max() < 1e-5 and exact_way.max() < 1e-5  # 0 degrees, not 180
     assert camera_metrics(exact_turn, exact_way)["auc_3"] == 1
     assert looks_swapped(invert_pose(truth), truth) and not looks_swapped(truth, truth)
-    assert pair_errors(mirrored(truth), truth)[2].min() > 179 and pair_errors(mirrored(truth), truth, fold=True)[2].max() < 1e-5
+    assert (
+        pair_errors(mirrored(truth), truth)[2].min() > 179
+        and pair_errors(mirrored(truth), truth, fold=True)[2].max() < 1e-5
+    )
 
 
 def mirrored(poses):
@@ -201,7 +221,11 @@ def test_similarity_agrees_with_colmap(seed):
     b = 3 * a @ Rotation.random(rng=random).as_matrix().T + [1, -2, 5] + random.normal(0, 0.1, (6, 3))
     scale, R, t = umeyama(a, b)
     theirs = pycolmap.estimate_sim3d(a, b)
-    assert scale == pytest.approx(theirs.scale) and np.allclose(R, theirs.rotation.matrix()) and np.allclose(t, theirs.translation)
+    assert (
+        scale == pytest.approx(theirs.scale)
+        and np.allclose(R, theirs.rotation.matrix())
+        and np.allclose(t, theirs.translation)
+    )
     truth = poses_of(Rotation.random(5, rng=random), random)
     smaller = truth.copy()
     smaller[:, :3, 3] *= 0.2
@@ -241,24 +265,42 @@ def test_planes_of_a_building_and_what_a_shift_does_to_them(window):
 
 def test_up_is_found_in_a_world_of_any_orientation(window):
     """Turned by any rotation, a scene has the same walls; with z taken for up, as some worlds have it, it would not."""
-    frames = [dataclasses.replace(frame, labels=frame.labels * 0, depth={"base": frame.truth}) for frame in rows_of(window, exact(window[3]), "none").maps]
+    frames = [
+        dataclasses.replace(frame, labels=frame.labels * 0, depth={"base": frame.truth})
+        for frame in rows_of(window, exact(window[3]), "none").maps
+    ]
     planes = [regions.true_planes(frame.truth, frame.valid, frame.K) for frame in frames]
     up = regions.world_up(frames, planes)["demo"]
     assert up @ [0, 0, 1] > np.cos(np.radians(2))
     turn = Rotation.from_euler("xyz", [70, 20, -110], degrees=True).as_matrix()
-    turned = [dataclasses.replace(frame, world_to_cam=np.block([[frame.world_to_cam[:3, :3] @ turn.T, frame.world_to_cam[:3, 3:]], [np.zeros((1, 3)), np.ones((1, 1))]])) for frame in frames]
+    turned = [
+        dataclasses.replace(
+            frame,
+            world_to_cam=np.block(
+                [[frame.world_to_cam[:3, :3] @ turn.T, frame.world_to_cam[:3, 3:]], [np.zeros((1, 3)), np.ones((1, 1))]]
+            ),
+        )
+        for frame in frames
+    ]
     assert np.allclose(regions.world_up(turned, planes)["demo"], turn @ up)
-    walls = [[row["pixels"] for row in regions.region_rows(f, "none", ("base",), **o) if row["region"] == "wall"] for f, o in ((frames, {}), (turned, {}), (turned, {"up": (0, 0, 1)}))]
+    walls = [
+        [row["pixels"] for row in regions.region_rows(f, "none", ("base",), **o) if row["region"] == "wall"]
+        for f, o in ((frames, {}), (turned, {}), (turned, {"up": (0, 0, 1)}))
+    ]
     assert walls[0] == walls[1] and min(walls[0]) > 1000 and sum(walls[2]) < 0.8 * sum(walls[0])
 
 
 def test_planes_are_the_same_in_every_call():
-    """A rough wall that fills most of the photo: tries that end once it is likely to be found end differently, whenever threads race."""
+    """A rough wall that fills most of the photo: tries that end once it is likely to be found end differently, whenever
+    threads race.
+    """
     random = np.random.default_rng(0)
     truth = 8 + random.normal(0, 0.02, (30, 50))
     truth[random.random(truth.shape) < 0.1] *= 1.3
     K = np.array([[50.0, 0, 25], [0, 50, 15], [0, 0, 1]])
-    once, *others = [[plane.mask.tobytes() for plane in regions.true_planes(truth, truth > 0, K, most=1)] for _ in range(80)]
+    once, *others = [
+        [plane.mask.tobytes() for plane in regions.true_planes(truth, truth > 0, K, most=1)] for _ in range(80)
+    ]
     assert len(once) == 1 and all(other == once for other in others)
 
 
@@ -304,9 +346,16 @@ def test_the_guides_command_for_a_base_alone_runs_on_demo_data(folder, tmp_path)
     cells = json.loads((ROOT / "nbs" / "guide" / "measurements.ipynb").read_text(encoding="utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells)
     command, = re.findall(r"^papermill nbs/04_evaluate.ipynb outputs/robustmvd.ipynb .*$", text, re.M)
-    words = command.replace("facebook/VGGT-1B", "tiny").replace("path/to/eth3d", str(folder)).replace("outputs/", f"{tmp_path}/").split()
-    done = subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:], "-p", "pictures", "1"], cwd=ROOT, capture_output=True, text=True,
-                          stdin=subprocess.DEVNULL, env={**os.environ, "VGGT_LORA_CACHE": str(tmp_path / "cache")})
+    words = (
+        command.replace("facebook/VGGT-1B", "tiny")
+        .replace("path/to/eth3d", str(folder))
+        .replace("outputs/", f"{tmp_path}/")
+        .split()
+    )
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / words[0]), *words[1:], "-p", "pictures", "1"], cwd=ROOT, capture_output=True,
+        text=True, stdin=subprocess.DEVNULL, env={**os.environ, "VGGT_LORA_CACHE": str(tmp_path / "cache")},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Unable to parse" not in done.stderr
     written = (tmp_path / "robustmvd.ipynb").read_text(encoding="utf-8")
@@ -321,7 +370,11 @@ def test_evaluate_takes_models_folders_and_configurations(folder):
         return {"depth": torch.ones(1, images.shape[1], *images.shape[-2:], 1)}
 
     everything = evaluate(flat, folder, protocol="median")
-    held_out = evaluate({"base": flat}, TrainConfig(data=str(folder), train_fraction=0.5, frames=3, frame_cache=False), protocol=("median", "none"))
+    held_out = evaluate(
+        {"base": flat},
+        TrainConfig(data=str(folder), train_fraction=0.5, frames=3, frame_cache=False),
+        protocol=("median", "none"),
+    )
     assert (everything.table()[0]["frames"], held_out.table()[0]["frames"]) == (6, 3) and calls == [6, 3]
     with pytest.raises(ConfigError, match="data is missing: to evaluate models"):
         evaluate(flat)

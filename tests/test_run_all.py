@@ -29,7 +29,9 @@ def project(tmp_path, monkeypatch):
 
 
 def completed(project, *names: str) -> str:
-    return "".join(f"Starting {project.ROOT}/nbs/{name}\n- Completed {project.ROOT}/nbs/{name}: 0.5 seconds\n" for name in names)
+    return "".join(
+        f"Starting {project.ROOT}/nbs/{name}\n- Completed {project.ROOT}/nbs/{name}: 0.5 seconds\n" for name in names
+    )
 
 
 BOTH = ("good.ipynb", "deep/other.ipynb")
@@ -76,10 +78,18 @@ def test_slow_runs_what_is_marked_and_nothing_else(project, monkeypatch, capsys)
 
     monkeypatch.setattr(project, "run", answer)
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--slow"])
-    assert project.main() == 0 and list(asked) == ["pytest"] and asked["pytest"][asked["pytest"].index("-m", 2) + 1] == "slow"
+    assert (
+        project.main() == 0
+        and list(asked) == ["pytest"]
+        and asked["pytest"][asked["pytest"].index("-m", 2) + 1] == "slow"
+    )
     assert capsys.readouterr().out.splitlines()[-1] == "7 passed, 0 failed, 0 skipped"
     (project.ROOT / "nbs" / "good.ipynb").write_text(json.dumps({"cells": [{"source": ["#| slow\n", "1"]}]}))
-    assert project.main() == 0 and asked["notebooks"][-1] == r"^(good\.ipynb)$" and "1 of 1 completed" in capsys.readouterr().out
+    assert (
+        project.main() == 0
+        and asked["notebooks"][-1] == r"^(good\.ipynb)$"
+        and "1 of 1 completed" in capsys.readouterr().out
+    )
     (project.ROOT / "nbs" / "deep" / "other.ipynb").write_text(json.dumps({"cells": [{"source": ["#|slow\n", "1"]}]}))
     assert project.main() == 1
 
@@ -90,15 +100,20 @@ def test_no_notebook_at_all_is_a_failure(project, monkeypatch, capsys):
     assert status == 1 and "failed stages: notebooks" in text
 
 
-@pytest.mark.parametrize("answer", [(5, "no tests ran in 0.01s"), (1, "2 failed, 10 passed in 1.00s"), (2, "1 error in 0.5s"), (4, "")],
-                         ids=["nothing collected", "failures", "a test file that cannot be read", "wrong usage"])
+@pytest.mark.parametrize(
+    "answer",
+    [(5, "no tests ran in 0.01s"), (1, "2 failed, 10 passed in 1.00s"), (2, "1 error in 0.5s"), (4, "")],
+    ids=["nothing collected", "failures", "a test file that cannot be read", "wrong usage"],
+)
 def test_pytest_that_fails_or_finds_nothing_is_a_failure(project, monkeypatch, capsys, answer):
     status, text = outcome(project, monkeypatch, capsys, notebooks=(0, completed(project, *BOTH)), pytest=answer)
     assert status == 1 and "failed stages: pytest" in text and " 0 failed" not in text.splitlines()[-1]
 
 
 def test_the_export_check_is_a_stage(project, monkeypatch, capsys):
-    status, text = outcome(project, monkeypatch, capsys, notebooks=(0, completed(project, *BOTH)), export_check=(1, "1 failed"))
+    status, text = outcome(
+        project, monkeypatch, capsys, notebooks=(0, completed(project, *BOTH)), export_check=(1, "1 failed")
+    )
     assert status == 1 and "failed stages: export check" in text and " 0 failed" not in text.splitlines()[-1]
 
 
@@ -112,12 +127,21 @@ def real_outcome(project, monkeypatch, capsys) -> tuple[int, str]:
     """nbdev_test itself on one good and one failing notebook."""
     shutil.copy(HERE.parent / "settings.ini", project.ROOT)
     for name, source in (("good", "assert 1 + 1 == 2"), ("deep/other", "assert 1 + 1 == 3")):
-        cell = {"cell_type": "code", "id": "a", "execution_count": None, "metadata": {}, "outputs": [], "source": source}
-        content = {"cells": [cell], "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
-                   "nbformat": 4, "nbformat_minor": 5}
+        cell = {
+            "cell_type": "code", "id": "a", "execution_count": None, "metadata": {}, "outputs": [], "source": source,
+        }
+        content = {
+            "cells": [cell],
+            "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
+            "nbformat": 4, "nbformat_minor": 5,
+        }
         (project.ROOT / "nbs" / f"{name}.ipynb").write_text(json.dumps(content))
     real = project.run
-    monkeypatch.setattr(project, "run", lambda title, command, **env: real(title, command, **env) if title == "notebooks" else PASSED[title])
+    monkeypatch.setattr(
+        project,
+        "run",
+        lambda title, command, **env: real(title, command, **env) if title == "notebooks" else PASSED[title],
+    )
     status = project.main()
     return status, capsys.readouterr().out
 

@@ -19,10 +19,13 @@ from vggt_lora.geometry.cameras import project_points
 from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.opening import find_scenes, ETH3D_PHOTOS, open_scene
 
-# Two cameras of different size, three photos whose lines are not in capture order, two points, a keypoint outside the frame.
+# Two cameras of different size, three photos whose lines are not in capture order, two points, a keypoint outside the
+# frame.
 CAMERAS = ["# cameras", "0 PINHOLE 100 80 90 91 50.5 40", "4 SIMPLE_PINHOLE 60 40 70 30 20"]
-IMAGES = ["# images", "12 1 0 0 0 0 0 1 4 sub/DSC_10.JPG", "30 20 -1 31 21 9",
-          "3 0.707107 0 0.707107 0 1 2 3 0 sub/DSC_9.JPG", "50 40 7 51 -4 9 52 42 -1", "5 1 0 0 0 0 0 0 0 sub/DSC_11.JPG", ""]
+IMAGES = [
+    "# images", "12 1 0 0 0 0 0 1 4 sub/DSC_10.JPG", "30 20 -1 31 21 9",
+    "3 0.707107 0 0.707107 0 1 2 3 0 sub/DSC_9.JPG", "50 40 7 51 -4 9 52 42 -1", "5 1 0 0 0 0 0 0 0 sub/DSC_11.JPG", "",
+]
 POINTS = ["# points", "9 1 2 3 10 20 30 0.5 3 1 12 1", "7 0.5 0.25 4 1 2 3 -1 3 0"]
 SIZES = {"sub/DSC_10.JPG": (60, 40), "sub/DSC_9.JPG": (100, 80), "sub/DSC_11.JPG": (100, 80)}
 
@@ -63,7 +66,8 @@ def same(one, two):
 
 def test_opens_in_capture_order(scene_folder):
     scene = open_scene(scene_folder)
-    assert [f.name for f in scene.frames] == ["sub/DSC_9.JPG", "sub/DSC_10.JPG", "sub/DSC_11.JPG"]  # not 10, 11, 9 nor the file's order
+    # not 10, 11, 9 nor the file's order
+    assert [f.name for f in scene.frames] == ["sub/DSC_9.JPG", "sub/DSC_10.JPG", "sub/DSC_11.JPG"]
     assert [f.size for f in scene.frames] == [(80, 100), (40, 60), (80, 100)]
     assert [f.camera_id for f in scene.frames] == [0, 4, 0]
     assert scene.frames[1].K.tolist() == [[70, 0, 30], [0, 70, 20], [0, 0, 1]]
@@ -209,7 +213,11 @@ def test_damaged_binary_is_an_error_not_a_crash(scene_folder, name, damage):
     pycolmap.Reconstruction(model).write_binary(model)
     path = model / f"{name}.bin"
     data = path.read_bytes()
-    path.write_bytes({"cut": data[:-1], "longer": data + b"x", "count": (2**60).to_bytes(8, "little") + data[8:], "empty": b""}[damage])
+    path.write_bytes(
+        {"cut": data[:-1], "longer": data + b"x", "count": (2**60).to_bytes(8, "little") + data[8:], "empty": b""}[
+            damage
+        ]
+    )
     with pytest.raises(SceneError, match=f"{name}.bin.*expected"):
         open_scene(scene_folder)
 
@@ -228,7 +236,10 @@ def test_missing_parts_are_named(scene_folder, tmp_path):
     with pytest.raises(SceneError, match="no COLMAP model found: looked for .*sparse/0.*is no folder"):
         open_scene(tmp_path / "nowhere")
     (scene_folder / "images/sub/DSC_9.JPG").rename(scene_folder / "images/sub/DSC_9.jpg")
-    with pytest.raises(SceneError, match="1 of 3 photos are missing .*sub/DSC_9.JPG; DSC_9.jpg is there, but upper and lower case differ"):
+    with pytest.raises(
+        SceneError,
+        match="1 of 3 photos are missing .*sub/DSC_9.JPG; DSC_9.jpg is there, but upper and lower case differ",
+    ):
         open_scene(scene_folder)
     shutil.move(scene_folder / "images", tmp_path / "photos")
     with pytest.raises(SceneError, match="none of the 3 photos found.*house/images.*images="):
@@ -244,7 +255,9 @@ def test_missing_parts_are_named(scene_folder, tmp_path):
 
 
 def test_undistorted_photos_beside_the_model_win_over_originals_of_the_same_names(scene_folder):
-    """COLMAP's workspace: images/ and dense/images/ hold files of the same names, and dense/sparse fits the second only."""
+    """COLMAP's workspace: images/ and dense/images/ hold files of the same names, and dense/sparse fits the second
+    only.
+    """
     write_text_model(scene_folder / "dense" / "sparse")
     for number, name in enumerate(SIZES):
         path = scene_folder / "dense" / "images" / name
@@ -255,7 +268,9 @@ def test_undistorted_photos_beside_the_model_win_over_originals_of_the_same_name
         assert scene.root == scene_folder and len(scene) == 3
         assert all(frame.image_path.is_relative_to(scene_folder / "dense" / "images") for frame in scene.frames)
     for path in (".", "sparse/0"):
-        assert all(frame.image_path.is_relative_to(scene_folder / "images") for frame in open_scene(scene_folder / path).frames)
+        assert all(
+            frame.image_path.is_relative_to(scene_folder / "images") for frame in open_scene(scene_folder / path).frames
+        )
     (scene_folder / "dense/images/sub/DSC_9.JPG").unlink()  # the original of that name is no replacement
     with pytest.raises(SceneError, match="1 of 3 photos are missing in .*dense/images: sub/DSC_9.JPG"):
         open_scene(scene_folder / "dense")
@@ -273,13 +288,19 @@ def test_numbered_models(scene_folder):
     assert open_scene(scene_folder.with_name("2024")).name == "2024"
 
 
-@pytest.mark.parametrize("place", [".", "dslr_calibration_undistorted", "sparse/0", "sparse", "0", "colmap/sparse/0", "dense/sparse"])
+@pytest.mark.parametrize(
+    "place", [".", "dslr_calibration_undistorted", "sparse/0", "sparse", "0", "colmap/sparse/0", "dense/sparse"]
+)
 def test_what_opens_is_found(tmp_path, place):
     """The word `data` and open_scene look in the same places."""
     write_text_model(tmp_path / "all" / "house1" / place)
     write_photos(tmp_path / "all" / "house1" / "images")
     assert len(open_scene(tmp_path / "all" / "house1")) == 3
-    assert find_scenes(str(tmp_path / "all" / "house1")) == find_scenes(str(tmp_path / "all")) == [tmp_path / "all" / "house1"]
+    assert (
+        find_scenes(str(tmp_path / "all" / "house1"))
+        == find_scenes(str(tmp_path / "all"))
+        == [tmp_path / "all" / "house1"]
+    )
 
 
 def test_every_folder_of_an_eth3d_scene_is_found(tmp_path):
@@ -301,11 +322,23 @@ def binary_scene(scene_folder):
     return model
 
 
-@pytest.mark.parametrize("name, old, new, words", [
-    ("images", b"sub/DSC_9.JPG", b"sub/DSC_\xe9.JPG", r"images.bin, record \d at byte \d+: the name of the image is not UTF-8"),
-    ("points3D", (9).to_bytes(8, "little"), (2**63 + 9).to_bytes(8, "little"), r"points3D.bin, record \d at byte \d+: point id 9223372036854775817; expected"),
-    ("images", (9).to_bytes(8, "little"), (2**63).to_bytes(8, "little"), r"images.bin, record \d at byte \d+: a keypoint names point 9223372036854775808"),
-])
+@pytest.mark.parametrize(
+    "name, old, new, words",
+    [
+        (
+            "images", b"sub/DSC_9.JPG", b"sub/DSC_\xe9.JPG",
+            r"images.bin, record \d at byte \d+: the name of the image is not UTF-8",
+        ),
+        (
+            "points3D", (9).to_bytes(8, "little"), (2**63 + 9).to_bytes(8, "little"),
+            r"points3D.bin, record \d at byte \d+: point id 9223372036854775817; expected",
+        ),
+        (
+            "images", (9).to_bytes(8, "little"), (2**63).to_bytes(8, "little"),
+            r"images.bin, record \d at byte \d+: a keypoint names point 9223372036854775808",
+        ),
+    ],
+)
 def test_broken_values_in_binary_models_name_the_record(scene_folder, name, old, new, words):
     path = binary_scene(scene_folder) / f"{name}.bin"
     assert old in path.read_bytes()
@@ -316,7 +349,9 @@ def test_broken_values_in_binary_models_name_the_record(scene_folder, name, old,
 
 def test_random_damage_to_binary_models_gives_one_named_error_or_none(scene_folder):
     rng, model = np.random.default_rng(0), binary_scene(scene_folder)
-    whole = {path.name: path.read_bytes() for path in model.glob("*.bin") if path.stem in ("cameras", "images", "points3D")}
+    whole = {
+        path.name: path.read_bytes() for path in model.glob("*.bin") if path.stem in ("cameras", "images", "points3D")
+    }
     refused = 0
     for _ in range(300):
         name = rng.choice(sorted(whole))
@@ -340,15 +375,23 @@ def test_empty_models_are_refused(scene_folder):
 
 
 def test_no_points_at_all(scene_folder):
-    write_text_model(scene_folder / "sparse" / "0", images=[line if i % 2 or i == 0 else "" for i, line in enumerate(IMAGES)], points=["# none"])
+    write_text_model(
+        scene_folder / "sparse" / "0",
+        images=[line if i % 2 or i == 0 else "" for i, line in enumerate(IMAGES)],
+        points=["# none"],
+    )
     scene = open_scene(scene_folder)
     assert len(scene.points) == 0 and all(f.observations.shape == (0, 2) for f in scene.frames)
 
 
-@pytest.mark.parametrize("camera", ["0 OPENCV 100 80 90 91 50.5 40 0.1 0 0 0", "0 THIN_PRISM_FISHEYE 100 80 90 91 50.5 40 0 0 0 0 0 0 0 0"])
+@pytest.mark.parametrize(
+    "camera", ["0 OPENCV 100 80 90 91 50.5 40 0.1 0 0 0", "0 THIN_PRISM_FISHEYE 100 80 90 91 50.5 40 0 0 0 0 0 0 0 0"]
+)
 def test_lens_distortion_is_refused(scene_folder, camera):
     write_text_model(scene_folder / "sparse" / "0", cameras=[camera, CAMERAS[2]])
-    with pytest.raises(SceneError, match=r"camera 0 is \w+ and distorts; expected an undistorted.*pycolmap.undistort_images"):
+    with pytest.raises(
+        SceneError, match=r"camera 0 is \w+ and distorts; expected an undistorted.*pycolmap.undistort_images"
+    ):
         open_scene(scene_folder)
 
 
@@ -361,7 +404,9 @@ def pasted(message: str, begin: str, end: str = "$") -> None:
 
 
 def test_the_command_of_a_refusal_mends_it(scene_folder):
-    """A lens is undistorted, and photos elsewhere are linked, by the command in the message with the reader's own paths."""
+    """A lens is undistorted, and photos elsewhere are linked, by the command in the message with the reader's own
+    paths.
+    """
     folder = scene_folder.rename(scene_folder.with_name("my house"))
     write_text_model(folder / "sparse" / "0", cameras=["0 SIMPLE_RADIAL 100 80 90 50.5 40 0.01", CAMERAS[2]])
     with pytest.raises(SceneError) as lens:
@@ -384,14 +429,22 @@ def test_shrunk_photos_scale_k_and_say_so(scene_folder):
     small, large = scene.frames[0], expected.frames[0]
     assert small.size == (40, 50)
     xyz = scene.points.xyz[small.point_rows]
-    np.testing.assert_allclose(project_points(xyz, small.world_to_cam, small.K)[0], project_points(xyz, large.world_to_cam, large.K)[0] / 2)
+    np.testing.assert_allclose(
+        project_points(xyz, small.world_to_cam, small.K)[0], project_points(xyz, large.world_to_cam, large.K)[0] / 2
+    )
     np.testing.assert_allclose(small.observations, large.observations / 2)
 
 
-@pytest.mark.parametrize("size, word", [((80, 100), "turned by 90 degrees"), ((100, 70), "cropped or stretched"), ((99, 80), "expected the same shape")])
+@pytest.mark.parametrize(
+    "size, word",
+    [((80, 100), "turned by 90 degrees"), ((100, 70), "cropped or stretched"), ((99, 80), "expected the same shape")],
+)
 def test_other_shapes_are_refused(scene_folder, size, word):
     write_photos(scene_folder / "images", {"sub/DSC_9.JPG": size})
-    with pytest.raises(SceneError, match=f"DSC_9.JPG: is {size[0]}x{size[1]}, its camera 100x80.*{word}" if "shape" not in word else word):
+    with pytest.raises(
+        SceneError,
+        match=f"DSC_9.JPG: is {size[0]}x{size[1]}, its camera 100x80.*{word}" if "shape" not in word else word,
+    ):
         open_scene(scene_folder)
 
 
@@ -401,7 +454,8 @@ def test_links_out_of_the_scene_are_refused(scene_folder, tmp_path):
     (scene_folder / "images/sub/DSC_9.JPG").symlink_to(outside)
     with pytest.raises(SceneError, match="is a link to .*outside.JPG"):
         open_scene(scene_folder)
-    shutil.move(scene_folder / "images", tmp_path / "store")  # a linked folder of photos as a whole is the user's own choice
+    # a linked folder of photos as a whole is the user's own choice
+    shutil.move(scene_folder / "images", tmp_path / "store")
     (tmp_path / "store/sub/DSC_9.JPG").unlink()
     shutil.move(outside, tmp_path / "store/sub/DSC_9.JPG")
     (scene_folder / "images").symlink_to(tmp_path / "store")
@@ -412,8 +466,13 @@ def eth3d_layout(tmp_path, place):
     """Write the same scene as ETH3D would; `place` says where a kind of data goes."""
     images = [line.replace("sub/", "dslr_images_undistorted/") for line in IMAGES]
     write_text_model(place("dslr_undistorted") / "dslr_calibration_undistorted", images=images)
-    write_photos(place("dslr_undistorted") / "images", {n.replace("sub/", "dslr_images_undistorted/"): s for n, s in SIZES.items()})
-    write_text_model(place("dslr_jpg") / "dslr_calibration_jpg", images=[line.replace("sub/", "dslr_images/") for line in IMAGES])
+    write_photos(
+        place("dslr_undistorted") / "images",
+        {n.replace("sub/", "dslr_images_undistorted/"): s for n, s in SIZES.items()},
+    )
+    write_text_model(
+        place("dslr_jpg") / "dslr_calibration_jpg", images=[line.replace("sub/", "dslr_images/") for line in IMAGES]
+    )
     write_photos(place("dslr_occlusion") / "masks_for_images", {"dslr_images/DSC_9.png": (100, 80)})
     (place("dslr_depth") / "ground_truth_depth/dslr_images").mkdir(parents=True)
     (place("dslr_depth") / "ground_truth_depth/dslr_images/DSC_10.JPG").write_bytes(bytes(60 * 40 * 4))
@@ -439,11 +498,18 @@ def test_eth3d_layouts(tmp_path, layout):
 
 def test_photo_counts_of_eth3d():
     assert sum(ETH3D_PHOTOS.values()) == 454 and len(ETH3D_PHOTOS) == 13
-    assert [ETH3D_PHOTOS[n] for n in ("facade", "electro", "office", "terrace", "delivery_area")] == [76, 45, 26, 23, 44]
+    assert [ETH3D_PHOTOS[n] for n in ("facade", "electro", "office", "terrace", "delivery_area")] == [
+        76, 45, 26, 23, 44,
+    ]
 
 
-@pytest.mark.parametrize("content, outcome", [('{"unit": "metre"}', True), ('{"unit": "arbitrary"}', False), ("{}", False),
-                                              ('{"unit": "meter"}', "Did you mean 'metre'"), ("{", "not valid JSON")])
+@pytest.mark.parametrize(
+    "content, outcome",
+    [
+        ('{"unit": "metre"}', True), ('{"unit": "arbitrary"}', False), ("{}", False),
+        ('{"unit": "meter"}', "Did you mean 'metre'"), ("{", "not valid JSON"),
+    ],
+)
 def test_unit(scene_folder, content, outcome):
     (scene_folder / "scene.json").write_text(content)
     if isinstance(outcome, bool):
@@ -466,15 +532,23 @@ def test_audit_fails_when_a_frame_is_shared(scene_folder, tmp_path):
         audit_split(split_windows(both, frames=2, hold_out="copy"), both)
 
 
-@pytest.mark.parametrize("hold_out, torn", [("entry", "entry validates while castle, fountain of the same group train"),
-                                            ("castle,fountain", "castle, fountain validate while entry of the same group trains"),
-                                            ("castle,entry,fountain", None), ("barn", None), ("", None)])
+@pytest.mark.parametrize(
+    "hold_out, torn",
+    [
+        ("entry", "entry validates while castle, fountain of the same group train"),
+        ("castle,fountain", "castle, fountain validate while entry of the same group trains"),
+        ("castle,entry,fountain", None),
+        ("barn", None),
+        ("", None),
+    ],
+)
 def test_a_group_of_scenes_is_not_held_out_in_part(scene_folder, tmp_path, hold_out, torn):
     folders = {name: tmp_path / name for name in ("castle", "entry", "fountain", "barn")}
     for number, folder in enumerate(folders.values()):
         shutil.copytree(scene_folder, folder)
         for photo in folder.rglob("*.JPG"):
-            photo.write_bytes(photo.read_bytes() + b"%d" % number)  # each scene has photos of its own: only the group can tell
+            # each scene has photos of its own: only the group can tell
+            photo.write_bytes(photo.read_bytes() + b"%d" % number)
     scenes, held = [open_scene(folder) for folder in folders.values()], [name for name in hold_out.split(",") if name]
     group = "castle, entry,fountain;"
     if torn is None:
@@ -513,7 +587,9 @@ def run_notebook(name, tmp_path, *parameters):
     return done, "".join("".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
 
 
-@pytest.mark.parametrize("name, wrong, right", [("00_data.ipynb", "dat", "data"), ("01_depth.ipynb", "scene_nam", "scene_name")])
+@pytest.mark.parametrize(
+    "name, wrong, right", [("00_data.ipynb", "dat", "data"), ("01_depth.ipynb", "scene_nam", "scene_name")]
+)
 def test_a_misspelt_parameter_stops_the_step(tmp_path, name, wrong, right):
     done, _ = run_notebook(name, tmp_path, "-p", wrong, "nowhere")
     assert done.returncode != 0

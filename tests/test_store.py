@@ -1,4 +1,6 @@
-"""The frame store from outside: same numbers as without it, nothing decoded twice, nothing kept that is out of date, damage seen, kills and rivals survived."""
+"""The frame store from outside: same numbers as without it, nothing decoded twice, nothing kept that is out of date,
+damage seen, kills and rivals survived.
+"""
 import dataclasses
 import os
 import shutil
@@ -38,7 +40,11 @@ def demo(tmp_path_factory):
     shutil.copytree(source, folder)
     open_scene(folder).frames[UNMASKED].mask_path.unlink()
     scene = open_scene(folder)
-    assert scene.frames[0].mask_path is not None and scene.frames[0].depth_path is not None and (folder / "occlusion").is_dir()
+    assert (
+        scene.frames[0].mask_path is not None
+        and scene.frames[0].depth_path is not None
+        and (folder / "occlusion").is_dir()
+    )
     return scene
 
 
@@ -66,7 +72,11 @@ def differences(one, other) -> list[str]:
     found = []
     for field in dataclasses.fields(one):
         a, b = getattr(one, field.name), getattr(other, field.name)
-        same = torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride() if isinstance(a, torch.Tensor) else a == b
+        same = (
+            torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
+            if isinstance(a, torch.Tensor)
+            else a == b
+        )
         found += [] if same else [field.name]
     return found
 
@@ -81,7 +91,9 @@ def refuse(*arguments, **options):
     ("sparse", "aspect", "ground truth"), ("laser", "crop", "ground truth"), ("laser+sparse", "aspect", "ground truth"),
     ("sparse+laser", "pad", "ground truth"), ("laser", "aspect", "scans"), ("laser+sparse", "crop", "scans"),
 ])
-def test_samples_are_the_same_to_the_bit_and_nothing_is_decoded_again(demo, tmp_path, monkeypatch, supervision, mode, variant):
+def test_samples_are_the_same_to_the_bit_and_nothing_is_decoded_again(
+    demo, tmp_path, monkeypatch, supervision, mode, variant
+):
     scene = scans_only(demo) if variant == "scans" else demo
     (_, window), = few(scene)
     direct = FrameCache(SIZE, mode, supervision)
@@ -97,7 +109,9 @@ def test_samples_are_the_same_to_the_bit_and_nothing_is_decoded_again(demo, tmp_
     assert not differences(wanted[1], load_sample(scene, window, found, order=[2, 0, 1]))
     for index in window.frames:
         target = found.size(scene, window.frames[0])
-        assert list(found.get(scene, index, target).depth.counts.items()) == list(direct.get(scene, index, target).depth.counts.items())
+        assert list(found.get(scene, index, target).depth.counts.items()) == list(
+            direct.get(scene, index, target).depth.counts.items()
+        )
     if supervision != "sparse":
         assert wanted[0].valid.float().mean() > 0.02  # there was something to compare
     with pytest.raises(AssertionError, match="decoded"):
@@ -114,7 +128,10 @@ def named_like(source):
 
 def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("VGGT_LORA_CACHE", str(tmp_path / "cache"))
-    settings = {"data": str(toy.root), "supervision": "sparse", "choose_fraction": 0.0, "epochs": 1, "frames": 4, "model": "random", "image_size": 56, "rank": 4, "lr": 1e-3}
+    settings = {
+        "data": str(toy.root), "supervision": "sparse", "choose_fraction": 0.0, "epochs": 1, "frames": 4,
+        "model": "random", "image_size": 56, "rank": 4, "lr": 1e-3,
+    }
     without = train(TrainConfig(output=str(tmp_path / "without"), frame_cache=False, **settings))
     assert not (tmp_path / "cache" / "frames").exists()
     config = TrainConfig(output=str(tmp_path / "stored"), **settings)
@@ -124,7 +141,10 @@ def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp
     stored = train(config)
     for name in ("results.json", "adapter/adapter_model.safetensors"):
         assert (without.folder / name).read_bytes() == (stored.folder / name).read_bytes(), name
-    records = [[{k: v for k, v in record.items() if k != "wall"} for record in run.records] for run in (without, stored)]  # all but the clock
+    # all but the clock
+    records = [
+        [{k: v for k, v in record.items() if k != "wall"} for record in run.records] for run in (without, stored)
+    ]
     assert records[0] == records[1] and len(records[0]) > 2
     assert largest_difference(evaluate(stored.folder).table(), without.results["table"]) == 0
     logs = [(run.folder / "train.log").read_text() for run in (without, stored)]
@@ -132,15 +152,22 @@ def test_training_and_evaluation_give_the_same_numbers_with_and_without(toy, tmp
 
 
 def test_the_store_is_light_to_import():
-    code = "import vggt_lora.datasets.frame_store, sys; print([m for m in ('torch', 'open3d', 'pycolmap', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import vggt_lora.datasets.frame_store, sys; print([m for m in ('torch', 'open3d', 'pycolmap', 'matplotlib') "
+        "if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 # --- what an entry depends on ---------------------------------------------------------------------------------------
 
 def keys(scene, supervision, *settings) -> list[str]:
     cache = FrameCache(*(settings or (SIZE,)), supervision=supervision)
-    return [entry_key(scene, f, cache.plan(scene, i, cache.size(scene, i)), supervision) for i, f in enumerate(scene.frames)]
+    return [
+        entry_key(scene, f, cache.plan(scene, i, cache.size(scene, i)), supervision) for i, f in enumerate(scene.frames)
+    ]
 
 
 def concerned(scene, supervision, change) -> set[int]:
@@ -159,9 +186,19 @@ FILES = {
     "mask": (lambda s: s.frames[3].mask_path, {"sparse": {3}, "laser": {3}, "scans": {3}}),
     "depth": (lambda s: s.frames[3].depth_path, {"sparse": set(), "laser": {3}, "scans": set()}),
     "labels": (lambda s: label_files(s, s.frames[3])["windows"], {"sparse": {3}, "laser": {3}, "scans": {3}}),
-    "cameras of the originals": (lambda s: s.jpg_cameras / "cameras.txt", {"sparse": None, "laser": ALL, "scans": None}),  # None: those with a mask
-    "scan": (lambda s: sorted((s.root / "dslr_scan_eval").glob("*.ply"))[0], {"sparse": set(), "laser": set(), "scans": ALL}),
-    "alignment": (lambda s: s.root / "dslr_scan_eval" / "scan_alignment.mlp", {"sparse": set(), "laser": set(), "scans": ALL}),
+    # None: those with a mask
+    "cameras of the originals": (
+        lambda s: s.jpg_cameras / "cameras.txt",
+        {"sparse": None, "laser": ALL, "scans": None},
+    ),
+    "scan": (
+        lambda s: sorted((s.root / "dslr_scan_eval").glob("*.ply"))[0],
+        {"sparse": set(), "laser": set(), "scans": ALL},
+    ),
+    "alignment": (
+        lambda s: s.root / "dslr_scan_eval" / "scan_alignment.mlp",
+        {"sparse": set(), "laser": set(), "scans": ALL},
+    ),
     "mesh": (lambda s: s.root / "occlusion" / "surface_mesh.ply", {"sparse": set(), "laser": set(), "scans": ALL}),
 }
 
@@ -185,7 +222,9 @@ def test_a_changed_file_concerns_those_frames_that_read_it(demo, what):
 
 
 def with_frame(scene, index, **changes):
-    return dataclasses.replace(scene, frames=tuple(dataclasses.replace(f, **changes) if i == index else f for i, f in enumerate(scene.frames)))
+    return dataclasses.replace(
+        scene, frames=tuple(dataclasses.replace(f, **changes) if i == index else f for i, f in enumerate(scene.frames))
+    )
 
 
 def with_points(scene, **changes):
@@ -198,7 +237,15 @@ def test_cameras_points_and_settings_concern_those_that_use_them(demo, tmp_path)
     pose[0, 3] += 1e-12
     neighbours = {i for i, f in enumerate(demo.frames) if np.isin(f.point_rows, frame.point_rows).any()}
     assert concerned(demo, "laser", lambda: with_frame(demo, 5, world_to_cam=pose)) == {5}
-    assert {5} < concerned(demo, "sparse", lambda: with_frame(demo, 5, world_to_cam=frame.world_to_cam + [[0, 0, 0, 0.1], [0] * 4, [0] * 4, [0] * 4])) <= neighbours
+    assert (
+        {5}
+        < concerned(
+            demo,
+            "sparse",
+            lambda: with_frame(demo, 5, world_to_cam=frame.world_to_cam + [[0, 0, 0, 0.1], [0] * 4, [0] * 4, [0] * 4]),
+        )
+        <= neighbours
+    )
     row = demo.points.track_length.argmin()
     seen = {i for i, f in enumerate(demo.frames) if row in f.point_rows}
     xyz = demo.points.xyz.copy()
@@ -209,20 +256,28 @@ def test_cameras_points_and_settings_concern_those_that_use_them(demo, tmp_path)
     for field in ("error", "track_length"):
         values = getattr(demo.points, field).copy()
         values[worst] += 1
-        assert concerned(demo, "sparse", lambda: with_points(demo, **{field: values})) == {i for i, f in enumerate(demo.frames) if worst in f.point_rows}, field
+        assert concerned(demo, "sparse", lambda: with_points(demo, **{field: values})) == {
+            i for i, f in enumerate(demo.frames) if worst in f.point_rows
+        }, field
     assert concerned(demo, "laser", lambda: with_frame(demo, 5, K=frame.K * [[1 + 1e-12], [1], [1]])) == {5}
-    assert concerned(demo, "sparse", lambda: with_points(demo, error=demo.points.error * 2)) == ALL  # the weights' yardstick is the scene's
+    # the weights' yardstick is the scene's
+    assert concerned(demo, "sparse", lambda: with_points(demo, error=demo.points.error * 2)) == ALL
     own = tmp_path / "own.png"
     Image.fromarray(np.full(frame.size, 255, np.uint8)).save(own)
     assert concerned(demo, "sparse", lambda: with_frame(demo, 5, photo_mask_path=own)) == {5}
-    plans = [keys(demo, "sparse", *settings)[0] for settings in ((SIZE,), (SIZE + 14,), (SIZE, "crop"), (SIZE, "pad"), (SIZE, "squash"))]
+    plans = [
+        keys(demo, "sparse", *settings)[0]
+        for settings in ((SIZE,), (SIZE + 14,), (SIZE, "crop"), (SIZE, "pad"), (SIZE, "squash"))
+    ]
     assert len(set(plans)) == 5
     few_keys = [keys(demo, name)[0] for name in ("sparse", "laser", "laser+sparse", "sparse+laser")]
     assert len(set(few_keys)) == 4 and keys(demo, "laser + sparse")[0] == few_keys[2]
 
 
 def test_an_own_source_counts_by_its_text_and_the_whole_scene(toy, tmp_path, monkeypatch):
-    """Nothing is known of what it reads: any change in the scene's folder makes its entries anew, and it is not called from several threads."""
+    """Nothing is known of what it reads: any change in the scene's folder makes its entries anew, and it is not called
+    from several threads.
+    """
     plan = FrameCache(SIZE).plan(toy, 0, (70, 112))
     names = []
     for number in (1, 2):
@@ -269,7 +324,9 @@ def test_no_source_reads_a_file_that_its_entry_does_not_depend_on(demo, supervis
     """The files that Python opens while a frame is made, against those that are opened for its name."""
     opened = {}
     for what in ("key", "frame"):
-        done = subprocess.run([sys.executable, "-c", OPENED, str(demo.root), supervision, scans, what], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", OPENED, str(demo.root), supervision, scans, what], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         opened[what] = set(done.stdout.split())
     assert len(opened["frame"]) >= 4, opened
@@ -280,7 +337,8 @@ def test_no_source_reads_a_file_that_its_entry_does_not_depend_on(demo, supervis
 
 def entry_of(folder, scene, index) -> Path:
     cache = FrameStore(SIZE, folder=folder)
-    return cache.folder / f"{entry_key(scene, scene.frames[index], cache.plan(scene, index, cache.size(scene, 0)), 'sparse')}.safetensors"
+    key = entry_key(scene, scene.frames[index], cache.plan(scene, index, cache.size(scene, 0)), "sparse")
+    return cache.folder / f"{key}.safetensors"
 
 
 def flipped(place):
@@ -299,7 +357,10 @@ DAMAGE = {
     "a byte of the depth flipped": (flipped(0.2), "checksum differs"),
     "a byte of the header flipped": (flipped(40), "damaged|checksum|holds another frame|version"),
     "the header's length flipped": (flipped(2), "damaged or cut short"),
-    "another version": (lambda content, other: content.replace(b'{\\"version\\": %d,' % VERSION, b'{\\"version\\": 9,'), f"is of version 9, expected {VERSION}"),
+    "another version": (
+        lambda content, other: content.replace(b'{\\"version\\": %d,' % VERSION, b'{\\"version\\": 9,'),
+        f"is of version 9, expected {VERSION}",
+    ),
     "another frame's entry": (lambda content, other: other, "holds another frame"),
     "something else": (lambda content, other: b"\xff\xd8\xff" * 5000, "damaged or cut short"),
 }
@@ -373,7 +434,10 @@ def test_the_command_keeps_what_was_wanted_last_and_touches_nothing_but_entries(
     entries = [entry_of(tmp_path, toy, index) for index in range(8)]
     for age, path in enumerate(entries):
         os.utime(path, (1000 + age,) * 2)
-    size, strangers = entries[0].stat().st_size, [tmp_path / "model.safetensors", entries[0].parent / "model.safetensors", tmp_path / f"{'a' * 64}.safetensors"]
+    size, strangers = (
+        entries[0].stat().st_size,
+        [tmp_path / "model.safetensors", entries[0].parent / "model.safetensors", tmp_path / f"{'a' * 64}.safetensors"],
+    )
     for path in strangers:
         path.write_bytes(bytes(10 ** 6))
     assert store.main(["--folder", str(tmp_path)]) == 0 and all(path.exists() for path in entries)
@@ -384,7 +448,11 @@ def test_the_command_keeps_what_was_wanted_last_and_touches_nothing_but_entries(
     assert store.main(["--folder", str(tmp_path), "--prune", str(3.5 * size / 1e9)]) == 0
     assert [index for index in range(8) if entries[index].exists()] == [0, 1, 7]
     said = capsys.readouterr().out
-    assert "removed 5 least recently used frames" in said and "1 half-written" in said and all(path.exists() for path in strangers)
+    assert (
+        "removed 5 least recently used frames" in said
+        and "1 half-written" in said
+        and all(path.exists() for path in strangers)
+    )
     for wrong in ("-1", "nan", "inf", "many"):
         with pytest.raises(SystemExit) as stopped:
             store.main(["--folder", str(tmp_path), "--prune", wrong])
@@ -458,7 +526,8 @@ if moment == "together":
     while time.time() < float(count):
         time.sleep(0.001)
 scene = open_scene(root)
-print(store.FrameStore(112, folder=folder, workers=2).prepare([(scene, w) for w in make_windows(scene, 4)], progress=False))
+windows = [(scene, w) for w in make_windows(scene, 4)]
+print(store.FrameStore(112, folder=folder, workers=2).prepare(windows, progress=False))
 """
 
 
@@ -468,7 +537,9 @@ def build(toy, folder, moment="", count="0") -> subprocess.Popen:
 
 
 def contents(folder) -> dict:
-    return {path.name: path.read_bytes() for path in Path(folder).rglob("*.safetensors") if not path.name.startswith(".")}
+    return {
+        path.name: path.read_bytes() for path in Path(folder).rglob("*.safetensors") if not path.name.startswith(".")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -511,7 +582,9 @@ def test_two_processes_at_once_do_not_harm_each_other(toy, tmp_path, undisturbed
 
 
 def test_files_written_by_several_threads_keep_the_user_s_permissions(tmp_path, monkeypatch):
-    """The mask of permissions is one for all threads and is read by setting it: without a lock a thread may read the 0 of another and leave it behind."""
+    """The mask of permissions is one for all threads and is read by setting it: without a lock a thread may read the 0
+    of another and leave it behind.
+    """
     real, before = os.umask, os.umask(0o022)
 
     def slow(mask):

@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def call(code: str, *arguments, **environment) -> subprocess.CompletedProcess:
     """Run Python code in a process of its own."""
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,10 @@ def base(tmp_path_factory):
 # --- sudden death ---------------------------------------------------------------------------------------------------
 
 def test_killed_starved_or_begun_twice_commands_end_with_the_same_bytes():
-    done = subprocess.run([sys.executable, "-m", "tests.torture", "--short", "--kills", "1"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.torture", "--short", "--kills", "1"], cwd=ROOT, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "4 kills, 12 writes, 6 pairs, 12 wants, 0 bad" in done.stdout
 
@@ -55,12 +60,19 @@ def test_a_run_folder_has_one_writer_and_a_dead_one_does_not_count(tmp_path, mon
     held = RunFolder(tmp_path / "run")
     held.record(step=1, split="train", loss=1.0)
     monkeypatch.setattr(run, "hold", lambda folder: hold(folder, 0.1))
-    code = "import sys; from vggt_lora.training.run import RunFolder, hold; from vggt_lora.training import run; run.hold = lambda f: hold(f, 0.1); RunFolder(sys.argv[1])"
+    code = (
+        "import sys; from vggt_lora.training.run import RunFolder, hold; from vggt_lora.training import run; run.hold "
+        "= lambda f: hold(f, 0.1); RunFolder(sys.argv[1])"
+    )
     other = call(code, tmp_path / "run")
     assert other.returncode and "another process is writing this run" in other.stderr
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # it was not emptied
     held.close()
-    dead = call("import sys, os, signal; from vggt_lora.training.run import RunFolder; RunFolder(sys.argv[1]); os.kill(os.getpid(), signal.SIGKILL)", tmp_path / "run")
+    dead = call(
+        "import sys, os, signal; from vggt_lora.training.run import RunFolder; RunFolder(sys.argv[1]); "
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        tmp_path / "run",
+    )
     assert dead.returncode == -9
     (tmp_path / "run" / "checkpoints" / ".last.pt.abc.tmp.pt").write_bytes(b"half")
     (tmp_path / "run" / ".adapter.abc").mkdir()
@@ -117,7 +129,10 @@ def test_a_kill_reaches_children_with_sessions_of_their_own(tmp_path):
     from tests.torture.death import begin, end_family
     from tests.torture.jobs import Job
 
-    code = "import os, sys, time\nif os.fork(): os._exit(0)\nos.setsid()\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(600)"
+    code = (
+        "import os, sys, time\nif os.fork(): os._exit(0)\nos.setsid()\nopen(sys.argv[1], "
+        "'w').write(str(os.getpid()))\ntime.sleep(600)"
+    )
 
     def work(base, out):
         subprocess.run([sys.executable, "-c", code, str(out / "pid")], start_new_session=True)
@@ -142,16 +157,25 @@ def test_on_a_full_disk_the_last_good_file_stays(tmp_path):
             "write_json(sys.argv[1], list(range(10000)))")
     done = call(code, tmp_path / "kept.json")
     assert done.returncode and "File too large" in done.stderr
-    assert (tmp_path / "kept.json").read_text() == '{\n  "good": 1\n}\n' and [p.name for p in tmp_path.iterdir()] == ["kept.json"]
+    assert (tmp_path / "kept.json").read_text() == '{\n  "good": 1\n}\n' and [p.name for p in tmp_path.iterdir()] == [
+        "kept.json"
+    ]
 
 
 def test_without_room_a_scene_is_not_made(base, tmp_path):
-    """Started with a limit on file sizes, it stops with the project's own error; other commands have their turn in the torture's short form."""
+    """Started with a limit on file sizes, it stops with the project's own error; other commands have their turn in the
+    torture's short form.
+    """
     (tmp_path / "out").mkdir()
-    code = ("import sys; from pathlib import Path; from tests.torture.jobs import JOBS; from tests.torture.scarcity import in_one_line, small_files\n"
-            "small_files(None)\nin_one_line(lambda: JOBS['demo'].work(Path(sys.argv[1]), Path(sys.argv[2])))")
+    code = (
+        "import sys; from pathlib import Path; from tests.torture.jobs import JOBS; from tests.torture.scarcity "
+        "import in_one_line, small_files\n"
+        "small_files(None)\nin_one_line(lambda: JOBS['demo'].work(Path(sys.argv[1]), Path(sys.argv[2])))"
+    )
     done = call(code, base, tmp_path / "out")
-    assert done.returncode == 1 and "SceneError" in done.stderr and "cannot be written" in done.stderr, done.stderr[-1500:]
+    assert done.returncode == 1 and "SceneError" in done.stderr and "cannot be written" in done.stderr, done.stderr[
+        -1500:
+    ]
     assert not half_written(tmp_path / "out", JOBS["demo"], {})
     JOBS["demo"].work(base, tmp_path / "out")
 
@@ -172,22 +196,30 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path):
 
 
 def test_little_address_space_is_an_error_and_no_crash(base):
-    """A scene is read in a process that may take little memory: either it fits, or Python or the project says that it does not."""
-    code = ("import resource, sys; from pathlib import Path; from vggt_lora.scenes.opening import open_scene; from vggt_lora.core import VggtLoraError\n"
-            "from vggt_lora.scenes.images import load_image, plan_image\n"
-            "def read(): scene = open_scene(Path(sys.argv[1])); return [load_image(f.image_path, plan_image(f.size, 84)) for f in scene.frames]\n"
-            "read()  # the libraries are loaded\n"
-            "used = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1]) * 1024\n"
-            "resource.setrlimit(resource.RLIMIT_AS, (used + 2**20 * int(sys.argv[2]),) * 2)\n"
-            "try: read()\n"
-            "except (MemoryError, VggtLoraError) as error: print(type(error).__name__); sys.exit(3)\n")
+    """A scene is read in a process that may take little memory: either it fits, or Python or the project says that it
+    does not.
+    """
+    code = (
+        "import resource, sys; from pathlib import Path; from vggt_lora.scenes.opening import open_scene; from "
+        "vggt_lora.core import VggtLoraError\n"
+        "from vggt_lora.scenes.images import load_image, plan_image\n"
+        "def read(): scene = open_scene(Path(sys.argv[1])); return [load_image(f.image_path, plan_image(f.size, 84)) "
+        "for f in scene.frames]\n"
+        "read()  # the libraries are loaded\n"
+        "used = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1]) * 1024\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**20 * int(sys.argv[2]),) * 2)\n"
+        "try: read()\n"
+        "except (MemoryError, VggtLoraError) as error: print(type(error).__name__); sys.exit(3)\n"
+    )
     for megabytes in (0, 2, 64):
         assert call(code, base / "small_house", megabytes).returncode in (0, 3)
     assert call(code, base / "small_house", 512).returncode == 0
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(base, tmp_path, monkeypatch):
-    """Every call is an hour before the last one: a store is filled, young temporary files stay, a second pass finds all frames."""
+    """Every call is an hour before the last one: a store is filled, young temporary files stay, a second pass finds all
+    frames.
+    """
     from vggt_lora.scenes.opening import open_scene
     from vggt_lora.datasets.frame_store import FrameStore
     from vggt_lora.files.cache import remove_leftovers

@@ -28,35 +28,61 @@ def scene(tmp_path_factory):
 
 
 def quick(scene, output, **changes) -> TrainConfig:
-    settings = {"strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 2, "frames": 4, "image_size": 56, "rank": 4, "lr": 1e-3,
-                "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last",
-                "metric_for_best_model": "loss"}
+    settings = {
+        "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "epochs": 2, "frames": 4,
+        "image_size": 56, "rank": 4, "lr": 1e-3, "supervision": "laser+sparse", "scale_normalization": "points",
+        "choose_fraction": 0.0, "adapter_weights": "last", "metric_for_best_model": "loss",
+    }
     return TrainConfig(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("changes", [
-    {"strategy": "a"}, {"strategy": "b"}, {"strategy": "c"},
-    {"strategy": "custom", "target_modules": "aggregator.global_blocks.3, depth_head.scratch", "full_finetune": "depth_head.norm"},
-    {"strategy": "b", "gradient_accumulation_steps": 3, "image_mode": "crop"},
-    {"strategy": "b", "image_mode": "pad"},
-], ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "a"},
+        {"strategy": "b"},
+        {"strategy": "c"},
+        {
+            "strategy": "custom",
+            "target_modules": "aggregator.global_blocks.3, depth_head.scratch",
+            "full_finetune": "depth_head.norm",
+        },
+        {"strategy": "b", "gradient_accumulation_steps": 3, "image_mode": "crop"},
+        {"strategy": "b", "image_mode": "pad"},
+    ],
+    ids=lambda c: "-".join(map(str, c.values())),
+)
 def test_every_strategy_learns_and_its_file_reproduces_the_numbers(scene, tmp_path, changes):
     run = train(quick(scene, tmp_path / "run", **changes))
     loss = run.results["held_out_loss"]
     assert loss["after"] < loss["before"]
     assert largest_difference(evaluate(run.folder).table(), run.results["table"]) == 0
-    changed = [r for r in run.results["table"] if r["model"] == "adapted"], [r for r in run.results["table"] if r["model"] == "base"]
+    changed = (
+        [r for r in run.results["table"] if r["model"] == "adapted"],
+        [r for r in run.results["table"] if r["model"] == "base"],
+    )
     assert any(a["absrel"] != b["absrel"] for a, b in zip(*changed)), "the adapter changes nothing"
-    assert all(row["protocol"] for name in ("table", "frames", "cameras", "regions", "claims", "confidence") for row in run.results[name])
+    assert all(
+        row["protocol"]
+        for name in ("table", "frames", "cameras", "regions", "claims", "confidence")
+        for row in run.results[name]
+    )
     assert {"drift", "warnings"} <= set(run.results)
     with pytest.raises(LeakError, match="were training photos of this run"):
         evaluate(run, scene)  # all photos of the scene, and so those of the training
 
 
-@pytest.mark.parametrize("fault, kind, words", [(OSError(errno.EFBIG, "File too large"), DiskError, "no space to write .*nothing was saved yet"),
-                                                (RuntimeError("could not create a primitive"), TrainingError, "not enough memory .*take fewer frames"),
-                                                (RuntimeError("can't start new thread"), TrainingError, "not enough memory")])
-def test_too_little_disk_or_memory_before_the_first_step_is_said_in_words(scene, tmp_path, monkeypatch, fault, kind, words):
+@pytest.mark.parametrize(
+    "fault, kind, words",
+    [
+        (OSError(errno.EFBIG, "File too large"), DiskError, "no space to write .*nothing was saved yet"),
+        (RuntimeError("could not create a primitive"), TrainingError, "not enough memory .*take fewer frames"),
+        (RuntimeError("can't start new thread"), TrainingError, "not enough memory"),
+    ],
+)
+def test_too_little_disk_or_memory_before_the_first_step_is_said_in_words(
+    scene, tmp_path, monkeypatch, fault, kind, words
+):
     def fails(*_, **__):
         raise fault
 
@@ -65,7 +91,9 @@ def test_too_little_disk_or_memory_before_the_first_step_is_said_in_words(scene,
         train(quick(scene, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("size, proved", [((350, 518), (70, 112)), ((518, 518), (112, 112)), ((56, 84), (56, 84)), ((14, 980), (14, 112))])
+@pytest.mark.parametrize(
+    "size, proved", [((350, 518), (70, 112)), ((518, 518), (112, 112)), ((56, 84), (56, 84)), ((14, 980), (14, 112))]
+)
 def test_the_base_is_proved_on_small_photos_in_whole_patches(size, proved):
     photos = small_photos(torch.rand(2, 3, *size), 14)
     assert tuple(photos.shape) == (2, 3, *proved) and 0 <= photos.min() <= photos.max() <= 1
@@ -100,18 +128,24 @@ def evaluate_model(run):
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_a_run_that_was_stopped_reports_the_loss_of_the_weights_it_kept(scene, tmp_path, monkeypatch, keep):
-    """Stopped in the middle of an epoch, where the loss is lower than any before: with adapter_weights="best" those weights are given up."""
+    """Stopped in the middle of an epoch, where the loss is lower than any before: with adapter_weights="best" those
+    weights are given up.
+    """
     def stop(event, progress):
         progress.stop |= event == "step" and progress.epoch == 1 and progress.position == 2
 
     monkeypatch.setattr("vggt_lora.training.build.FEWEST_JUDGES", 1)  # two photos of this small scene choose
     run = train(quick(scene, tmp_path / "run", adapter_weights=keep, choose_fraction=0.15), hooks=[stop])
     stopped, loss = run.records[-1], run.results["held_out_loss"]
-    assert stopped["stopped"] and stopped["loss"] < min(r["loss"] for r in run.records[:-1] if r["split"] == "val"), "the case shows nothing"
+    assert stopped["stopped"] and stopped["loss"] < min(r["loss"] for r in run.records[:-1] if r["split"] == "val"), (
+        "the case shows nothing"
+    )
     model, scenes = load_adapter(build_model(run.config), run.adapter), open_scenes(run.config)
     items = items_of(split_scenes(scenes, run.config)[0].choose, scenes)
     measured = held_out_loss(model, items, make_frame_cache(run.config, model), loss_config(run.config), "cpu")["loss"]
-    assert loss["after"] == loss["best"] == pytest.approx(measured, rel=1e-6) and (loss["after"] == stopped["loss"]) == (keep == "last")
+    assert loss["after"] == loss["best"] == pytest.approx(measured, rel=1e-6) and (
+        loss["after"] == stopped["loss"]
+    ) == (keep == "last")
     assert f"{loss['after']:.4f} with the adapter" in (run.folder / "report.md").read_text()
 
 
@@ -125,9 +159,15 @@ def test_an_adapter_whose_held_out_loss_is_not_finite_is_reported_as_such(scene,
     model = []
     spoil.begin = lambda folder, look: model.append(look.model)
     run = train(quick(scene, tmp_path / "run", strategy="c"), hooks=[spoil])
-    loss = json.loads((run.folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))["held_out_loss"]
+    loss = json.loads((run.folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))[
+        "held_out_loss"
+    ]
     assert loss["after"] is None and loss["best"] <= loss["before"]
-    assert ", not finite with the adapter" in (run.folder / "report.md").read_text() and (run.folder / "figures" / "losses.png").is_file() and (run.folder / "report.html").is_file()
+    assert (
+        ", not finite with the adapter" in (run.folder / "report.md").read_text()
+        and (run.folder / "figures" / "losses.png").is_file()
+        and (run.folder / "report.html").is_file()
+    )
 
 
 # --- resume (kills: tests/test_engine.py) ---------------------------------------------------------------------------
@@ -140,9 +180,15 @@ def test_a_resumed_run_needs_no_more_than_its_folder_and_says_what_is_not_as_it_
     about["environment"] |= {"threads": 99, "packages": about["environment"]["packages"] | {"torch": "0.1"}}
     path.write_text(json.dumps(about))
     again = train(TrainConfig(resume=True, output=str(tmp_path / "run"), device="cpu"))
-    assert dataclasses.replace(again.config, resume=False, device=config.device) == config and again.results["table"] == first.results["table"]
+    assert (
+        dataclasses.replace(again.config, resume=False, device=config.device) == config
+        and again.results["table"] == first.results["table"]
+    )
     log = (tmp_path / "run" / "train.log").read_text().split("resumed at step")[0]
-    assert f"threads is {torch.get_num_threads()!r} here, where the run began it was 99" in log and f"torch is {torch.__version__!r} here" in log
+    assert (
+        f"threads is {torch.get_num_threads()!r} here, where the run began it was 99" in log
+        and f"torch is {torch.__version__!r} here" in log
+    )
     assert "settings of this run: " in log and "numpy is" not in log and "rank=4" in log
 
 
@@ -175,7 +221,9 @@ def test_a_run_given_up_for_its_gradients_goes_on_as_its_error_says(scene, tmp_p
         train(dataclasses.replace(config, lr=1e-4, resume=True))
     run = train(dataclasses.replace(config, skip_grad_factor=None, resume=True))
     assert "skip_grad_factor is None from here on, the run began with 1.0001" in (run.folder / "train.log").read_text()
-    assert without_wall(run.records) == without_wall(train(dataclasses.replace(config, skip_grad_factor=None, output=str(tmp_path / "never"))).records)
+    assert without_wall(run.records) == without_wall(
+        train(dataclasses.replace(config, skip_grad_factor=None, output=str(tmp_path / "never"))).records
+    )
 
 
 # --- what must not happen -------------------------------------------------------------------------------------------
@@ -201,7 +249,9 @@ def test_a_scene_that_changed_cannot_move_training_photos_into_validation(scene,
     config = quick(scene, tmp_path / "run", epochs=1)
     train(config)
     smaller = without_last(scene, tmp_path / "smaller", 2)
-    (tmp_path / "run" / "config.json").write_text((tmp_path / "run" / "config.json").read_text().replace(str(scene), str(smaller)))
+    (tmp_path / "run" / "config.json").write_text(
+        (tmp_path / "run" / "config.json").read_text().replace(str(scene), str(smaller))
+    )
     changed = dataclasses.replace(config, data=str(smaller))
     with pytest.raises(LeakError, match="were training photos of this run"):
         train(dataclasses.replace(changed, resume=True))
@@ -231,10 +281,14 @@ def test_two_runs_in_one_process_may_differ_in_precision(scene, tmp_path):
 
 
 def test_by_default_photos_choose_that_neither_train_nor_judge(tmp_path):
-    """The base is anchored to the points, and the best weights are those with the least depth error on the photos that choose."""
+    """The base is anchored to the points, and the best weights are those with the least depth error on the photos that
+    choose.
+    """
     house = toy_scene(tmp_path / "data", frames=24, size=(56, 84))
-    config = TrainConfig(model="random", data=str(house), output=str(tmp_path / "run"), epochs=3, frames=4, image_size=56, rank=4, lr=1e-3,
-                         train_fraction=0.75, choose_fraction=0.25, device="cpu")
+    config = TrainConfig(
+        model="random", data=str(house), output=str(tmp_path / "run"), epochs=3, frames=4, image_size=56, rank=4,
+        lr=1e-3, train_fraction=0.75, choose_fraction=0.25, device="cpu",
+    )
     run = train(config)
     photos = json.loads((run.folder / "split.json").read_text())
     assert [len(photos[side]) for side in ("train", "choose", "val")] == [12, 6, 6]

@@ -1,4 +1,6 @@
-"""The same seed gives the same bytes, in another process with another order of sets; and nothing of it opens a connection."""
+"""The same seed gives the same bytes, in another process with another order of sets; and nothing of it opens a
+connection.
+"""
 import json
 import os
 import subprocess
@@ -19,7 +21,7 @@ def watch(event, arguments):
         caller = sys._getframe(1).f_code
         if caller.co_name == "_has_ipv6" and "urllib3" in caller.co_filename:
             return  # at import urllib3 binds a port of its own machine and lets it go, to see whether there is IPv6
-        asked.append([event, repr(arguments[1:] if event.startswith("socket.c") or event.startswith("socket.b") else arguments)])
+        asked.append([event, repr(arguments[1:] if event.startswith(("socket.c", "socket.b")) else arguments)])
 sys.addaudithook(watch)
 import dataclasses
 from pathlib import Path
@@ -46,8 +48,17 @@ def both(tmp_path_factory):
     found = []
     for seed in ("1", "2"):
         room = tmp_path_factory.mktemp("twice")
-        done = subprocess.run([sys.executable, "-c", LINE, str(room / "base"), str(room / "out")], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "VGGT_LORA_CACHE": str(room / "cache"), "CUDA_VISIBLE_DEVICES": ""})
+        done = subprocess.run(
+            [sys.executable, "-c", LINE, str(room / "base"), str(room / "out")],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env={
+                **os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "VGGT_LORA_CACHE": str(room / "cache"),
+                "CUDA_VISIBLE_DEVICES": "",
+            },
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         found.append((room / "base", room / "out", json.loads(done.stdout.splitlines()[-1])))
     return found
@@ -58,7 +69,11 @@ def test_no_connection_is_opened_by_training_and_evaluation(both):
 
 
 def test_the_watch_sees_a_connection():
-    code = LINE.split("import dataclasses")[0] + "import socket\ntry: socket.create_connection(('127.0.0.1', 9), 0.2)\nexcept OSError: pass\nprint(json.dumps(asked))"
+    code = (
+        LINE.split("import dataclasses")[0]
+        + "import socket\ntry: socket.create_connection(('127.0.0.1', 9), 0.2)\nexcept OSError: "
+          "pass\nprint(json.dumps(asked))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "socket.connect" in {event for event, _ in json.loads(done.stdout)}
 
@@ -79,11 +94,19 @@ def test_training_results_and_report_are_the_same(both):
     """All files of a run but those that tell the time; records without their clocks."""
     (one_base, one, _), (two_base, two, _) = both
     assert without_wall(one / "run" / "metrics.jsonl") == without_wall(two / "run" / "metrics.jsonl")
-    job, told = JOBS["training"], ("preflight.json", "config.json", "resource_usage.json", "report.html", "train.log", "metrics.jsonl")
+    job, told = (
+        JOBS["training"],
+        ("preflight.json", "config.json", "resource_usage.json", "report.html", "train.log", "metrics.jsonl"),
+    )
     first, second = (final_names(out / "run", job) for out in (one, two))
     names = [n for n in first if not n.startswith(("tensorboard", "checkpoints")) and n not in told]
-    assert {"results.json", "report.md", "split.json", "model.txt", "adapter/adapter_model.safetensors", "adapter/vggt_lora.json", "figures/losses.png"} <= set(names)
-    assert first.keys() - {n for n in first if n.startswith("tensorboard")} == second.keys() - {n for n in second if n.startswith("tensorboard")}
+    assert {
+        "results.json", "report.md", "split.json", "model.txt", "adapter/adapter_model.safetensors",
+        "adapter/vggt_lora.json", "figures/losses.png",
+    } <= set(names)
+    assert first.keys() - {n for n in first if n.startswith("tensorboard")} == second.keys() - {
+        n for n in second if n.startswith("tensorboard")
+    }
     differ = [n for n in names if portable(first[n], one_base, one) != portable(second[n], two_base, two)]
     assert not differ
     config = json.loads((one / "run" / "config.json").read_text())
@@ -91,7 +114,9 @@ def test_training_results_and_report_are_the_same(both):
 
 
 def test_the_planes_of_a_photo_are_the_same_each_time(both):
-    """Open3D draws in several threads; a race for an early end would choose other planes in one of five calls for this photo."""
+    """Open3D draws in several threads; a race for an early end would choose other planes in one of five calls for this
+    photo.
+    """
     import hashlib
 
     import numpy as np
@@ -106,4 +131,7 @@ def test_the_planes_of_a_photo_are_the_same_each_time(both):
     found = laser_depth(scene, frame, (56, 84))
     K = frame.K * np.array([[84 / frame.size[1]], [56 / frame.size[0]], [1]])
     drawn = [true_planes(found.depth, found.valid, K) for _ in range(30)]
-    assert drawn[0] and len({hashlib.sha256(b"".join(p.mask.tobytes() for p in planes)).hexdigest() for planes in drawn}) == 1
+    assert (
+        drawn[0]
+        and len({hashlib.sha256(b"".join(p.mask.tobytes() for p in planes)).hexdigest() for planes in drawn}) == 1
+    )

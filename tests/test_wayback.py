@@ -1,4 +1,6 @@
-"""The way back: checkpoints for the official code, a push to a small hub on this machine, and adapters of every kind stacked and scaled."""
+"""The way back: checkpoints for the official code, a push to a small hub on this machine, and adapters of every kind
+stacked and scaled.
+"""
 import base64
 import copy
 import hashlib
@@ -25,10 +27,16 @@ from vggt_lora.model import track_head
 from vggt_lora.model.embedded import write_shipped
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 
-TARGETS = ["aggregator.frame_blocks.2.attn.qkv", "aggregator.global_blocks.3.mlp.fc1", "depth_head.projects.1", "depth_head.resize_layers.3",
-           "depth_head.scratch.refinenet1.resConfUnit2.conv1", "camera_head.poseLN_modulation.1"]
-KINDS = {"lora": {}, "use_rslora": {"use_rslora": True}, "use_dora": {"use_dora": True, "modules_to_save": ["depth_head.norm"]},
-         "full": {"modules_to_save": ["depth_head.resize_layers.0", "depth_head.norm", "camera_head.trunk_norm"]}}
+TARGETS = [
+    "aggregator.frame_blocks.2.attn.qkv", "aggregator.global_blocks.3.mlp.fc1", "depth_head.projects.1",
+    "depth_head.resize_layers.3", "depth_head.scratch.refinenet1.resConfUnit2.conv1", "camera_head.poseLN_modulation.1",
+]
+KINDS = {
+    "lora": {},
+    "use_rslora": {"use_rslora": True},
+    "use_dora": {"use_dora": True, "modules_to_save": ["depth_head.norm"]},
+    "full": {"modules_to_save": ["depth_head.resize_layers.0", "depth_head.norm", "camera_head.trunk_norm"]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,10 @@ def base(tmp_path_factory):
         for name, value in {"TRACK_BLOCKS": 1, "TRACK_WIDTH": 32, "VIRTUAL_TRACKS": 4, "CORRELATIONS": 27}.items():
             patch.setattr(track_head, name, value)
         torch.manual_seed(0)
-        config = VGGTConfig.from_dict(VGGTConfig.golden().to_dict() | {"track_head": True, "track_features": 16, "vit_depth": 1, "camera_trunk_depth": 1})
+        config = VGGTConfig.from_dict(
+            VGGTConfig.golden().to_dict()
+            | {"track_head": True, "track_features": 16, "vit_depth": 1, "camera_trunk_depth": 1}
+        )
         yield VGGT(config).save_pretrained(tmp_path_factory.mktemp("base"))
 
 
@@ -106,7 +117,11 @@ def test_a_merged_checkpoint_is_the_base_file_but_for_what_was_trained(base, pla
                 torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=1e-5)
         assert not equal(outputs(model, images), outputs(VGGT.from_pretrained(base), images))
     assert report.carried == {"point_head": 62, "track_head": sum(n.startswith("track_head.") for n in old)}
-    assert report.difference < 1e-5 and sorted(p.name for p in report.folder.iterdir()) == ["config.json", "model.pt", "model.safetensors"]
+    assert report.difference < 1e-5 and sorted(p.name for p in report.folder.iterdir()) == [
+        "config.json",
+        "model.pt",
+        "model.safetensors",
+    ]
 
 
 def test_the_base_may_be_a_torch_file_in_an_order_of_its_own(base, run, tmp_path):
@@ -135,22 +150,33 @@ def damaging(monkeypatch, change):
     import safetensors.torch
 
     honest = safetensors.torch.save_file
-    monkeypatch.setattr("safetensors.torch.save_file", lambda tensors, path, metadata=None: honest(change(dict(tensors)), path, metadata=metadata))
+    monkeypatch.setattr(
+        "safetensors.torch.save_file",
+        lambda tensors, path, metadata=None: honest(change(dict(tensors)), path, metadata=metadata),
+    )
 
 
-@pytest.mark.parametrize("change, word", [
-    (lambda t: t | {"track_head.tracker.fmap_norm.bias": t["track_head.tracker.fmap_norm.bias"] + 1e-6}, "differs from .* although the adapter does not change it"),
-    (lambda t: {n: v for n, v in t.items() if n != "point_head.norm.bias"}, "other names"),
-    (lambda t: t | {"depth_head.norm.bias": t["depth_head.norm.bias"].half()}, "is torch.float16"),
-    (lambda t: t | {"depth_head.norm.bias": t["depth_head.norm.bias"][:3].clone()}, "in .* it is"),
-    (lambda t: t | {f"{TARGETS[2]}.weight": t[f"{TARGETS[2]}.weight"] * 1.01}, "not written as it was merged"),
-    (lambda t: t | {f"{TARGETS[2]}.weight": t[f"{TARGETS[2]}.weight"] * float("nan")}, "NaN"),
-], ids=["changed", "lost", "dtype", "shape", "not as merged", "nan"])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (
+            lambda t: t | {"track_head.tracker.fmap_norm.bias": t["track_head.tracker.fmap_norm.bias"] + 1e-6},
+            "differs from .* although the adapter does not change it",
+        ),
+        (lambda t: {n: v for n, v in t.items() if n != "point_head.norm.bias"}, "other names"),
+        (lambda t: t | {"depth_head.norm.bias": t["depth_head.norm.bias"].half()}, "is torch.float16"),
+        (lambda t: t | {"depth_head.norm.bias": t["depth_head.norm.bias"][:3].clone()}, "in .* it is"),
+        (lambda t: t | {f"{TARGETS[2]}.weight": t[f"{TARGETS[2]}.weight"] * 1.01}, "not written as it was merged"),
+        (lambda t: t | {f"{TARGETS[2]}.weight": t[f"{TARGETS[2]}.weight"] * float("nan")}, "NaN"),
+    ],
+    ids=["changed", "lost", "dtype", "shape", "not as merged", "nan"],
+)
 def test_what_was_written_wrongly_never_gets_its_name(base, run, tmp_path, monkeypatch, change, word):
     damaging(monkeypatch, change)
     with pytest.raises(WeightsError, match=word):
         export.export_merged(run, tmp_path / "merged")
-    assert [path.name for path in (tmp_path / "merged").iterdir()] == [export.UNFINISHED]  # which lets the same call be repeated
+    # which lets the same call be repeated
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == [export.UNFINISHED]
 
 
 def test_a_merge_that_changes_the_outputs_is_not_written(base, run, tmp_path, monkeypatch):
@@ -207,16 +233,22 @@ def test_an_exported_adapter_loads_by_plain_peft(base, plain, images, tmp_path, 
     run = made(base, tmp_path / "run", kind)
     wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
     folder = export.export_adapter(run, tmp_path / "exported")
-    got = outputs(PeftModel.from_pretrained(Official(VGGT.from_pretrained(base, track_head=True)), folder).eval(), images)
+    got = outputs(
+        PeftModel.from_pretrained(Official(VGGT.from_pretrained(base, track_head=True)), folder).eval(), images
+    )
     assert all(torch.equal(got[key], value) for key, value in wanted.items())
     content = json.loads((folder / "adapter_config.json").read_text())
-    assert content["target_modules"] == sorted(TARGETS) and content["modules_to_save"] == (sorted(KINDS[kind].get("modules_to_save", [])) or None)
+    assert content["target_modules"] == sorted(TARGETS) and content["modules_to_save"] == (
+        sorted(KINDS[kind].get("modules_to_save", [])) or None
+    )
     assert all((p.stat().st_mode & 0o044) == 0o044 for p in folder.iterdir())
 
 
 def test_the_official_class_is_found_by_name(base, run, plain, images, tmp_path, monkeypatch):
     """peft.AutoPeftModel imports the class that the folder names; here a module of that name stands in."""
-    monkeypatch.setattr(VGGTConfig, "vggt_1b", classmethod(lambda cls: VGGT.from_pretrained(base, track_head=True).config))
+    monkeypatch.setattr(
+        VGGTConfig, "vggt_1b", classmethod(lambda cls: VGGT.from_pretrained(base, track_head=True).config)
+    )
     folder = export.export_adapter(run, tmp_path / "exported", base="facebook/VGGT-1B")
     asked = []
 
@@ -243,7 +275,9 @@ def test_an_export_never_replaces_something_else(base, tmp_path):
             export.export_adapter(run, folder)
     assert (tmp_path / "mine" / "photo.jpg").read_bytes() == b"x" and (run / "adapter").is_dir()
     first = export.export_adapter(run, tmp_path / "out")
-    assert export.export_adapter(run, tmp_path / "out") == first and [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == [".out.lock"]
+    assert export.export_adapter(run, tmp_path / "out") == first and [
+        p.name for p in tmp_path.iterdir() if p.name.startswith(".")
+    ] == [".out.lock"]
 
 
 # --- stacked and scaled ---------------------------------------------------------------------------------------------
@@ -289,7 +323,14 @@ def test_disjoint_adapters_of_different_kinds_act_each_on_its_own(base, plain, i
     assert equal(outputs(off, images), alone[1])
 
 
-@pytest.mark.parametrize("kinds, word", [(("use_dora", "lora"), "cannot be added"), (("lora", "use_dora"), "cannot be added"), (("full", "full"), "exclude each other")])
+@pytest.mark.parametrize(
+    "kinds, word",
+    [
+        (("use_dora", "lora"), "cannot be added"),
+        (("lora", "use_dora"), "cannot be added"),
+        (("full", "full"), "exclude each other"),
+    ],
+)
 def test_adapters_that_cannot_be_added_are_refused(base, tmp_path, kinds, word):
     folders = [made(base, tmp_path / f"run{i}", kind) / "adapter" for i, kind in enumerate(kinds)]
     model = VGGT.from_pretrained(base, point_head=False)
@@ -333,13 +374,39 @@ class Hub(http.server.BaseHTTPRequestHandler):
             server.cards.append(json.loads(body)["content"])
             return self.answer(200, {"errors": [], "warnings": []})
         if "/preupload/" in path:
-            return self.answer(200, {"files": [{"path": f["path"], "shouldIgnore": False, "oid": None,
-                                                "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"} for f in json.loads(body)["files"]]})
+            return self.answer(
+                200,
+                {
+                    "files": [
+                        {
+                            "path": f["path"], "shouldIgnore": False, "oid": None,
+                            "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+                        }
+                        for f in json.loads(body)["files"]
+                    ]
+                },
+            )
         if path.endswith("/info/lfs/objects/batch"):
-            return self.answer(200, {"transfer": "basic", "objects": [{**o, "actions": {"upload": {"href": f"{url}/lfs/{o['oid']}"}}} for o in json.loads(body)["objects"]]})
+            return self.answer(
+                200,
+                {
+                    "transfer": "basic",
+                    "objects": [
+                        {**o, "actions": {"upload": {"href": f"{url}/lfs/{o['oid']}"}}}
+                        for o in json.loads(body)["objects"]
+                    ],
+                },
+            )
         if "/commit/" in path:
             server.commits.append([json.loads(line) for line in body.splitlines()])
-            return self.answer(200, {"commitUrl": f"{url}/{path.removeprefix('/api/models/').partition('/commit/')[0]}/commit/1", "commitOid": "1" * 40, "success": True})
+            return self.answer(
+                200,
+                {
+                    "commitUrl": f"{url}/{path.removeprefix('/api/models/').partition('/commit/')[0]}/commit/1",
+                    "commitOid": "1" * 40,
+                    "success": True,
+                },
+            )
         return self.answer(404, {"error": path})
 
     def do_PUT(self):
@@ -384,10 +451,17 @@ for arguments in eval(sys.argv[1]):
 
 
 def push(server, tmp_path, *arguments, token=TOKEN) -> str:
-    """Push in a process of its own, since the hub's address is read at import; returns all that it said, DEBUG lines included."""
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-                   "HF_HUB_VERBOSITY": "debug", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | ({"HF_TOKEN": token} if token else {})
-    done = subprocess.run([sys.executable, "-c", PUSH, repr(list(arguments))], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    """Push in a process of its own, since the hub's address is read at import; returns all that it said, DEBUG lines
+    included.
+    """
+    environment = {
+        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_VERBOSITY": "debug", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+    } | ({"HF_TOKEN": token} if token else {})
+    done = subprocess.run(
+        [sys.executable, "-c", PUSH, repr(list(arguments))], env=environment, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert TOKEN not in done.stdout + done.stderr
     return done.stdout
@@ -408,20 +482,40 @@ def test_a_push_arrives_whole_and_loads_or_fails_with_a_reason(server, base, pla
     run = made(base, tmp_path / "run")
     evil = "](http://evil) | <b>\n# h"
     settings = {"strategy": "custom", "model": str(base), "data": str(tmp_path / "houses"), "output": str(run)}
-    write_json(run / "config.json", {"config": settings, "scenes": [{"name": evil, "frames": 12, "metric": True}], "split": {"scenes": {evil: {"train": 10, "val": 2}}}})
-    write_json(run / "results.json", {"protocol": {"truth": "laser"}, "table": [{"model": "adapted", "alignment": "none", "frames": 2, "absrel": 0.12345}]})
+    write_json(
+        run / "config.json",
+        {
+            "config": settings,
+            "scenes": [{"name": evil, "frames": 12, "metric": True}],
+            "split": {"scenes": {evil: {"train": 10, "val": 2}}},
+        },
+    )
+    write_json(
+        run / "results.json",
+        {
+            "protocol": {"truth": "laser"},
+            "table": [{"model": "adapted", "alignment": "none", "frames": 2, "absrel": 0.12345}],
+        },
+    )
     call = {"run": str(run), "repo": "houses", "base": "facebook/VGGT-1B"}
     cases = {"two": ("/commit/main", 412, "push again"), "three": ("/objects/batch", 403, "may not write there")}
     server.fail = {(name, end): code for name, (end, code, _) in cases.items()}
-    said = push(server, tmp_path, call, {"run": str(run), "repo": "somebody/merged", "merged": True, "private": False},
-                *[call | {"repo": f"somebody/{name}"} for name in cases], call | {"token": "hf_AnotherOneThatIsWrong"}).splitlines()
+    said = push(
+        server, tmp_path, call, {"run": str(run), "repo": "somebody/merged", "merged": True, "private": False},
+        *[call | {"repo": f"somebody/{name}"} for name in cases], call | {"token": "hf_AnotherOneThatIsWrong"},
+    ).splitlines()
     assert [line.split()[0] for line in said] == ["pushed", "pushed", *["refused:"] * 3], said
     for line, (name, (_, _, word)) in zip(said[2:], cases.items()):
         assert line.startswith(f"refused: somebody/{name}: not pushed") and word in line
     assert "hf auth login" in said[4] and "AnotherOne" not in said[4]
-    assert [(c["name"], c.get("visibility", c.get("private"))) for c in server.created[:2]] == [("houses", "private"), ("merged", "public")]
+    assert [(c["name"], c.get("visibility", c.get("private"))) for c in server.created[:2]] == [
+        ("houses", "private"),
+        ("merged", "public"),
+    ]
     server.log = server.log[:-1]  # the last one had the wrong token
-    assert len(server.commits) == 2 and all(TOKEN in (auth or "") for path, auth in server.log if path.startswith("/api"))
+    assert len(server.commits) == 2 and all(
+        TOKEN in (auth or "") for path, auth in server.log if path.startswith("/api")
+    )
 
     merged = pushed(server)
     assert set(merged) == {".gitattributes", "README.md", "config.json", "model.safetensors"} - {".gitattributes"}
@@ -440,19 +534,35 @@ def test_a_push_arrives_whole_and_loads_or_fails_with_a_reason(server, base, pla
     wanted = outputs(load_adapter(copy.deepcopy(plain), run / "adapter"), images)
     assert equal(outputs(load_adapter(copy.deepcopy(plain), tmp_path / "adapter"), images), wanted)
     card = adapter["README.md"].decode()
-    assert "# houses" in card and "'somebody/houses'" in card and 'base_model: facebook/VGGT-1B' in card and "license: other" in card
+    assert (
+        "# houses" in card
+        and "'somebody/houses'" in card
+        and 'base_model: facebook/VGGT-1B' in card
+        and "license: other" in card
+    )
     assert "0.1235" in card or "0.1234" in card
     from huggingface_hub import ModelCard
 
     results = ModelCard(card).data.eval_results
-    assert results and {r.metric_type for r in results} <= {"absrel", "d1"} and all(r.task_type == "depth-estimation" and "held-out" in r.dataset_name for r in results)
+    assert (
+        results
+        and {r.metric_type for r in results} <= {"absrel", "d1"}
+        and all(r.task_type == "depth-estimation" and "held-out" in r.dataset_name for r in results)
+    )
     from markdown_it import MarkdownIt
     page = MarkdownIt("commonmark").enable("table").render(card.split("---\n", 2)[2])
-    assert page.count("<h") == 4 + page.count("<hr") and "href" not in page and "<b>" not in page and "&lt;b&gt;" in page
+    assert (
+        page.count("<h") == 4 + page.count("<hr") and "href" not in page and "<b>" not in page and "&lt;b&gt;" in page
+    )
 
 
 def test_a_card_without_records_invents_nothing(base, tmp_path):
     run = made(base, tmp_path / "run")
     (run / "adapter" / "vggt_lora.json").unlink()
     card = hub.model_card(run / "adapter")
-    assert "not recorded" in card and "No evaluation is recorded" in card and "license: other" in card and str(tmp_path) not in card
+    assert (
+        "not recorded" in card
+        and "No evaluation is recorded" in card
+        and "license: other" in card
+        and str(tmp_path) not in card
+    )

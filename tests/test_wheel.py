@@ -16,10 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "vggt_lora" / "weights"
 SITE = str(Path(torch.__file__).resolve().parents[1])  # where the dependencies lie
 NAMES = ("tiny.safetensors", "tiny.json")
-PROJECT = ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt", "nbs", "vggt_lora")
+PROJECT = (
+    "settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt", "nbs",
+    "vggt_lora",
+)
 
 shipped = [name for name in NAMES if (WEIGHTS / name).is_file()]
-not_yet = pytest.mark.skipif(not shipped, reason="vggt_lora/weights/tiny.* does not exist yet: the tiny network has not been trained in this checkout")
+not_yet = pytest.mark.skipif(
+    not shipped,
+    reason="vggt_lora/weights/tiny.* does not exist yet: the tiny network has not been trained in this checkout",
+)
 
 
 @not_yet
@@ -29,7 +35,9 @@ def test_the_checkout_has_weights_card_and_nothing_else():
     model = VGGT.from_pretrained("tiny")
     assert Path(model.load_report.path).parent == WEIGHTS and model.load_report.converted > 0
     card = json.loads((WEIGHTS / "tiny.json").read_text(encoding="utf-8"))
-    assert card["training"] and card["training"].get("note") is None, "the card of the real weights says how they were trained"
+    assert card["training"] and card["training"].get("note") is None, (
+        "the card of the real weights says how they were trained"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,9 @@ def copy(tmp_path_factory):
     folder.mkdir()
     for name in PROJECT:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+            )
         else:
             shutil.copy(ROOT / name, folder)
     if not shipped:
@@ -54,7 +64,9 @@ def built(copy):
     """The distributions that `make wheel` makes: (source distribution, wheel)."""
     command = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "-m build" in line).split()
     assert command[:3] == ["$(BIN)/python", "-m", "build"]
-    done = subprocess.run([sys.executable, *command[1:]], cwd=copy, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, *command[1:]], cwd=copy, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (source,), (wheel,) = (copy / "dist").glob("*.tar.gz"), (copy / "dist").glob("*.whl")
     return source, wheel
@@ -79,7 +91,8 @@ def test_both_distributions_hold_every_module_and_the_weights(copy, built):
 
 LOAD = """
 import sys
-sys.path[:] = [sys.argv[1], *sys.path, sys.argv[2]]  # what was installed, the standard library, the dependencies; no .pth file is read
+# what was installed, the standard library, the dependencies; no .pth file is read
+sys.path[:] = [sys.argv[1], *sys.path, sys.argv[2]]
 import vggt_lora
 from vggt_lora.model.vggt import VGGT
 model = VGGT.from_pretrained("tiny")
@@ -97,8 +110,16 @@ print(model.load_report)
 def installed(built, tmp_path_factory):
     """An empty folder into which the wheel, and nothing else, was installed."""
     target = tmp_path_factory.mktemp("installed")
-    done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(built[1])],
-                          cwd=target, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target),
+            str(built[1]),
+        ],
+        cwd=target,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return target
 
@@ -122,7 +143,11 @@ def test_a_damaged_installation_says_so(installed, tmp_path):
     weights = installed / "vggt_lora" / "weights" / "tiny.safetensors"
     whole = weights.read_bytes()
     try:
-        for content, fault in ((whole[:-10], "the file was cut short"), (whole[:-1] + bytes([whole[-1] ^ 4]), "damaged: its SHA-256"), (None, "missing")):
+        for content, fault in (
+            (whole[:-10], "the file was cut short"),
+            (whole[:-1] + bytes([whole[-1] ^ 4]), "damaged: its SHA-256"),
+            (None, "missing"),
+        ):
             weights.unlink() if content is None else weights.write_bytes(content)
             done = load(installed, tmp_path)
             last = done.stderr.strip().splitlines()[-1]
@@ -133,10 +158,26 @@ def test_a_damaged_installation_says_so(installed, tmp_path):
 
 
 COMMANDS = {  # of an installed package, in an empty folder: what is called, and what has to be there afterwards
-    "train": (["--epochs", "1", "--frames", "2", "--overlap", "0", "--image-size", "56", "--scenes", "demo_a,demo_held", "--hold-out", "demo_held", "--output", "run"], "run/adapter/adapter_config.json"),
+    "train": (
+        [
+            "--epochs", "1", "--frames", "2", "--overlap", "0", "--image-size", "56", "--scenes", "demo_a,demo_held",
+            "--hold-out", "demo_held", "--output", "run",
+        ],
+        "run/adapter/adapter_config.json",
+    ),
     "evaluate": (["--run", "run", "--protocol", "robustmvd"], "run/evaluations"),
-    "predict": (["--photos", "demo_held", "--model", "run", "--image-size", "56", "--output", "predicted"], "predicted/index.html"),
-    "compare": (["--grid", "seed=0", "--settings", "epochs=1; frames=2; overlap=0; image_size=56; scenes=\"demo_a,demo_held\"; hold_out=demo_held", "--jobs", "1"], "outputs/compare/comparison.html"),
+    "predict": (
+        ["--photos", "demo_held", "--model", "run", "--image-size", "56", "--output", "predicted"],
+        "predicted/index.html",
+    ),
+    "compare": (
+        [
+            "--grid", "seed=0", "--settings",
+            "epochs=1; frames=2; overlap=0; image_size=56; scenes=\"demo_a,demo_held\"; hold_out=demo_held", "--jobs",
+            "1",
+        ],
+        "outputs/compare/comparison.html",
+    ),
 }
 CALL = """
 import sys
@@ -154,7 +195,8 @@ sys.exit(entry.load()(sys.argv[4:]))
 def test_the_commands_work_from_the_wheel_without_a_checkout(installed, tmp_path):
     """Train, evaluate, predict and compare by their entry points, isolated from the checkout, in an empty folder."""
     for name, (arguments, wanted) in COMMANDS.items():
-        environ = {**os.environ, "PYTHONPATH": f"{installed}:{SITE}"}  # for the jobs of a comparison, which are processes of their own
+        # for the jobs of a comparison, which are processes of their own
+        environ = {**os.environ, "PYTHONPATH": f"{installed}:{SITE}"}
         done = subprocess.run([sys.executable, "-S", "-c", CALL, str(installed), SITE, name, *arguments], cwd=tmp_path,
                               capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environ)
         assert done.returncode == 0, (name, done.stdout[-1500:], done.stderr[-2500:])

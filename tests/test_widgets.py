@@ -1,4 +1,5 @@
-"""Widgets where a notebook cannot test them: the stop button in a kernel that is busy, and a training that is watched."""
+"""Widgets where a notebook cannot test them: the stop button in a kernel that is busy, and a training that is watched.
+"""
 import dataclasses
 import os
 import queue
@@ -72,7 +73,9 @@ def test_the_stop_button_works_while_the_cell_runs(tmp_path):
             pytest.skip("this ipykernel has no subshells (version 7 has); the file `stop` ends a run there")
         client.execute(CELL.replace("FOLDER", repr(str(tmp_path))))
         comm = printed(client, "button").split()[1]
-        click = client.session.msg("comm_msg", {"comm_id": comm, "data": {"method": "custom", "content": {"event": "click"}}})
+        click = client.session.msg(
+            "comm_msg", {"comm_id": comm, "data": {"method": "custom", "content": {"event": "click"}}}
+        )
         click["header"]["subshell_id"] = content["subshell_id"]
         client.shell_channel.send(click)
         words = printed(client, "ended after").split()
@@ -88,18 +91,38 @@ def test_a_training_that_is_watched_is_the_same_and_stops_when_asked(tmp_path):
     from vggt_lora.views.widgets.run import LiveView, read_metrics
 
     pytest.importorskip("ipywidgets")
-    config = TrainConfig(model="random", strategy="a", scenes="demo_held", epochs=4, image_size=56, frames=4, overlap=0.0, train_fraction=0.6,
-                         frame_cache=False, output=str(tmp_path / "plain"))
+    config = TrainConfig(
+        model="random", strategy="a", scenes="demo_held", epochs=4, image_size=56, frames=4, overlap=0.0,
+        train_fraction=0.6, frame_cache=False, output=str(tmp_path / "plain"),
+    )
     plain = train(config)
     live, looks, peek = LiveView(seconds=0, interactive=True), [], None
     live._looking, peek = -1e9, live.peek  # look after every epoch, however long it takes
     live.peek = lambda: (peek(), looks.append(live.look))
-    watched = train(dataclasses.replace(config, output=str(tmp_path / "watched")),
-                    hooks=[live, lambda event, progress: live.widget.button.click() if event == "epoch" and progress.epoch == 2 else None])
-    ours, theirs = ([{k: v for k, v in record.items() if k != "wall"} for record in read_metrics(run.folder) if not record.get("stopped")] for run in (watched, plain))
+    watched = train(
+        dataclasses.replace(config, output=str(tmp_path / "watched")),
+        hooks=[
+            live,
+            lambda event, progress: live.widget.button.click() if event == "epoch" and progress.epoch == 2 else None,
+        ],
+    )
+    ours, theirs = (
+        [
+            {k: v for k, v in record.items() if k != "wall"}
+            for record in read_metrics(run.folder)
+            if not record.get("stopped")
+        ]
+        for run in (watched, plain)
+    )
     assert 0 < len(ours) < len(theirs) and ours == theirs[: len(ours)]
-    assert len(looks) >= 4 and all(look is not None for look in looks), live.note  # before, after two epochs, at the end
+    # before, after two epochs, at the end
+    assert len(looks) >= 4 and all(look is not None for look in looks), live.note
     assert (looks[0]["depth"] != looks[-1]["depth"]).any() and (looks[0]["photo"] == looks[-1]["photo"]).all()
-    assert live.ended and 0 < live.step < live.total and live.widget.bar.value == live.step and live.widget.button.description == "saved"
+    assert (
+        live.ended
+        and 0 < live.step < live.total
+        and live.widget.bar.value == live.step
+        and live.widget.button.description == "saved"
+    )
     assert "stopped at" in live.words() and live.widget.image.value[:4] == b"\x89PNG"
     assert (Path(watched.folder) / "adapter").is_dir() and not (Path(watched.folder) / "stop").exists()

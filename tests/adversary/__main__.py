@@ -16,9 +16,14 @@ from tests.adversary.catalogue import bases, outcomes
 from vggt_lora.files.atomic import write_text
 
 DEFECTS = Path(__file__).with_name("defects.md")  # written by hand
-WORDS = {"refused": "one of the project's own errors, whose message names the file or the parameter", "told": "the result differs, and what is said beside it (notes, counts) differs too",
-         "mended": "the result is that of undamaged input, and it was said that something was wrong", "same": "the result is that of undamaged input: the damage is none",
-         "data": "the damage cannot be told from other honest numbers, as the attack says beforehand", "bad": "all else: a bare traceback, a silent difference, a hang, a flood of memory"}
+WORDS = {
+    "refused": "one of the project's own errors, whose message names the file or the parameter",
+    "told": "the result differs, and what is said beside it (notes, counts) differs too",
+    "mended": "the result is that of undamaged input, and it was said that something was wrong",
+    "same": "the result is that of undamaged input: the damage is none",
+    "data": "the damage cannot be told from other honest numbers, as the attack says beforehand",
+    "bad": "all else: a bare traceback, a silent difference, a hang, a flood of memory",
+}
 
 
 def report(found: list[Outcome], seconds: float) -> str:
@@ -29,17 +34,39 @@ def report(found: list[Outcome], seconds: float) -> str:
     total = collections.Counter(o.kind for o in found)
 
     def row(name, counts):
-        return f"| {name} | {sum(counts.values())} | " + " | ".join(str(counts[k] or "") if k != "bad" else str(counts[k]) for k in kinds) + " |"
+        return (
+            f"| {name} | {sum(counts.values())} | "
+            + " | ".join(str(counts[k] or "") if k != "bad" else str(counts[k]) for k in kinds)
+            + " |"
+        )
 
-    lines = ["# Adversary", "", "Wrong input by the hundred: something good is damaged, it is used as a user would use it, and what is said is judged. The attacks are listed by name in "
-             "`tests/adversary`; each begins from a fresh copy.", "",
-             "- `python -m tests.adversary`: every attack with its message; with words, the groups whose names hold one of them.",
-             "- `python -m tests.adversary --write docs/adversary.md`: this page, all but the list of defects, which is `tests/adversary/defects.md`.",
-             "- `python -m tests.torture --write docs/torture.md`: kill -9 and two at once, see [torture.md](torture.md).",
-             "- `pytest tests/test_adversary.py tests/test_hostile.py tests/test_numbers.py tests/test_twice.py tests/test_torture.py`: all of it in short, as `make test` and `make test-slow` run it.", "",
-             "An outcome is one of these:", "", *[f"- **{kind}**: {words}." for kind, words in WORDS.items()], "",
-             f"Written on {time.strftime('%Y-%m-%d')} in {seconds:.0f} s: {len(found)} attacks, {total['bad']} bad.", "",
-             "| family | attacks | " + " | ".join(kinds) + " |", "|---|---:|" + "---:|" * len(kinds), *[row(name, counts) for name, counts in sorted(by_group.items())], row("**all**", total), ""]
+    lines = [
+        "# Adversary",
+        "",
+        "Wrong input by the hundred: something good is damaged, it is used as a user would use it, and what is said "
+        "is judged. The attacks are listed by name in "
+        "`tests/adversary`; each begins from a fresh copy.",
+        "",
+        "- `python -m tests.adversary`: every attack with its message; with words, the groups whose names hold one of "
+        "them.",
+        "- `python -m tests.adversary --write docs/adversary.md`: this page, all but the list of defects, which is "
+        "`tests/adversary/defects.md`.",
+        "- `python -m tests.torture --write docs/torture.md`: kill -9 and two at once, see [torture.md](torture.md).",
+        "- `pytest tests/test_adversary.py tests/test_hostile.py tests/test_numbers.py tests/test_twice.py "
+        "tests/test_torture.py`: all of it in short, as `make test` and `make test-slow` run it.",
+        "",
+        "An outcome is one of these:",
+        "",
+        *[f"- **{kind}**: {words}." for kind, words in WORDS.items()],
+        "",
+        f"Written on {time.strftime('%Y-%m-%d')} in {seconds:.0f} s: {len(found)} attacks, {total['bad']} bad.",
+        "",
+        "| family | attacks | " + " | ".join(kinds) + " |",
+        "|---|---:|" + "---:|" * len(kinds),
+        *[row(name, counts) for name, counts in sorted(by_group.items())],
+        row("**all**", total),
+        "",
+    ]
     bad = [o for o in found if not o.good]
     lines += ["## Bad", "", *[f"- {o.attack.title}: {o.text}" for o in bad], ""] if bad else []
     return "\n".join(lines) + "\n" + DEFECTS.read_text(encoding="utf-8")

@@ -1,9 +1,10 @@
 """One attack: damage something good, use it, and judge what was said.
 
-An outcome is good in five ways. `refused`: one of the project's own errors, whose message names the file or the parameter. `told`: the result differs,
-and so does what is said beside it (notes, counts). `mended`: the result is that of the undamaged
-input, and it was said that something was wrong. `same`: likewise, without a word. `data`: the damage cannot be told from other
-honest numbers (only where the attack says so beforehand). All else is bad: a bare traceback, a silent difference, a hang, a flood of memory.
+An outcome is good in five ways. `refused`: one of the project's own errors, whose message names the file or the
+parameter. `told`: the result differs, and so does what is said beside it (notes, counts). `mended`: the result is that
+of the undamaged input, and it was said that something was wrong. `same`: likewise, without a word. `data`: the damage
+cannot be told from other honest numbers (only where the attack says so beforehand). All else is bad: a bare traceback,
+a silent difference, a hang, a flood of memory.
 """
 import dataclasses
 import hashlib
@@ -28,7 +29,8 @@ class Attack:
 
     group: str
     name: str
-    damage: Callable[[Path], object]  # receives a fresh copy, changes it and returns what a message has to name (one of several)
+    # receives a fresh copy, changes it and returns what a message has to name (one of several)
+    damage: Callable[[Path], object]
     use: Callable[[Path], tuple]  # receives the copy and returns (result, what was said beside it)
     data: bool = False  # the damage may look like other honest numbers
 
@@ -123,7 +125,11 @@ def run(
         elif result == expected[0]:
             kind, text = "mended", "; ".join(str(s) for s in said if s not in expected[1])
         elif said != expected[1]:
-            kind, text = "told", "; ".join(str(s) for s in said if s not in expected[1]) or f"said {len(expected[1])} things, now {len(said)}"
+            kind, text = (
+                "told",
+                "; ".join(str(s) for s in said if s not in expected[1])
+                or f"said {len(expected[1])} things, now {len(said)}",
+            )
         elif attack.data:
             kind, text = "data", "read as other numbers"
         else:

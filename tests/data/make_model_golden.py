@@ -2,12 +2,15 @@
 
 The file holds two kinds of numbers:
 
-* ``official.*``: inputs, weights and outputs of single modules of the official VGGT code (commit 44b3afbd, float32, CPU),
+* ``official.*``: inputs, weights and outputs of single modules of the official VGGT code (commit 44b3afbd, float32,
+CPU),
   copied from the reference folder. They are numbers of random weights, neither code nor trained weights.
-* ``print.*``: a *certified fingerprint* of the network as a whole. The official outputs for a whole network come with 6 MB of
-  random weights, too much to copy. Instead the weights follow a formula in integers (`formula`), the same on every machine,
-  and the outputs are those of THIS project's model, recorded at a state of the code where it met every official
-  golden number, forward and backward. So a fingerprint that differs means that the wiring has changed since then.
+* ``print.*``: a *certified fingerprint* of the network as a whole. The official outputs for a whole network come with 6
+MB of
+  random weights, too much to copy. Instead the weights follow a formula in integers (`formula`), the same on every
+  machine, and the outputs are those of THIS project's model, recorded at a state of the code where it met every
+  official golden number, forward and backward. So a fingerprint that differs means that the wiring has changed since
+  then.
 
 This script refuses to record unless every test of test_model_goldens.py and test_model_gradients.py ran and passed:
 
@@ -27,9 +30,12 @@ from vggt_lora.reference_data import reference
 
 FILE = Path(__file__).with_name("model_golden.safetensors")
 TESTS = ("test_model_goldens.py", "test_model_gradients.py")
-CASES = {"x": (2, 3, 3, 28, 42), "y": (1, 2, 3, 70, 70)}  # batch of 2 with a resized position table; and the stored grid
-MICRO = ("rope.", "uv.", "uv_embed24.", "pos_embed.", "activate.", "activate_pose.", "q_norm.", "dino_norm.", "residual_conv_unit.",
-         "fusion_x2.", "dino_block0.", "frame_block0.")
+# batch of 2 with a resized position table; and the stored grid
+CASES = {"x": (2, 3, 3, 28, 42), "y": (1, 2, 3, 70, 70)}
+MICRO = (
+    "rope.", "uv.", "uv_embed24.", "pos_embed.", "activate.", "activate_pose.", "q_norm.", "dino_norm.",
+    "residual_conv_unit.", "fusion_x2.", "dino_block0.", "frame_block0.",
+)
 WEIGHTS = ("aggregator.patch_embed.pos_embed", "aggregator.patch_embed.norm.", "aggregator.patch_embed.blocks.0.",
            "aggregator.frame_blocks.0.", "depth_head.scratch.refinenet1.")
 
@@ -80,8 +86,13 @@ def fingerprint() -> dict[str, torch.Tensor]:
         prints |= {f"print.{case}.pose_enc_list": torch.stack(out.pose_enc_list).detach()}
         for name in ("depth", "depth_conf", "world_points", "world_points_conf"):
             prints[f"print.{case}.{name}"] = out[name].detach()[:, :, ::3, 1::3].contiguous()
-        (sum(pose.square().mean() for pose in out.pose_enc_list) + out.depth.log().square().mean() + out.depth_conf.mean()
-         + out.world_points.square().mean() + out.world_points_conf.mean()).backward()
+        (
+            sum(pose.square().mean() for pose in out.pose_enc_list)
+            + out.depth.log().square().mean()
+            + out.depth_conf.mean()
+            + out.world_points.square().mean()
+            + out.world_points_conf.mean()
+        ).backward()
         for part in ("aggregator", "camera_head", "depth_head", "point_head"):
             norms = [p.grad.norm() for p in model.get_submodule(part).parameters() if p.grad is not None]
             prints[f"print.{case}.gradient.{part}"] = torch.stack(norms).norm()
@@ -101,7 +112,9 @@ def main() -> None:
     if reference("tiny_outputs.safetensors") is None:
         sys.exit("not recorded: the official reference numbers are absent, so nothing can be certified")
     tests = [str(FILE.parents[1] / name) for name in TESTS]
-    result = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], capture_output=True, text=True
+    )
     print(result.stdout[-500:])
     if result.returncode != 0 or "passed" not in result.stdout or "skipped" in result.stdout:
         sys.exit("not recorded: the model does not meet every official golden number")

@@ -1,1 +1,3 @@
-"""Sudden death: commands that are killed at random instants, started again, and compared with ones that nobody disturbed."""
+"""Sudden death: commands that are killed at random instants, started again, and compared with ones that nobody
+disturbed.
+"""

@@ -1,4 +1,6 @@
-"""Kill -9: a job in a process of its own, ended at a random instant or before one of its writes, started again, and held against one that ran undisturbed."""
+"""Kill -9: a job in a process of its own, ended at a random instant or before one of its writes, started again, and
+held against one that ran undisturbed.
+"""
 import contextlib
 import dataclasses
 import itertools
@@ -15,7 +17,8 @@ from pathlib import Path
 from tests.torture.jobs import Job, content, half_written
 
 LIMIT = 1800  # s; a job that takes longer hangs
-MARK = "VGGT_LORA_TORTURE"  # variable that all descendants of a job inherit, in whatever session and under whatever parent
+# variable that all descendants of a job inherit, in whatever session and under whatever parent
+MARK = "VGGT_LORA_TORTURE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,9 @@ def begin(job: Job, base: Path, out: Path, log: Path) -> int:
 
 
 def family(number: int) -> list:
-    """A process and all that it has started: its children, theirs, and those that have lost their parent or have a session of their own."""
+    """A process and all that it has started: its children, theirs, and those that have lost their parent or have a
+    session of their own.
+    """
     import psutil
 
     found = {}
@@ -72,11 +77,15 @@ def family(number: int) -> list:
 
 
 def end_family(number: int) -> list[int]:
-    """SIGKILL to a process and to all that it has started, as a power cut would; those it starts meanwhile too. Returns their numbers."""
+    """SIGKILL to a process and to all that it has started, as a power cut would; those it starts meanwhile too. Returns
+    their numbers.
+    """
     import psutil
 
     known = {}
-    while new := [p for p in family(number) if p.pid not in known and p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+    while new := [
+        p for p in family(number) if p.pid not in known and p.is_running() and p.status() != psutil.STATUS_ZOMBIE
+    ]:
         for process in new:
             known[process.pid] = process
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -123,11 +132,14 @@ def undisturbed(job: Job, base: Path, room: Path) -> dict:
     return _KNOWN[room, job.name]
 
 
-TURNED_AWAY = ("another process", "holds a run already", "exists already")  # what a second process may be told instead of a result
+# what a second process may be told instead of a result
+TURNED_AWAY = ("another process", "holds a run already", "exists already")
 
 
 def pair(job: Job, base: Path, room: Path) -> Death:
-    """The same job twice at once in one folder: each ends well or is turned away in words, and what is left equals what one leaves alone."""
+    """The same job twice at once in one folder: each ends well or is turned away in words, and what is left equals what
+    one leaves alone.
+    """
     expected, out, faults = undisturbed(job, base, room), room / f"{job.name} shared", []
     out.mkdir(parents=True)
     logs = [room / f"log {i}.txt" for i in range(2)]
@@ -142,22 +154,32 @@ def pair(job: Job, base: Path, room: Path) -> Death:
             faults.append(f"one of two: status {end}: {words[-300:]}")
     if 0 not in ends:
         faults.append("neither of two came to an end")
-    faults += [f"half-written: {f}" for f in half_written(out, job, expected)] + differences(expected, content(out, job))
+    faults += [f"half-written: {f}" for f in half_written(out, job, expected)] + differences(
+        expected, content(out, job)
+    )
     left = hidden(out)
     shutil.rmtree(out)
     return Death(job.name, 0.0, "turned away" if any(ends) else "both", left, tuple(faults))
 
 
 def hidden(out: Path) -> int:
-    """Number of files that begin with a dot, or lie in such a folder; a lock is no remainder, and neither is the log of an attempt."""
+    """Number of files that begin with a dot, or lie in such a folder; a lock is no remainder, and neither is the log of
+    an attempt.
+    """
     parts = [path.relative_to(out).parts for path in out.rglob("*") if path.is_file()]
-    return sum(any(p.startswith(".") for p in names) and not names[-1].endswith(".lock") and ".jobs" not in names for names in parts)
+    return sum(
+        any(p.startswith(".") for p in names) and not names[-1].endswith(".lock") and ".jobs" not in names
+        for names in parts
+    )
 
 
 def differences(expected: dict, found: dict) -> list[str]:
     """What two folders do not have in common."""
     names = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-    return [f"{n} {'differs' if n in expected and n in found else 'is missing' if n in expected else 'is too much'}" for n in names]
+    return [
+        f"{n} {'differs' if n in expected and n in found else 'is missing' if n in expected else 'is too much'}"
+        for n in names
+    ]
 
 
 def torture(
@@ -167,7 +189,9 @@ def torture(
     kills: int,
     seed: int = 0,
 ) -> Iterator[Death]:
-    """Kill a job so many times, each in a new folder; undisturbed runs before show that it ends with the same bytes twice."""
+    """Kill a job so many times, each in a new folder; undisturbed runs before show that it ends with the same bytes
+    twice.
+    """
     stream, times, expected = random.Random(f"{seed} {job.name}"), [], []
     for name in ("first", "second"):
         out = room / f"{job.name} {name}"
@@ -189,7 +213,9 @@ def torture(
         yield kill_once(job, base, room, instant, instant * times[1], expected[0])
 
 
-def kill_once(job: Job, base: Path, room: Path, instant: float, seconds: float, expected: dict, doomed: Job | None = None) -> Death:
+def kill_once(
+    job: Job, base: Path, room: Path, instant: float, seconds: float, expected: dict, doomed: Job | None = None
+) -> Death:
     """Start (`doomed` instead, which kills itself), kill after so many seconds, look, start again, compare."""
     out, log = room / f"{job.name} killed", room / "log.txt"
     out.mkdir(parents=True)
@@ -208,15 +234,23 @@ def kill_once(job: Job, base: Path, room: Path, instant: float, seconds: float, 
 
 # --- before a write ---------------------------------------------------------------------------------------------------
 
-WRITES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "open")  # events of Python's audit, before they happen
+# events of Python's audit, before they happen
+WRITES = ("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "open")
 
 
 def at_writes(out: Path, call: Callable[[], None]) -> None:
-    """From now on call before whatever this process does to files of a folder, until its end: a random instant seldom falls between two writes, and there orders go wrong."""
+    """From now on call before whatever this process does to files of a folder, until its end: a random instant seldom
+    falls between two writes, and there orders go wrong.
+    """
     root, own = str(out), os.getpid()
 
     def seen(event: str, arguments: tuple) -> None:
-        if event not in WRITES or os.getpid() != own or event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        if (
+            event not in WRITES
+            or os.getpid() != own
+            or event == "open"
+            and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        ):
             return
         if any(isinstance(a, (str, os.PathLike)) and os.fspath(a).startswith(root) for a in arguments[:2]):
             call()

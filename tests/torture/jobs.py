@@ -1,4 +1,5 @@
-"""Commands that write something worth keeping, each as small as can be; the same call begins, or goes on after a kill."""
+"""Commands that write something worth keeping, each as small as can be; the same call begins, or goes on after a kill.
+"""
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,9 @@ def store(base: Path, out: Path) -> None:
     from vggt_lora.datasets.windows import Window
 
     scene = open_scene(scene_of(base))
-    FrameStore(56, supervision="laser+sparse", folder=out).prepare([(scene, Window(scene.name, tuple(range(len(scene)))))], progress=False)
+    FrameStore(56, supervision="laser+sparse", folder=out).prepare(
+        [(scene, Window(scene.name, tuple(range(len(scene)))))], progress=False
+    )
 
 
 def dense(base: Path, out: Path) -> None:
@@ -75,8 +78,11 @@ def training_config(base: Path, out: Path, **changes):
     """The smallest training."""
     from vggt_lora.training.config import TrainConfig
 
-    settings = {"strategy": "b", "model": "random", "data": str(base / "small_house"), "output": str(out), "epochs": 3, "frames": 2, "image_size": 56, "rank": 2, "lr": 1e-3,
-                "train_fraction": 0.5, "save_every": 1, "supervision": "sparse", "device": "cpu"}
+    settings = {
+        "strategy": "b", "model": "random", "data": str(base / "small_house"), "output": str(out), "epochs": 3,
+        "frames": 2, "image_size": 56, "rank": 2, "lr": 1e-3, "train_fraction": 0.5, "save_every": 1,
+        "supervision": "sparse", "device": "cpu",
+    }
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     return TrainConfig(**{n: v for n, v in (settings | changes).items() if n in known})
 
@@ -116,22 +122,40 @@ def export(base: Path, out: Path) -> None:
 
 
 def grid(base: Path, out: Path) -> None:
-    """A comparison of two runs side by side, each in a notebook of its own: papermill in a process, a kernel below it."""
+    """A comparison of two runs side by side, each in a notebook of its own: papermill in a process, a kernel below it.
+    """
     from vggt_lora.compare import CompareConfig, compare
 
     given = training_config(scene_of(base).parent, out, epochs=1, model="tiny", image_size=84)
-    names = ("model", "data", "epochs", "frames", "image_size", "lr", "train_fraction", "supervision", "device", "save_every")
-    compare(CompareConfig(grid="rank=2,4", settings="; ".join(f"{n}={getattr(given, n)}" for n in names), output=str(out), jobs=2), tell=lambda text: None)
+    names = (
+        "model", "data", "epochs", "frames", "image_size", "lr", "train_fraction", "supervision", "device",
+        "save_every",
+    )
+    compare(
+        CompareConfig(
+            grid="rank=2,4", settings="; ".join(f"{n}={getattr(given, n)}" for n in names), output=str(out), jobs=2
+        ),
+        tell=lambda text: None,
+    )
 
 
-RUN = {"living": ("metrics.jsonl", "train.log", "tensorboard/*", "events.*", "executed.ipynb", "failed-*"),
-       "clocks": ("preflight.json", "resource_usage.json", "report.html", "config.json", "state.json", "comparison.html", "metrics.jsonl", "step-*.pt", "last.pt")}
-JOBS = {job.name: job for job in (
-    Job("demo", demo), Job("store", store), Job("dense depth", dense), Job("checkpoints", checkpoints), Job("prefix", prefix), Job("export", export),
-    Job("training", train, **RUN), Job("comparison", grid, **RUN),
-)}
+RUN = {
+    "living": ("metrics.jsonl", "train.log", "tensorboard/*", "events.*", "executed.ipynb", "failed-*"),
+    "clocks": (
+        "preflight.json", "resource_usage.json", "report.html", "config.json", "state.json", "comparison.html",
+        "metrics.jsonl", "step-*.pt", "last.pt",
+    ),
+}
+JOBS = {
+    job.name: job
+    for job in (
+        Job("demo", demo), Job("store", store), Job("dense depth", dense), Job("checkpoints", checkpoints),
+        Job("prefix", prefix), Job("export", export), Job("training", train, **RUN), Job("comparison", grid, **RUN),
+    )
+}
 QUICK = ("demo", "store", "checkpoints", "training")
-SHARED = ("demo", "store", "dense depth", "prefix", "export", "training", "comparison")  # begun twice at once; checkpoints have their run's lock
+# begun twice at once; checkpoints have their run's lock
+SHARED = ("demo", "store", "dense depth", "prefix", "export", "training", "comparison")
 
 
 def make_base(base: Path, network: bool = False) -> Path:
@@ -144,7 +168,7 @@ def make_base(base: Path, network: bool = False) -> Path:
     return base
 
 
-# --- what became of a folder --------------------------------------------------------------------------------------------
+# --- what became of a folder ------------------------------------------------------------------------------------------
 
 def fault_of(path: Path) -> str:
     """Say why a file is not whole; empty if it is, or if its kind does not show."""
@@ -192,7 +216,11 @@ def half_written(out: Path, job: Job, expected: dict[str, str]) -> list[str]:
     """Files that have their final name, are not whole, and are not what they were to become."""
     now = content(out, job, whole_only=True)
     names = {n: p for n, p in final_names(out, job).items() if not matches(n, job.living) and not n.endswith(".lock")}
-    return [f"{name} ({fault})" for name, path in names.items() if now.get(name, 0) != expected.get(name) and (fault := fault_of(path))]
+    return [
+        f"{name} ({fault})"
+        for name, path in names.items()
+        if now.get(name, 0) != expected.get(name) and (fault := fault_of(path))
+    ]
 
 
 def content(out: Path, job: Job, whole_only: bool = False) -> dict[str, str]:
@@ -222,4 +250,6 @@ def trained_content(path: Path) -> bytes:
     from vggt_lora.training.checkpoint import content_digest, read_checkpoint
 
     held = read_checkpoint(path)
-    return content_digest([held["weights"], held.get("optimizer"), [r["torch"] for r in held.get("random", ())]]).encode()
+    return content_digest(
+        [held["weights"], held.get("optimizer"), [r["torch"] for r in held.get("random", ())]]
+    ).encode()

@@ -1,4 +1,6 @@
-"""Want: commands that get little of something, or a clock that runs backwards. They survive, or stop in words, and then end well when there is enough."""
+"""Want: commands that get little of something, or a clock that runs backwards. They survive, or stop in words, and then
+end well when there is enough.
+"""
 import dataclasses
 import os
 import shutil
@@ -9,7 +11,8 @@ from pathlib import Path
 from tests.torture.death import Death, differences, finish, undisturbed
 from tests.torture.jobs import Job, content, half_written
 
-NEWNS, NEWUSER, BIND, REMOUNT, RDONLY, REC, PRIVATE = 0x20000, 0x10000000, 4096, 32, 1, 16384, 1 << 18  # of Linux' unshare and mount
+# of Linux' unshare and mount
+NEWNS, NEWUSER, BIND, REMOUNT, RDONLY, REC, PRIVATE = 0x20000, 0x10000000, 4096, 32, 1, 16384, 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Want:
 
 
 def mounts() -> Callable:
-    """Give this process a view of the file system of its own, and return the system's `mount`; raises OSError where that is not allowed."""
+    """Give this process a view of the file system of its own, and return the system's `mount`; raises OSError where
+    that is not allowed.
+    """
     import ctypes
 
     libc, user = ctypes.CDLL(None, use_errno=True), (os.geteuid(), os.getegid())
@@ -36,7 +41,9 @@ def mounts() -> Callable:
         for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user[0]} 1"), ("gid_map", f"0 {user[1]} 1")):
             Path(f"/proc/self/{name}").write_text(text)
     call(libc.mount, b"none", b"/", None, REC | PRIVATE, None)
-    return lambda source, target, kind, flags, options=None: call(libc.mount, source.encode(), str(target).encode(), kind and kind.encode(), flags, options and options.encode())
+    return lambda source, target, kind, flags, options=None: call(
+        libc.mount, source.encode(), str(target).encode(), kind and kind.encode(), flags, options and options.encode()
+    )
 
 
 def allowed() -> bool:
@@ -102,13 +109,20 @@ def in_one_line(work: Callable) -> None:
 
 
 PLAIN = ("VggtLoraError", "SceneError", "ConfigError", "WeightsError", "DiskError", "CheckpointError", "DownloadError")
-WANTS = (Want("files of 3 kB at most", small_files), Want("a disk of 64 kB", small_disk), Want("a read-only folder", read_only), Want("no shared memory", no_shared_memory, survived=True),
-         Want("24 MB of address space", little_memory, says=("MemoryError", "not enough memory", "alloc")), Want("a clock that runs backwards", clock_backwards, survived=True))
+WANTS = (
+    Want("files of 3 kB at most", small_files),
+    Want("a disk of 64 kB", small_disk),
+    Want("a read-only folder", read_only),
+    Want("no shared memory", no_shared_memory, survived=True),
+    Want("24 MB of address space", little_memory, says=("MemoryError", "not enough memory", "alloc")),
+    Want("a clock that runs backwards", clock_backwards, survived=True),
+)
 PRIVILEGED = ("a disk of 64 kB", "a read-only folder", "no shared memory")
 
 
 def starve(job: Job, base: Path, room: Path, wants: tuple[Want, ...] = WANTS) -> Iterator[Death]:
-    """Run a job under every want, judge what it said, and run it again without; the state of each is what it came to."""
+    """Run a job under every want, judge what it said, and run it again without; the state of each is what it came to.
+    """
     expected, permitted = undisturbed(job, base, room), allowed()
     for want in wants:
         if want.name in PRIVILEGED and not permitted:
@@ -116,7 +130,9 @@ def starve(job: Job, base: Path, room: Path, wants: tuple[Want, ...] = WANTS) ->
             continue
         out, log = room / f"{job.name} starved", room / "log.txt"
         out.mkdir(parents=True)
-        scarce = dataclasses.replace(job, work=lambda base, out, want=want: in_one_line(lambda: (want.begin(out), job.work(base, out))))
+        scarce = dataclasses.replace(
+            job, work=lambda base, out, want=want: in_one_line(lambda: (want.begin(out), job.work(base, out)))
+        )
         fault, said = finish(scarce, base, out, log), log.read_text(errors="replace").strip().splitlines()[-1:]
         words = said[0] if fault and said else ""
         error = words.split(":")[0]

@@ -1,4 +1,5 @@
-"""Loaded by Python itself at its start where this folder is on PYTHONPATH: whatever a process asks of the network is written to the file $VGGT_LORA_ASKED.
+"""Loaded by Python itself at its start where this folder is on PYTHONPATH: whatever a process asks of the network is
+written to the file $VGGT_LORA_ASKED.
 
 So are the questions of the processes that it starts. Addresses of this machine are nobody's business.
 """
