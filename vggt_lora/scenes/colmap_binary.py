@@ -115,16 +115,7 @@ def scan_images_binary(path: Path) -> ImageTable:
             )
         keypoints.append(np.column_stack([raw["xy"], ids]))
     reader.finish()
-    values = np.array(heads, np.float64).reshape(-1, 9)
-    return ImageTable(
-        values[:, 0].astype(np.int64),
-        values[:, 1:5],
-        values[:, 5:8],
-        values[:, 8].astype(np.int64),
-        names,
-        keypoints,
-        Places(path, np.array(offsets), True),
-    )
+    return ImageTable.from_poses(heads, names, keypoints, Places(path, np.array(offsets), True))
 
 
 def scan_points_binary(path: Path) -> PointTable:
