@@ -47,7 +47,9 @@ def measure(shape: tuple[int, tuple[int, int]], steps: int) -> float:
 
     base = train_step.new_base(train_step.SIZES["tiny"][0], "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        stepper = train_step.Stepper(base, "b", "cache", train_step.random_sample(*shape), "cpu", "float32", Path(folder), False)
+        stepper = train_step.Stepper(
+            base, "b", "cache", train_step.random_sample(*shape), "cpu", "float32", Path(folder), False
+        )
         stepper.step()
         seconds = []
         for _ in range(steps):
@@ -61,7 +63,9 @@ def in_a_process(policy: str, threads: int, shape: str, steps: int) -> float:
     """Return the seconds of a step in a process whose threads wait in this way."""
     command = [sys.executable, __file__, "--shape", shape, "--steps", str(steps), "--one"]
     environment = os.environ | {"OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -77,7 +81,10 @@ def main() -> int:
         print(json.dumps(measure((frames, tuple(size)), given.steps)))
         return 0
     threads = cpu_share()
-    print(f"{threads} threads, {given.shape}" + (f"; {machine_is_busy()}, so no row is alone" if machine_is_busy() else ""))
+    print(
+        f"{threads} threads, {given.shape}"
+        + (f"; {machine_is_busy()}, so no row is alone" if machine_is_busy() else "")
+    )
     print("threads   alone s  with a neighbour s  ratio")
     for way, policy in WAYS.items():
         alone = in_a_process(policy, threads, given.shape, given.steps)

@@ -1,11 +1,12 @@
-"""How far apart do two trainings run when the states they go on from are rounded to bfloat16, and how far when they are changed at random by as much?
+"""Compare trainings from a cache in bfloat16, and from a cache with random errors of that size, with float32.
 
-    python benchmarks/cache_rounding.py                          # strategies b and c, 50 steps each, a network of four layers; two minutes of CPU time
+    python benchmarks/cache_rounding.py               # strategies b and c, 50 steps each, four layers; two minutes
     python benchmarks/cache_rounding.py --strategies c --noises 8
 
-Every training has the same adapters, windows and order, from a cache in float32; "bf16" keeps the cache in bfloat16, "noise" multiplies every number of
-every entry by 1 + u, with u uniform in +-2**-9, half of the largest error of rounding to bfloat16. Printed: the relative difference of losses from the
-undisturbed training, at the first step, the largest, the median, and at the last step, for the steps and for the held-out windows. Nothing is asserted.
+Every training has the same adapters, windows and order, and reads a cache in float32. "bf16" keeps the cache in
+bfloat16. "noise" multiplies every number of every entry by 1 + u, with u uniform in +-2**-9, half of the largest error
+of rounding to bfloat16. Printed is the relative difference of losses from the undisturbed training, at the first step,
+the largest, the median, and at the last step, for the steps and for the held-out windows. Nothing is asserted.
 """
 import argparse
 import contextlib
@@ -36,20 +37,33 @@ def noisy(compute, seed: int):
     """The frozen layers' output, changed at random."""
     def changed(store, images):
         generator = torch.Generator().manual_seed(seed)
-        return {name: t * (1 + ROUNDING * (2 * torch.rand(t.shape, generator=generator) - 1)) for name, t in compute(store, images).items()}
+        return {
+            name: t * (1 + ROUNDING * (2 * torch.rand(t.shape, generator=generator) - 1))
+            for name, t in compute(store, images).items()
+        }
     return changed
 
 
 def losses(work: Path, base: VGGT, items: dict, strategy: str, name: str, steps: int, seed: int | None = None) -> dict:
-    """Train from a cache in float32, from one in bfloat16 (name "bf16"), or from one changed at random (with a seed); losses by split."""
-    config = TrainConfig(strategy=strategy, epochs=-(-steps // len(items["train"])), frames=4, rank=2, lr=2e-3, distinct_epochs=2, image_size=56,
-                         feature_cache="bf16" if name == "bf16" else "float32")
-    model, run = apply_lora(copy.deepcopy(base), strategy, rank=2, seed=0, dropout=0.1)[0], RunFolder(work / f"{strategy}-{name}")
+    """Train from a cache in float32, from one in bfloat16 (name "bf16"), or from one changed at random (with a seed);
+    losses by split.
+    """
+    config = TrainConfig(
+        strategy=strategy, epochs=-(-steps // len(items["train"])), frames=4, rank=2, lr=2e-3, distinct_epochs=2,
+        image_size=56, feature_cache="bf16" if name == "bf16" else "float32",
+    )
+    model, run = (
+        apply_lora(copy.deepcopy(base), strategy, rank=2, seed=0, dropout=0.1)[0],
+        RunFolder(work / f"{strategy}-{name}"),
+    )
     compute = FeatureStore.compute
     FeatureStore.compute = compute if seed is None else noisy(compute, seed)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            sample_source = cached_source(model, FrameCache(56), config, items["train"], items["val"], lambda line: None, folder=work / f"cache-{strategy}-{name}")
+            sample_source = cached_source(
+                model, FrameCache(56), config, items["train"], items["val"], lambda line: None,
+                folder=work / f"cache-{strategy}-{name}",
+            )
             fit(model, items["train"], items["val"], config, run, sample_source)
     finally:
         FeatureStore.compute = compute
@@ -81,7 +95,11 @@ def main() -> None:
                 found = losses(work, base, items, strategy, name, args.steps, seed)
                 for part, kind in (("train", "steps"), ("val", "held out")):
                     far = np.abs(found[part] / straight[part] - 1)
-                    print(f"{strategy:8}  {name:7}  {kind:8} {far[0]:.1e}   {far.max():.1e}   {np.median(far):.1e}   {far[-1]:.1e}", flush=True)
+                    print(
+                        f"{strategy:8}  {name:7}  {kind:8} {far[0]:.1e}   {far.max():.1e}   {np.median(far):.1e}   "
+                        f"{far[-1]:.1e}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

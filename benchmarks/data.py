@@ -1,16 +1,20 @@
-"""What preprocessing and loading of frames cost, as ratios measured in one run; print the smallest and the median of several rounds.
+"""Measure preprocessing and loading of frames as ratios; print the smallest and the median of several rounds.
 
-    python benchmarks/data.py                            # real scenes where they are at hand, else demo scenes
+    python benchmarks/data.py                            # real scenes if they are installed, else demo scenes
     python benchmarks/data.py --rounds 9 --photos 12 --only strecha_castle_p30
 
-Preprocessing is compared with the plain way: decode at full size, resize with Lanczos, project point by point in a Python loop into a depth map of full size and pick from
-that. Ours includes everything that a run waits for: the name of the entry, decoding, projecting, writing to disk and reading back. The shared photos have one megapixel, where
-there is little to decode and the ratio is near 1; so the first scene is measured again with its photos enlarged (--megapixels), and with more points (--points).
+Preprocessing is compared with the plain way: decode at full size, resize with Lanczos, project point by point in a
+Python loop into a depth map of full size, and pick from that map. Ours includes everything that a run waits for: the
+name of the entry, decoding, projecting, writing to disk and reading back. The shared photos have one megapixel, so
+decoding is short and the ratio is near 1. Therefore the first scene is measured again with enlarged photos
+(--megapixels) and with more points (--points).
 
-Loading is an epoch over all windows of a scene: decoded when asked for, or found in the store (a new object each time, so names and checksums are computed anew). The later
-epochs are those of the same object, for both keep in memory what they had.
+Loading is an epoch over all windows of a scene: decoded on request, or read from the store (a new object each time, so
+names and checksums are computed again). The later epochs use the same object, because both keep in memory what they
+have read.
 
-Nothing is asserted. A ratio compares two measurements made right after one another; `passed` is the time on the clock, `worked` that of the processor.
+Nothing is asserted. A ratio compares two measurements made right after one another; `passed` is wall-clock time,
+`worked` processor time.
 """
 import argparse
 import dataclasses
@@ -56,8 +60,12 @@ def enlarged(scene, folder: Path, photos: int, megapixels: float):
         path = folder / Path(frame.name).name
         with Image.open(frame.image_path) as photo:
             photo.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC).save(path, quality=95)
-        frames.append(dataclasses.replace(frame, image_path=path, size=size, K=resize_intrinsics(frame.K, frame.size, size),
-                                          observations=frame.observations * (size[1] / frame.size[1], size[0] / frame.size[0])))
+        frames.append(
+            dataclasses.replace(
+                frame, image_path=path, size=size, K=resize_intrinsics(frame.K, frame.size, size),
+                observations=frame.observations * (size[1] / frame.size[1], size[0] / frame.size[0]),
+            )
+        )
     return dataclasses.replace(scene, frames=tuple(frames))
 
 
@@ -68,13 +76,24 @@ def crowded(scene, count: int):
         near = scene.points.xyz[rng.choice(frame.point_rows, max(count - len(frame.point_rows), 0))]
         near = near + 1e-3 * rng.normal(0, 1, near.shape) * np.ptp(near, axis=0)
         pixels, _ = project_points(near, frame.world_to_cam, frame.K)
-        frames.append(dataclasses.replace(frame, point_rows=np.concatenate([frame.point_rows, np.arange(total, total + len(near))]),
-                                          observations=np.concatenate([frame.observations, pixels])))
+        frames.append(
+            dataclasses.replace(
+                frame,
+                point_rows=np.concatenate([frame.point_rows, np.arange(total, total + len(near))]),
+                observations=np.concatenate([frame.observations, pixels]),
+            )
+        )
         xyz.append(near)
         total += len(near)
     first = np.zeros(total - len(scene.points), int)  # the rest of a new point is the first one's
-    rest = {field.name: np.concatenate([getattr(scene.points, field.name), getattr(scene.points, field.name)[first]]) for field in dataclasses.fields(scene.points) if field.name != "xyz"}
-    return dataclasses.replace(scene, frames=tuple(frames), points=dataclasses.replace(scene.points, xyz=np.concatenate(xyz), **rest))
+    rest = {
+        field.name: np.concatenate([getattr(scene.points, field.name), getattr(scene.points, field.name)[first]])
+        for field in dataclasses.fields(scene.points)
+        if field.name != "xyz"
+    }
+    return dataclasses.replace(
+        scene, frames=tuple(frames), points=dataclasses.replace(scene.points, xyz=np.concatenate(xyz), **rest)
+    )
 
 
 def timed(work) -> np.ndarray:
@@ -89,7 +108,11 @@ def ratios(what: str, slow: list, fast: list, per: int, unit: str) -> None:
     rounds = np.array(slow) / np.maximum(fast, 1e-9)
     (low, low_worked), (middle, middle_worked) = rounds.min(0), np.median(rounds, 0)
     each = np.median(fast, 0)[0] / per * 1000
-    print(f"  {what:58} passed {low:6.2f} min {middle:6.2f} median   worked {low_worked:6.2f} min {middle_worked:6.2f} median   {each:7.1f} ms a {unit}", flush=True)
+    print(
+        f"  {what:58} passed {low:6.2f} min {middle:6.2f} median   worked {low_worked:6.2f} min {middle_worked:6.2f} "
+        f"median   {each:7.1f} ms a {unit}",
+        flush=True,
+    )
 
 
 def preprocessing(name: str, scene, arguments) -> None:
@@ -105,7 +128,10 @@ def preprocessing(name: str, scene, arguments) -> None:
                 store = FrameStore(arguments.size, folder=folder, workers=workers)
                 times[what].append(timed(lambda: store.prepare(items, progress=False)))
     height, width = scene.frames[0].size
-    print(f"{name}: preprocessing {count} photos of {width}x{height} to {target[1]}x{target[0]}, {np.mean([len(f.point_rows) for f in scene.frames[:count]]):.0f} points each")
+    print(
+        f"{name}: preprocessing {count} photos of {width}x{height} to {target[1]}x{target[0]}, "
+        f"{np.mean([len(f.point_rows) for f in scene.frames[:count]]):.0f} points each"
+    )
     ratios("plain way / one thread", times["plain"], times["one"], count, "frame")
     ratios(f"plain way / {store.workers} threads", times["plain"], times["all"], count, "frame")
 
@@ -122,12 +148,21 @@ def loading(name: str, scene, arguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         FrameStore(arguments.size, folder=folder).prepare(items, progress=False)
         for _ in range(arguments.rounds):
-            for what, cache in (("decoded", FrameCache(arguments.size)), ("stored", FrameStore(arguments.size, folder=folder))):
+            for what, cache in (
+                ("decoded", FrameCache(arguments.size)),
+                ("stored", FrameStore(arguments.size, folder=folder)),
+            ):
                 times[what].append(timed(lambda: epoch(cache)))
                 times[f"{what} again"].append(timed(lambda: epoch(cache)))
-        print(f"{name}: loading {len(items)} windows of {len(items[0][1])} photos, {len(scene)} photos in all, {folder_bytes(folder) / 1e6 / len(scene):.2f} MB a frame on disk")
+        print(
+            f"{name}: loading {len(items)} windows of {len(items[0][1])} photos, {len(scene)} photos in all, "
+            f"{folder_bytes(folder) / 1e6 / len(scene):.2f} MB a frame on disk"
+        )
     ratios("first epoch, decoded / from the store", times["decoded"], times["stored"], len(items), "window")
-    ratios("later epochs, decoded once / from the store", times["decoded again"], times["stored again"], len(items), "window")
+    ratios(
+        "later epochs, decoded once / from the store", times["decoded again"], times["stored again"], len(items),
+        "window",
+    )
 
 
 def main() -> None:
@@ -136,9 +171,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=518, help="long side in pixels, a multiple of 14")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--photos", type=int, default=8, help="photos of each scene that are preprocessed")
-    parser.add_argument("--full-photos", type=int, default=4, help="photos of the first scene that are enlarged; 0: none")
-    parser.add_argument("--megapixels", type=float, nargs="*", default=(6, 24), help="sizes that they are enlarged to; ETH3D's have 24")
-    parser.add_argument("--points", type=int, default=100_000, help="points of each photo in one more measurement at the last size; 0: none")
+    parser.add_argument(
+        "--full-photos", type=int, default=4, help="photos of the first scene that are enlarged; 0: none"
+    )
+    parser.add_argument(
+        "--megapixels", type=float, nargs="*", default=(6, 24), help="sizes that they are enlarged to; ETH3D's have 24"
+    )
+    parser.add_argument(
+        "--points", type=int, default=100_000,
+        help="points of each photo in one more measurement at the last size; 0: none",
+    )
     parser.add_argument("--only", nargs="*", help="names of scenes")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.photos < 1:
@@ -154,7 +196,9 @@ def main() -> None:
     if arguments.full_photos and arguments.megapixels:
         with tempfile.TemporaryDirectory() as temporary:
             for megapixels in arguments.megapixels:
-                scene = enlarged(open_scene(folders[0]), Path(temporary) / f"{megapixels:g}", arguments.full_photos, megapixels)
+                scene = enlarged(
+                    open_scene(folders[0]), Path(temporary) / f"{megapixels:g}", arguments.full_photos, megapixels
+                )
                 preprocessing(f"{scene.name}, enlarged", scene, arguments)
             if arguments.points:
                 preprocessing(f"{scene.name}, enlarged, more points", crowded(scene, arguments.points), arguments)

@@ -11,11 +11,14 @@ A case says what trains and what judges:
     ceiling  the same, supervised by the renderer's exact depth: no supervision can do better
     one      one demo building, its own photos train, choose and judge (by laser); mean over seven buildings
     one-laser  the same, trained on laser depth too
-    real     two real courtyards train on COLMAP points, a third scene of the place judges, by its laser (needs shared/data)
+    real     two real courtyards train on COLMAP points, a third scene of the place judges, by its laser (needs
+             shared/data)
     place    the same two train, a castle elsewhere judges, by its points (needs shared/data)
-    kept     a real building alone; two thirds of its points train, the others judge; mean over two scenes (needs shared/data)
+    kept     a real building alone; two thirds of its points train, the others judge; mean over two scenes (needs
+             shared/data)
 
-`elsewhere` in a block is what the run lost outside its buildings: procedural worlds, which the tiny base was trained on the like of.
+`elsewhere` in a block is what the run lost outside its buildings: on procedural worlds like those that the tiny
+base was trained on.
 
 Runs that are finished are read, not repeated: every run is a folder under --output. Nothing is asserted.
 """
@@ -45,7 +48,8 @@ from vggt_lora.training.config import read_config
 CASES = ("laser", "points", "ceiling", "one", "one-laser", "real", "place", "kept")
 MODELS = ("base", "adapted")
 LASER_FILES = ("ground_truth_depth", "dslr_scan_eval", "occlusion")
-ONE_BUILDING = {"frames": 4, "epochs": 40, "train_fraction": 0.5}  # presets/one_building.yaml, judged by six of twelve photos
+# presets/one_building.yaml, judged by six of twelve photos
+ONE_BUILDING = {"frames": 4, "epochs": 40, "train_fraction": 0.5}
 
 
 def exact_depth(scene, frame, size, plan=None) -> DepthMap:
@@ -110,7 +114,10 @@ def case_settings(case: str, work: Path) -> list[dict] | None:
         return [{"supervision": "exact", "frame_cache": False}]
     if case in ("one", "one-laser"):
         supervision = "laser+sparse+anchored" if case == "one-laser" else "sparse+anchored"
-        return [{"data": str(scene), "supervision": supervision, "eval_supervision": "laser", **ONE_BUILDING} for scene in demo_scenes()]
+        return [
+            {"data": str(scene), "supervision": supervision, "eval_supervision": "laser", **ONE_BUILDING}
+            for scene in demo_scenes()
+        ]
     if case == "kept":
         DEPTH_SOURCES.update(points_that_train=points_that_train, points_that_judge=points_that_judge)
         scenes = [real_scene(name) for name in ("sceaux_castle", "eth3d_pipes")]
@@ -156,8 +163,14 @@ def runs_of(case: str, settings: list[dict], strategy: str, supervision: str, se
     """Return the results of a case's runs with one seed, one for each building."""
     found = []
     for one in settings:
-        name = "-".join([case, strategy, supervision, str(seed), Path(one.get("data", "")).name, *args.set]).replace("/", "_")
-        own = {"strategy": strategy, "supervision": supervision, "seed": seed, "preflight": "off"} | one | fields(args.set)
+        name = "-".join([case, strategy, supervision, str(seed), Path(one.get("data", "")).name, *args.set]).replace(
+            "/", "_"
+        )
+        own = (
+            {"strategy": strategy, "supervision": supervision, "seed": seed, "preflight": "off"}
+            | one
+            | fields(args.set)
+        )
         found.append(results_of(TrainConfig(output=str(args.output / name), **own)))
     return found
 
@@ -172,14 +185,21 @@ def print_results(title: str, found: list[list[dict]]) -> None:
         print("  " + in_words(effect, METRIC_NAMES[effect.metric]))
     print("  " + in_words(effects(runs, ("absrel",), "scale+shift per image")[0], "AbsRel after scale and shift"))
     for region in ("wall", "0 to 5"):
-        changes = [r["change"] for results in every for r in results["regions"] if (r["region"], r["metric"]) == (region, "absrel") and r["change"] is not None]
+        changes = [
+            r["change"]
+            for results in every
+            for r in results["regions"]
+            if (r["region"], r["metric"]) == (region, "absrel") and r["change"] is not None
+        ]
         if changes:
             print(f"  region {region}: AbsRel {100 * np.mean(changes):+.1f} % in the mean of {len(changes)} runs")
     elsewhere = effects([results["elsewhere"] for results in every], ("absrel",))[0]
     print("  elsewhere: " + in_words(elsewhere, "AbsRel"))
     for model in MODELS:
         cameras = [row for results in every for row in results["cameras"] if row["model"] == model]
-        rotation, direction = (np.mean([row[name] or 0 for row in cameras]) for name in ("rotation_median", "translation_median"))
+        rotation, direction = (
+            np.mean([row[name] or 0 for row in cameras]) for name in ("rotation_median", "translation_median")
+        )
         print(f"  cameras of {model}: rotation {rotation:.2f} degrees, direction {direction:.1f} degrees", flush=True)
 
 
@@ -188,7 +208,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--strategies", nargs="+", default=[TrainConfig().strategy])
-    parser.add_argument("--supervision", nargs="+", default=["auto"], help="for the cases laser, points, real and place")
+    parser.add_argument(
+        "--supervision", nargs="+", default=["auto"], help="for the cases laser, points, real and place"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE")
     parser.add_argument("--output", type=Path, default=project_root() / "outputs" / "demo_gain")

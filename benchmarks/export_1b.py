@@ -1,9 +1,10 @@
-"""The way back at full size: VGGT-1B with random weights, an adapter of strategy c, the merged checkpoint, compared with the official key list.
+"""Merge an adapter of strategy c into VGGT-1B with random weights, and compare with the official key list.
 
     python benchmarks/export_1b.py [--to FOLDER]
 
-Needs 17 GB of disk and 14 GB of memory; takes some minutes on a CPU. Prints one line per step with seconds, and peak memory at the end.
-Exit status 1 where keys, shapes or dtypes differ from the official list, or where that list is absent.
+Needs 17 GB of disk and 14 GB of memory; takes some minutes on a CPU. Prints one line per step with seconds, and peak
+memory at the end. The exit status is 1 if keys, shapes or dtypes differ from the official list, or if that list is
+absent.
 """
 import argparse
 import json
@@ -27,7 +28,10 @@ def official() -> dict | None:
     """Key -> {"shape", "dtype"} of the official checkpoint, or None where the list is absent."""
     path = reference("vggt_1b_state_dict.json")
     content = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    return next((v for v in content.values() if isinstance(v, dict) and isinstance(v.get("aggregator.camera_token"), dict)), None)
+    return next(
+        (v for v in content.values() if isinstance(v, dict) and isinstance(v.get("aggregator.camera_token"), dict)),
+        None,
+    )
 
 
 def step(text: str, since: float) -> float:
@@ -56,7 +60,10 @@ def run(place: Path) -> int:
     (place / "base" / "config.json").unlink()  # as on the hub, where no configuration of ours lies beside the weights
     since = step("VGGT-1B with random weights written", since)
     model = VGGT.from_pretrained(place / "base", point_head=False)
-    adapted, targets = apply_lora(model, "c", rank=16, full_finetune=["depth_head.resize_layers.0", "depth_head.resize_layers.1", "depth_head.norm"], seed=0)
+    adapted, targets = apply_lora(
+        model, "c", rank=16,
+        full_finetune=["depth_head.resize_layers.0", "depth_head.resize_layers.1", "depth_head.norm"], seed=0,
+    )
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -73,10 +80,20 @@ def run(place: Path) -> int:
     wanted, faults = official(), 0
     for name in ("model.safetensors", "model.pt") if wanted else ():
         stored = StoredTensors(place / "merged" / name)
-        found = {key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for key, tensor in stored.items()}
+        found = {
+            key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+            for key, tensor in stored.items()
+        }
         faults += found != wanted
-        since = step(f"{name}: {len(found)} tensors, keys, shapes and dtypes {'equal' if found == wanted else 'DIFFER FROM'} the official list", since)
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB" + ("" if wanted else "; official key list absent: not compared"))
+        since = step(
+            f"{name}: {len(found)} tensors, keys, shapes and dtypes {'equal' if found == wanted else 'DIFFER FROM'} "
+            "the official list",
+            since,
+        )
+    print(
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+        + ("" if wanted else "; official key list absent: not compared")
+    )
     return 0 if wanted and not faults else 1
 
 

@@ -1,4 +1,4 @@
-"""A training step of the official class and loss with PEFT, beside this project's step: seconds, processor seconds, peak memory.
+"""Compare a step of the official class and loss with PEFT and this project's step: time and memory.
 
     python benchmarks/official_step.py --official PATH              # a checkout of facebookresearch/vggt
     python benchmarks/official_step.py --official PATH --shape 8x518x518 --device cuda --strategies b
@@ -35,7 +35,10 @@ import train_step  # noqa: E402
 from vggt_lora.adapters.adapter import apply_lora  # noqa: E402
 from vggt_lora.training.config import TrainConfig  # noqa: E402
 
-LOSS = {"camera": {"weight": 5.0, "loss_type": "l1"}, "depth": {"weight": 1.0, "gradient_loss_fn": "grad", "valid_range": 0.98}}
+LOSS = {
+    "camera": {"weight": 5.0, "loss_type": "l1"},
+    "depth": {"weight": 1.0, "gradient_loss_fn": "grad", "valid_range": 0.98},
+}
 
 
 @dataclasses.dataclass
@@ -56,7 +59,10 @@ def official_class(checkout: str) -> type:
     """Import the official model from a checkout; exits with what is missing."""
     folder = Path(checkout).expanduser().resolve()
     if not (folder / "vggt" / "models" / "vggt.py").is_file() or not (folder / "training" / "loss.py").is_file():
-        sys.exit(f"{folder} holds no vggt/models/vggt.py and training/loss.py; give a checkout of https://github.com/facebookresearch/vggt")
+        sys.exit(
+            f"{folder} holds no vggt/models/vggt.py and training/loss.py; give a checkout of "
+            "https://github.com/facebookresearch/vggt"
+        )
     sys.path[:0] = [str(folder), str(folder / "training")]
     from vggt.models.vggt import VGGT
 
@@ -66,16 +72,24 @@ def official_class(checkout: str) -> type:
 def official_model(job: Job, base: torch.nn.Module) -> torch.nn.Module:
     """Return the official network with the weights of ours, camera and depth head only."""
     config = base.config
-    model = official_class(job.official)(img_size=config.img_size, patch_size=config.patch_size, embed_dim=config.embed_dim,
-                                         enable_camera=True, enable_depth=True, enable_point=False, enable_track=False)
+    model = official_class(job.official)(
+        img_size=config.img_size, patch_size=config.patch_size, embed_dim=config.embed_dim, enable_camera=True,
+        enable_depth=True, enable_point=False, enable_track=False,
+    )
     model.load_state_dict(base.state_dict())
     return model.requires_grad_(False).to(job.device).eval()
 
 
 def official_batch(sample, device: str) -> dict[str, torch.Tensor]:
     """Return a window as the official loss reads it."""
-    known = {"images": sample.images, "depths": sample.depth, "point_masks": sample.valid, "extrinsics": sample.world_to_cam[:, :3], "intrinsics": sample.K}
-    return {name: (tensor if tensor.dtype == torch.bool else tensor.float())[None].to(device) for name, tensor in known.items()}
+    known = {
+        "images": sample.images, "depths": sample.depth, "point_masks": sample.valid,
+        "extrinsics": sample.world_to_cam[:, :3], "intrinsics": sample.K,
+    }
+    return {
+        name: (tensor if tensor.dtype == torch.bool else tensor.float())[None].to(device)
+        for name, tensor in known.items()
+    }
 
 
 def official_step(job: Job, base: torch.nn.Module) -> Callable[[], float]:
@@ -84,8 +98,10 @@ def official_step(job: Job, base: torch.nn.Module) -> Callable[[], float]:
 
     adapted = apply_lora(train_step.twin(base), job.strategy, seed=0, dropout=TrainConfig().dropout)[0]
     ours = adapted.peft_config["default"]
-    config = LoraConfig(r=ours.r, lora_alpha=ours.lora_alpha, lora_dropout=ours.lora_dropout, bias="none", target_modules=ours.target_modules,
-                        modules_to_save=ours.modules_to_save)
+    config = LoraConfig(
+        r=ours.r, lora_alpha=ours.lora_alpha, lora_dropout=ours.lora_dropout, bias="none",
+        target_modules=ours.target_modules, modules_to_save=ours.modules_to_save,
+    )
     layers = {name for name, _ in adapted.named_modules() if name.endswith(".lora_A")}
     del adapted
     model = get_peft_model(official_model(job, base), config)
@@ -112,7 +128,9 @@ def official_step(job: Job, base: torch.nn.Module) -> Callable[[], float]:
 
 def our_step(job: Job, base: torch.nn.Module, folder: Path) -> Callable[[], float]:
     """Return a function that makes one step of this project."""
-    stepper = train_step.Stepper(base, job.strategy, "cache", train_step.random_sample(*job.shape), job.device, job.precision, folder, True)
+    stepper = train_step.Stepper(
+        base, job.strategy, "cache", train_step.random_sample(*job.shape), job.device, job.precision, folder, True
+    )
     return stepper.step
 
 
@@ -149,7 +167,11 @@ def measure(job: Job) -> dict[str, float]:
                 torch.cuda.synchronize()
             wall.append(time.perf_counter() - began)
             work.append(time.process_time() - worked)
-    held = torch.cuda.max_memory_allocated() if job.device == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = (
+        torch.cuda.max_memory_allocated()
+        if job.device == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     return {"first": first, "seconds": statistics.median(wall), "work": statistics.median(work), "peak": held / 1e9}
 
 
@@ -166,8 +188,14 @@ def main() -> int:
     """Measure both sides and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", metavar="PATH", help="a checkout of facebookresearch/vggt")
-    parser.add_argument("--size", choices=train_step.SIZES, default="1b-small", help="of the network; the official class has that of VGGT-1B alone")
-    parser.add_argument("--shape", type=train_step.shape_of, metavar="FxHxW", help="frames x height x width (default: those of the size)")
+    parser.add_argument(
+        "--size", choices=train_step.SIZES, default="1b-small",
+        help="of the network; the official class has that of VGGT-1B alone",
+    )
+    parser.add_argument(
+        "--shape", type=train_step.shape_of, metavar="FxHxW",
+        help="frames x height x width (default: those of the size)",
+    )
     parser.add_argument("--strategies", default="forward,a,b,c")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bf16"))
@@ -185,14 +213,27 @@ def main() -> int:
     precision = train_step.resolve_precision(given.precision, given.device)
     threads = "" if given.device == "cuda" else f", {torch.get_num_threads()} thread(s)"
     print(f"{given.size} network, {given.device}{threads}, {precision}, torch {torch.__version__}")
-    print("strategy  frames  size     official s  ours s  ratio   official CPU s  ours CPU s  ratio   official GB  ours GB")
+    print(
+        "strategy  frames  size     official s  ours s  ratio   official CPU s  ours CPU s  ratio   official GB  ours "
+        "GB"
+    )
     for shape in [given.shape] if given.shape else train_step.SIZES[given.size][1]:
         for strategy in given.strategies.split(","):
-            a, b = (in_a_process(Job(side, strategy, given.official, given.size, shape, given.device, precision, given.rounds)) for side in ("official", "ours"))
+            a, b = (
+                in_a_process(
+                    Job(side, strategy, given.official, given.size, shape, given.device, precision, given.rounds)
+                )
+                for side in ("official", "ours")
+            )
             if strategy == "forward" and abs(a["first"] - b["first"]) > 1e-2 * abs(b["first"]):
                 sys.exit(f"the two forward passes differ: mean depth {a['first']:.4g} and {b['first']:.4g}")
-            print(f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<4} {a['seconds']:11.2f}  {b['seconds']:6.2f}  {a['seconds'] / b['seconds']:5.2f}  "
-                  f"{a['work']:15.2f}  {b['work']:10.2f}  {a['work'] / b['work']:5.2f}  {a['peak']:12.2f}  {b['peak']:7.2f}", flush=True)
+            print(
+                f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<4} {a['seconds']:11.2f}  "
+                f"{b['seconds']:6.2f}  {a['seconds'] / b['seconds']:5.2f}  "
+                f"{a['work']:15.2f}  {b['work']:10.2f}  {a['work'] / b['work']:5.2f}  {a['peak']:12.2f}  "
+                f"{b['peak']:7.2f}",
+                flush=True,
+            )
     return 0
 
 

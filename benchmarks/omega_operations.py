@@ -1,4 +1,4 @@
-"""Count the operations of VGGT-Ω at its published size for 8 frames of 512 x 512, and what the kept states of each strategy save.
+"""Count VGGT-Ω's operations for 8 frames of 512 x 512, and what each strategy's cached states save.
 
     python benchmarks/omega_operations.py
 
@@ -37,19 +37,27 @@ def main() -> None:
         across[layer] = operations(lambda block=block, seen=seen: block(tokens[:, :, :seen].flatten(1, 2)))
     parts = {
         "ViT": operations(lambda: aggregator.patches(images)),
-        "frame blocks": sum(operations(lambda block=block: block(tokens.flatten(0, 1), rope)) for block in aggregator.frame_blocks),
+        "frame blocks": sum(
+            operations(lambda block=block: block(tokens.flatten(0, 1), rope)) for block in aggregator.frame_blocks
+        ),
         "inter-frame blocks": sum(across.values()),
         "dense head": operations(lambda: model.dense_head(state.outputs, (SIDE, SIDE))),
         "camera head": operations(lambda: model.camera_head(state.outputs[model.config.depth - 1])),
     }
     total = operations(lambda: model(images))
-    print(f"{FRAMES} frames of {SIDE} x {SIDE}: {total:.2f} T; " + ", ".join(f"{name} {count:.3f}" for name, count in parts.items()))
+    print(
+        f"{FRAMES} frames of {SIDE} x {SIDE}: {total:.2f} T; "
+        + ", ".join(f"{name} {count:.3f}" for name, count in parts.items())
+    )
     for strategy in "abc":
         adapted, _ = apply_lora(build(), strategy, rank=16)
         last = find_frozen_prefix(adapted).layer
         kept = model.encode(images, stop_after=last)
         rest = operations(lambda kept=kept: model(state=kept))
-        print(f"strategy {strategy}: kept after layer {last}, saves {total - rest:.2f} T of a forward pass, {100 * (total - rest) / total:.0f} %")
+        print(
+            f"strategy {strategy}: kept after layer {last}, saves {total - rest:.2f} T of a forward pass, "
+            f"{100 * (total - rest) / total:.0f} %"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""More photos than one window holds: joined windows against one window, a closed loop against the open chain, and the time of many photos.
+"""Compare joined windows with one window, and a closed loop with the open chain; time many photos.
 
     python benchmarks/predict_windows.py [--photos 60] [--size 112] [--frames 8] [--one 12]
 
-A demo street is photographed on a walk forth and back, so that the last photo is taken beside the first. Camera centres are compared with the true ones after
-the similarity that fits best, so what is counted is bend and drift, not the unit. Rendering is kept in a temporary folder.
+A demo street is photographed on a walk forth and back, so the last photo is taken beside the first. Camera centres are
+compared with the true ones after the best similarity, so bend and drift are measured, not the unit. Photos are rendered
+in a temporary folder.
 """
 import argparse
 import shutil
@@ -26,7 +27,9 @@ DEPTH = 12.0  # m, typical of the street that is photographed
 
 
 def walk(folder: Path, count: int, size: tuple[int, int]) -> tuple[Path, np.ndarray]:
-    """Render a walk forth and back; returns the folder of its photos in walking order, and the true cameras (count, 4, 4)."""
+    """Render a walk forth and back; returns the folder of its photos in walking order, and the true cameras (count, 4,
+    4).
+    """
     scene = folder / "scene"
     scene.mkdir()
     write_demo(scene, {"style": "plaster", "layout": "street", "frames": count, "size": size, "seed": 5})
@@ -44,7 +47,9 @@ def bend(found, truth: np.ndarray) -> float:
 
 
 def closure(found, truth: np.ndarray, frames: int) -> tuple[float, float]:
-    """Medians over the pairs of the first and the last photos: error of the rotation between them, degrees, and of the way, share of its photo's depth."""
+    """Medians over the pairs of the first and the last photos: error of the rotation between them, degrees, and of the
+    way, share of its photo's depth.
+    """
     half = frames // 2
     pose, unit = found.geometry.world_to_cam, float(np.median(found.geometry.depth))
     turned, way = [], []
@@ -69,21 +74,35 @@ def main() -> None:
         photos = open_photos(str(source), given.size)
         names = photos.names[: given.one]
         few = open_photos(str(source), given.size, wanted=names)
-        whole, parts = (solve(network.model, few, frames, progress="", loop=False) for frames in (given.one, given.frames))
+        whole, parts = (
+            solve(network.model, few, frames, progress="", loop=False) for frames in (given.one, given.frames)
+        )
         moved, error = align_to(parts.geometry, whole.geometry, few.inside)
         depth = np.median(np.abs(np.log(moved.depth / whole.geometry.depth)))
-        print(f"{given.one} photos, joined windows of {given.frames} against one window: depth differs by {100 * depth:.1f} %, points by {100 * error:.1f} % of the depth "
-              f"(medians); camera centres are off the truth by {bend(parts, truth[:given.one]):.2f} m joined, {bend(whole, truth[:given.one]):.2f} m in one window")
+        print(
+            f"{given.one} photos, joined windows of {given.frames} against one window: depth differs by "
+            f"{100 * depth:.1f} %, points by {100 * error:.1f} % of the depth "
+            f"(medians); camera centres are off the truth by {bend(parts, truth[: given.one]):.2f} m joined, "
+            f"{bend(whole, truth[: given.one]):.2f} m in one window"
+        )
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as store:
             closed = solve(network.model, photos, given.frames, store=Path(store), key="walk")
             seconds = time.monotonic() - begin
-            open_chain = solve(network.model, photos, given.frames, loop=False, store=Path(store), key="walk", progress="")
-        print(f"{given.photos} photos in {len(closed.windows)} windows: {seconds:.0f} s; loop {'closed' if closed.closed else 'not found'}")
+            open_chain = solve(
+                network.model, photos, given.frames, loop=False, store=Path(store), key="walk", progress=""
+            )
+        print(
+            f"{given.photos} photos in {len(closed.windows)} windows: {seconds:.0f} s; loop "
+            f"{'closed' if closed.closed else 'not found'}"
+        )
         for name, found in (("open chain", open_chain), ("closed loop", closed)):
             turned, way = closure(found, truth, given.frames)
-            print(f"{name}: camera centres off by {bend(found, truth):.2f} m; the last photos against the first: turned by {turned:.1f} degrees too much or too little, "
-                  f"moved by {100 * way:.0f} % of the depth")
+            print(
+                f"{name}: camera centres off by {bend(found, truth):.2f} m; the last photos against the first: turned "
+                f"by {turned:.1f} degrees too much or too little, "
+                f"moved by {100 * way:.0f} % of the depth"
+            )
 
 
 if __name__ == "__main__":

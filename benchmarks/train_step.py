@@ -1,25 +1,31 @@
-"""Time and memory of an epoch per strategy: with the cache of frozen layers, without it, and as a plain loop would run it.
+"""Measure time and memory of a training step per strategy: with the feature cache, without it, and plain.
 
     python benchmarks/train_step.py                      # tiny network, CPU, seconds per step
-    python benchmarks/train_step.py --size 1b-small      # VGGT-1B shape, random weights, 2 frames of 140 x 182; needs 12 GB of free memory
-    python benchmarks/train_step.py --size 1b            # VGGT-1B shape, 8 frames of 518 x 518 and of 518 x 350, on a GPU
+    python benchmarks/train_step.py --size 1b-small      # VGGT-1B shape, random weights, 2 frames of 140 x 182;
+                                                         # needs 12 GB of free memory
+    python benchmarks/train_step.py --size 1b            # VGGT-1B shape, 8 frames of 518 x 518 and of 518 x 350, on
+                                                         # a GPU
     python benchmarks/train_step.py --size 1b --shape 8x518x518 --kinds small --no-time   # its memory on a CPU; slow
-    python benchmarks/train_step.py --size 1b --shape 2x518x518 --precision bf16 --kinds plain,cache,half --rounds 1 --no-memory   # CPU with bf16
+    python benchmarks/train_step.py --size 1b --shape 2x518x518 --precision bf16 --kinds plain,cache,half \\
+        --rounds 1 --no-memory                           # a CPU with bf16
     python benchmarks/train_step.py --profile b          # where the time of a cached step goes
-    python benchmarks/train_step.py --size 1b --count    # only counts operations, on any machine: what arithmetic allows
+    python benchmarks/train_step.py --size 1b --count    # only count operations, on any machine
 
-plain    whole forward from the photos, every aggregator block checkpointed, heads in float32, no cache; the aggregator in --precision, as all kinds
+plain    whole forward from the photos, every aggregator block checkpointed, heads in float32, no cache; the aggregator
+         in --precision, as all kinds
 off      this project without the cache: nothing recomputed, frozen layers record nothing
 cache    the state after the frozen layers read from disk (float32, or bf16 on a GPU)
 half     "cache" with the depth head in bf16 up to its last convolutions (head_precision="bf16")
 small    "cache" with checkpointing and one frame at a time in the depth head (memory before time)
 
-A step is forward, loss, backward, AdamW on one window. The kinds are run one after the other in every round and the median of the rounds is
-taken, so that a busy machine slows all of them alike. CPU time is this process's own. Peak memory: on a GPU what the allocator held; on the
-CPU each kind runs once in a process of its own, and the largest resident size while its steps run is given.
+A step is forward, loss, backward, AdamW on one window. Every round runs the kinds one after the other, and the median
+of the rounds is taken, so a busy machine slows all of them alike. CPU time is this process's own. Peak memory on a GPU
+is that of the allocator; on the CPU each kind runs once in a process of its own, and the largest resident size during
+its steps is given.
 
-"by count" is plain/this in multiplications and additions of matrix products and convolutions, forward and backward (torch's FlopCounterMode, on the
-meta device), "heads" the heads' share of this kind's. What a measured ratio lacks of it is other work: dropout, resizing, activations, the loss, AdamW.
+"by count" is plain/this in multiplications and additions of matrix products and convolutions, forward and backward
+(torch's FlopCounterMode, on the meta device), "heads" the heads' share of this kind. The rest of a measured ratio is
+other work: dropout, resizing, activations, the loss, AdamW.
 """
 import argparse
 import copy
@@ -49,8 +55,11 @@ from vggt_lora.training.distributed import resolve_precision
 from vggt_lora.training.losses import loss_config, window_loss
 from vggt_lora.training.optimizer import make_optimizer
 
-SIZES = {"tiny": (VGGTConfig.tiny(), [(4, (154, 224))]), "1b-small": (VGGTConfig.vggt_1b(track_head=False), [(2, (140, 182))]),
-         "1b": (VGGTConfig.vggt_1b(track_head=False), [(8, (518, 518)), (8, (350, 518))])}
+SIZES = {
+    "tiny": (VGGTConfig.tiny(), [(4, (154, 224))]),
+    "1b-small": (VGGTConfig.vggt_1b(track_head=False), [(2, (140, 182))]),
+    "1b": (VGGTConfig.vggt_1b(track_head=False), [(8, (518, 518)), (8, (350, 518))]),
+}
 KINDS = ("plain", "off", "cache", "half", "small")
 
 
@@ -61,8 +70,10 @@ def random_sample(frames: int, size: tuple[int, int]) -> Sample:
     pose = torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1)
     pose[:, 0, 3] = torch.arange(frames, dtype=torch.float64)
     depth = 2 + torch.rand(frames, *size)
-    return Sample(torch.rand(frames, 3, *size), K, pose, depth, depth > 0, torch.ones_like(depth), torch.zeros(depth.shape, dtype=torch.uint8),
-                  tuple(map(str, range(frames))), "noise", True)
+    return Sample(
+        torch.rand(frames, 3, *size), K, pose, depth, depth > 0, torch.ones_like(depth),
+        torch.zeros(depth.shape, dtype=torch.uint8), tuple(map(str, range(frames))), "noise", True,
+    )
 
 
 def shape_of(text: str) -> tuple[int, tuple[int, int]]:
@@ -86,7 +97,9 @@ def set_way(model, kind: str) -> None:
 class Stepper:
     """One way to run a training step."""
 
-    def __init__(self, base, strategy: str, kind: str, sample: Sample, device: str, precision: str, folder: Path, free: bool):
+    def __init__(
+        self, base, strategy: str, kind: str, sample: Sample, device: str, precision: str, folder: Path, free: bool
+    ):
         self.model = apply_lora(base, strategy, seed=0, dropout=TrainConfig().dropout)[0].train()
         self.kind, self.sample, self.device, self.store = kind, sample, device, None
         self.precision = precision
@@ -135,21 +148,32 @@ def blank_state(model, layer: int, shape, learns: bool) -> AggregatorState:
     """A state after a layer, without numbers, on the meta device."""
     config, (frames, size) = model.get_base_model().config, shape
     tokens = config.patch_start + size[0] // config.patch_size * (size[1] // config.patch_size)
-    outputs = {int(name.removeprefix("output.")): torch.empty(1, frames, tokens, width, device="meta", requires_grad=learns)
-               for name, width in pieces(model, layer).items() if name.startswith("output.")}
+    outputs = {
+        int(name.removeprefix("output.")): torch.empty(1, frames, tokens, width, device="meta", requires_grad=learns)
+        for name, width in pieces(model, layer).items()
+        if name.startswith("output.")
+    }
     return AggregatorState(torch.empty(1, frames, tokens, config.embed_dim, device="meta"), layer, outputs, tuple(size))
 
 
 def count_step(config: VGGTConfig, shape, strategy: str, kind: str) -> tuple[int, int]:
-    """Return the floating-point operations of a step's forward and backward, and of the heads alone; nothing is computed."""
+    """Return the floating-point operations of a step's forward and backward, and of the heads alone; nothing is
+    computed.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        model = apply_lora(VGGT(dataclasses.replace(config, point_head=False)).requires_grad_(False), strategy, dropout=TrainConfig().dropout)[0].train()
+        model = apply_lora(
+            VGGT(dataclasses.replace(config, point_head=False)).requires_grad_(False),
+            strategy,
+            dropout=TrainConfig().dropout,
+        )[0].train()
     set_way(model, "cache" if kind == "half" else kind)  # as many operations; autocast knows no meta device
     layer, last = find_frozen_prefix(model).layer, model.get_base_model().config.depth - 1
     images = torch.empty(1, shape[0], 3, *shape[1], device="meta")
-    whole = {"state": blank_state(model, layer, shape, False)} if kind in ("cache", "half", "small") else {"images": images}
+    whole = (
+        {"state": blank_state(model, layer, shape, False)} if kind in ("cache", "half", "small") else {"images": images}
+    )
     counts = []
     for start in (whole, {"state": blank_state(model, last, shape, layer < last)}):
         with FlopCounterMode(display=False) as counter:
@@ -190,7 +214,10 @@ def measure_memory(size: str, shape, strategy: str, kind: str, device: str, prec
     import ctypes
 
     with tempfile.TemporaryDirectory() as folder:
-        stepper = Stepper(new_base(SIZES[size][0], device), strategy, kind, random_sample(shape[0], tuple(shape[1])), device, precision, Path(folder), True)
+        stepper = Stepper(
+            new_base(SIZES[size][0], device), strategy, kind, random_sample(shape[0], tuple(shape[1])), device,
+            precision, Path(folder), True,
+        )
         if device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -210,7 +237,9 @@ def compare(size: str, shape, strategy: str, device: str, precision: str, rounds
     base, sample = new_base(SIZES[size][0], device), random_sample(*shape)
     wall, work = {k: [] for k in kinds}, {k: [] for k in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        steppers = {kind: Stepper(twin(base), strategy, kind, sample, device, precision, Path(folder), False) for kind in kinds}
+        steppers = {
+            kind: Stepper(twin(base), strategy, kind, sample, device, precision, Path(folder), False) for kind in kinds
+        }
         for number in range(rounds + 1):
             for kind, stepper in steppers.items():
                 began, worked = time.perf_counter(), time.process_time()
@@ -232,7 +261,10 @@ def profile(size: str, shape, strategy: str, device: str, precision: str) -> Non
     from torch.profiler import profile as record
 
     with tempfile.TemporaryDirectory() as folder:
-        stepper = Stepper(new_base(SIZES[size][0], device), strategy, "cache", random_sample(*shape), device, precision, Path(folder), False)
+        stepper = Stepper(
+            new_base(SIZES[size][0], device), strategy, "cache", random_sample(*shape), device, precision, Path(folder),
+            False,
+        )
         stepper.step()
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
         with record(activities=kinds) as found:
@@ -244,14 +276,26 @@ def profile(size: str, shape, strategy: str, device: str, precision: str) -> Non
 def table(args, shape, strategy: str) -> None:
     """Print a line for each kind."""
     kinds, nothing = args.kinds.split(","), (float("nan"),) * 2
-    found = {} if args.count or args.no_time else compare(args.size, shape, strategy, args.device, args.precision, args.rounds, kinds)
+    found = (
+        {}
+        if args.count or args.no_time
+        else compare(args.size, shape, strategy, args.device, args.precision, args.rounds, kinds)
+    )
     plain, whole = found.get("plain", nothing), 0
     for kind in kinds:
         (wall, work), count = found.get(kind, nothing), count_step(SIZES[args.size][0], shape, strategy, kind)
         whole = count[0] if kind == "plain" else whole
-        peak = "" if args.no_memory or args.count else f"{memory_of(args.size, shape, strategy, kind, args.device, args.precision):7.2f}"
-        print(f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<5} {kind:6} {wall:7.3f}  {work:10.3f}  {plain[0] / wall:17.2f}  {plain[1] / work:5.2f}  "
-              f"{whole / count[0] or float('nan'):8.2f}  {count[0] / 1e12:10.4f}  {count[1] / count[0]:4.0%}  {peak}", flush=True)
+        peak = (
+            ""
+            if args.no_memory or args.count
+            else f"{memory_of(args.size, shape, strategy, kind, args.device, args.precision):7.2f}"
+        )
+        print(
+            f"{strategy:8}  {shape[0]:6}  {shape[1][0]}x{shape[1][1]:<5} {kind:6} {wall:7.3f}  {work:10.3f}  "
+            f"{plain[0] / wall:17.2f}  {plain[1] / work:5.2f}  "
+            f"{whole / count[0] or float('nan'):8.2f}  {count[0] / 1e12:10.4f}  {count[1] / count[0]:4.0%}  {peak}",
+            flush=True,
+        )
 
 
 def main() -> int:
@@ -259,10 +303,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bf16"), help="of the aggregator; auto: bf16 on a GPU")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each kind after a first one that warms up; 0: that one alone counts")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "float32", "bf16"),
+        help="of the aggregator; auto: bf16 on a GPU",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5,
+        help="steps of each kind after a first one that warms up; 0: that one alone counts",
+    )
     parser.add_argument("--strategies", default="a,b,c")
-    parser.add_argument("--shape", type=shape_of, metavar="FxHxW", help="frames x height x width, instead of those of the size")
+    parser.add_argument(
+        "--shape", type=shape_of, metavar="FxHxW", help="frames x height x width, instead of those of the size"
+    )
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--no-time", action="store_true", help="measure memory only")
@@ -279,7 +331,10 @@ def main() -> int:
         return 0
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{args.size} network on {'paper' if args.count else name}, {args.precision}, torch {torch.__version__}")
-    print("strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  (CPU)  by count  TFLOP/step  heads  peak GB")
+    print(
+        "strategy  frames  size      kind    s/step   CPU s/step  plain/this (time)  (CPU)  by count  TFLOP/step  "
+        "heads  peak GB"
+    )
     for shape in [args.shape] if args.shape else SIZES[args.size][1]:
         for strategy in args.strategies.split(","):
             table(args, shape, strategy)

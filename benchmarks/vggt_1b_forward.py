@@ -31,9 +31,12 @@ def main(family: str = "vggt") -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
     count = sum(parameter.numel() for parameter in model.parameters())
     finite = all(bool(value.isfinite().all()) for value in out.values() if isinstance(value, torch.Tensor))
-    print(f"parameters {count:,}; built with random weights in {built - start:.1f} s (processor {built_work - worked:.1f} s); "
-          f"forward {done - built:.1f} s (processor {done_work - built_work:.1f} s on two threads); "
-          f"peak memory {peak:.2f} GB; depth {tuple(out.depth.shape)}, finite: {finite}")
+    print(
+        f"parameters {count:,}; built with random weights in {built - start:.1f} s (processor "
+        f"{built_work - worked:.1f} s); "
+        f"forward {done - built:.1f} s (processor {done_work - built_work:.1f} s on two threads); "
+        f"peak memory {peak:.2f} GB; depth {tuple(out.depth.shape)}, finite: {finite}"
+    )
     return 0 if finite and peak < LARGEST_MEMORY and done - start < LONGEST else 1
 
 

@@ -340,7 +340,7 @@ def test_what_is_kept_of_an_output_is_neutral():
             text=f"run: {ROOT}/outputs/b-20301231-235959 in {Path.home()}/.cache and "
                  f"{tempfile.gettempdir()}/tmpab_1/x, turned 30° (1.2 s), loss 1.2 s\n",
         ),
-        new("stream", name="stdout", text="and on\n"),
+        new("stream", name="stdout", text="[Open3D INFO] WebRTC GUI backend enabled.\nand on\n"),
         new(
             "execute_result",
             {"text/plain": "Viewer()", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}},

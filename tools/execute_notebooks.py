@@ -1,13 +1,16 @@
-"""Execute the notebooks and keep their outputs: text and small pictures, cleaned of what belongs to this machine and this moment.
+"""Execute the notebooks and keep their outputs: text and small pictures, without paths and times.
 
-    python tools/execute_notebooks.py                      every notebook, in place; 04 shows the run that 03 has just left
+    python tools/execute_notebooks.py                      every notebook, in place; 04 shows the run of 03
     python tools/execute_notebooks.py 03_train nbs/model   those named, or all below a folder
-    python tools/execute_notebooks.py --jobs 2 --to FOLDER copies go to FOLDER, and nothing here is touched
-    python tools/execute_notebooks.py --check settings     execute, and compare with the kept outputs what is deterministic
+    python tools/execute_notebooks.py --jobs 2 --to FOLDER write copies to FOLDER and change nothing here
+    python tools/execute_notebooks.py --check settings     execute, and compare with the kept outputs
 
-A numbered notebook may keep 250 kB of outputs, any other 100 kB, all together 15 MB. Drawings become palette images and photos JPEG, whichever is smaller, the largest first, until they fit.
-No bar, no chatter of a library, no widget, no path of this machine and no moment of time is kept. `--check` compares texts without seconds and bytes, and the number of pictures; a cell with the tag
-`volatile` is not compared. Cells that nbdev does not run either (`#| eval: false`, `#| slow`, `#| gpu`) keep what they have.
+A numbered notebook may keep 250 kB of outputs, any other 100 kB, all together 15 MB. Each picture becomes a palette
+PNG or a JPEG, whichever is smaller; the largest pictures shrink first until the notebook fits.
+
+Bars, warnings, widgets, the start-up lines of libraries, paths of this machine and times are left out. `--check`
+compares texts without seconds and bytes, and the number of pictures. It skips a cell with the tag `volatile`. Cells
+that nbdev does not run either (`#| eval: false`, `#| slow`, `#| gpu`) keep what they have.
 """
 import argparse
 import base64
@@ -36,13 +39,22 @@ SKIP = "skip-execution"  # nbclient's own tag, for the time of the execution
 
 
 STEPS = (  # width, colours of a PNG (fewer would change a line's colour), quality of a JPEG
-    (1000, 128, 75), (1000, 64, 60), (900, 48, 50), (900, 32, 42), (800, 32, 36), (700, 32, 34), (600, 32, 34), (500, 32, 34),
+    (1000, 128, 75),
+    (1000, 64, 60),
+    (900, 48, 50),
+    (900, 32, 42),
+    (800, 32, 36),
+    (700, 32, 34),
+    (600, 32, 34),
+    (500, 32, 34),
     (420, 32, 34),
 )
 
 
 def smaller(png: str, width: int, colours: int, quality: int) -> tuple[str, str]:
-    """A base64 PNG of at most `width` pixels as (mime type, base64), palette PNG or JPEG: noise in photos swells the first, fine lines the second."""
+    """A base64 PNG of at most `width` pixels as (mime type, base64), palette PNG or JPEG: noise in photos swells the
+    first, fine lines the second.
+    """
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.width > width:
@@ -61,7 +73,10 @@ def outputs_of(notebook) -> list:
 
 def weight(notebook) -> int:
     """Return the bytes of a notebook's outputs as they are written."""
-    return sum(len(nbformat.v4.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[o])]))) for o in outputs_of(notebook))
+    return sum(
+        len(nbformat.v4.writes(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=[o])])))
+        for o in outputs_of(notebook)
+    )
 
 
 def shrink(notebook, path: Path, limit: int = LIMIT) -> None:
@@ -89,6 +104,9 @@ def shrink(notebook, path: Path, limit: int = LIMIT) -> None:
         draw(largest)
 
 
+CHATTER = re.compile(r"^(?:\[Open3D INFO\]|Jupyter environment detected).*\n", re.M)  # at the first import only
+
+
 def neutral(text: str) -> str:
     """What a cell printed, as it would read on another machine at another time."""
     places = [(f"{ROOT}/", ""), (str(ROOT), "."), (f"{Path.home()}/", "~/"), (f"{tempfile.gettempdir()}/", "$TMPDIR/")]
@@ -97,6 +115,7 @@ def neutral(text: str) -> str:
     for place, name in places:
         text = text.replace(place, name)
     text = re.sub(r"\$TMPDIR/tmp\w+", "$TMPDIR", text)
+    text = CHATTER.sub("", text)
     text = re.sub(r"\b20\d{6}-\d{6}\b", "<date>-<time>", text)
     return re.sub(r" \(\d+\.\d+ s\)", "", text)
 
@@ -121,7 +140,9 @@ def clean_outputs(notebook) -> None:
 
 
 def _clean(output) -> None:
-    """Clean one output: a widget and its representation go, a page that is too long goes, a text that is too long is cut."""
+    """Clean one output: a widget and its representation go, a page that is too long goes, a text that is too long is
+    cut.
+    """
     if output.output_type == "stream":
         output.text = _cut(neutral(output.text))
     data = output.get("data", {})
@@ -156,7 +177,9 @@ def run(path: Path):
             kept[cell.id] = cell.outputs
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), SKIP]
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=7200, kernel_name="python3", resources=resources, skip_cells_with_tag=SKIP).execute()
+    NotebookClient(
+        notebook, timeout=7200, kernel_name="python3", resources=resources, skip_cells_with_tag=SKIP
+    ).execute()
     for cell in notebook.cells:
         if cell.get("id") in kept:
             cell.outputs = kept[cell.id]
@@ -179,7 +202,9 @@ def execute(path: Path, folder: Path) -> None:
     print(f"{path.relative_to(NBS)}: {len(outputs_of(notebook))} outputs, {weight(notebook) // 1000} kB", flush=True)
 
 
-VOLATILE = re.compile(r"[-+\d][\d.,]*\s?(?:s|ms|µs|min|h|GB|MB|kB|B|%|it/s|steps?/s|windows?/s)\b|0x[0-9a-f]+|\b[0-9a-f]{12,}\b")
+VOLATILE = re.compile(
+    r"[-+\d][\d.,]*\s?(?:s|ms|µs|min|h|GB|MB|kB|B|%|it/s|steps?/s|windows?/s)\b|0x[0-9a-f]+|\b[0-9a-f]{12,}\b"
+)
 
 
 def deterministic(cell) -> list[str]:
@@ -199,24 +224,39 @@ def check(path: Path) -> None:
     wrong = []
     for kept, made in zip(before.cells, after.cells, strict=True):
         if kept.cell_type == "code":
-            wrong += list(difflib.unified_diff(deterministic(kept), deterministic(made), "kept", "made", n=0, lineterm=""))
+            wrong += list(
+                difflib.unified_diff(deterministic(kept), deterministic(made), "kept", "made", n=0, lineterm="")
+            )
     if wrong:
-        raise SystemExit(f"{path.relative_to(ROOT)} keeps outputs that its cells no longer make; run `make notebooks`:\n" + "\n".join(wrong[:40]))
+        raise SystemExit(
+            f"{path.relative_to(ROOT)} keeps outputs that its cells no longer make; run `make notebooks`:\n"
+            + "\n".join(wrong[:40])
+        )
     print(f"{path.relative_to(NBS)}: as it was kept", flush=True)
 
 
 def named(names: list[str]) -> list[Path]:
-    """Return the notebooks of names, paths and folders; all of them for no name. The numbered ones come first, in their order."""
-    every = [p for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts)]
+    """Return the notebooks of names, paths and folders; all of them for no name. The numbered ones come first, in their
+    order.
+    """
+    every = [
+        p for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts)
+    ]
     every.sort(key=lambda p: (p.parent != NBS or not p.name[0].isdigit(), p.as_posix()))
     if not names:
         return every
     found = []
     for name in names:
         path = Path(name).resolve()
-        hits = [p for p in every if p == path or path in p.parents or name in (p.stem, p.relative_to(NBS).with_suffix("").as_posix())]
+        hits = [
+            p
+            for p in every
+            if p == path or path in p.parents or name in (p.stem, p.relative_to(NBS).with_suffix("").as_posix())
+        ]
         if not hits:
-            raise SystemExit(f"no notebook is called {name}; give a name such as 03_train or training/loop, a path, or a folder")
+            raise SystemExit(
+                f"no notebook is called {name}; give a name such as 03_train or training/loop, a path, or a folder"
+            )
         found += hits
     return list(dict.fromkeys(found))
 
@@ -226,7 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--to", type=Path, default=NBS, help="folder for copies (default: in place)")
     parser.add_argument("--check", action="store_true", help="write nothing; compare with the kept outputs")
-    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time; the numbered ones run one after the other (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1,
+        help="notebooks at a time; the numbered ones run one after the other (default: 1)",
+    )
     parser.add_argument("names", nargs="*", metavar="NOTEBOOK")
     given = parser.parse_args(arguments)
     failed = []
@@ -245,7 +288,10 @@ def main(arguments: list[str] | None = None) -> int:
     with ThreadPoolExecutor(max(1, given.jobs)) as pool:
         list(pool.map(one, [path for path in paths if path not in chapters]))
     total = sum(weight(nbformat.read(path, as_version=4)) for path in named([]))
-    print(f"{len(paths) - len(failed)} of {len(paths)} notebooks; all outputs that are kept: {total / 1e6:.1f} MB of {LIMIT_OF_ALL / 1e6:.0f}")
+    print(
+        f"{len(paths) - len(failed)} of {len(paths)} notebooks; all outputs that are kept: {total / 1e6:.1f} MB of "
+        f"{LIMIT_OF_ALL / 1e6:.0f}"
+    )
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed or total > LIMIT_OF_ALL else 0

@@ -71,7 +71,8 @@ class Row:
     what: str
     result: str
     passed: bool = True
-    hardware: str = ""  # the command of a row of the hardware table in nbs/guide/measurements.ipynb; empty where it is none
+    # the command of a row of the hardware table in nbs/guide/measurements.ipynb; empty where it is none
+    hardware: str = ""
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -116,7 +117,9 @@ def step_on(device: str, precision: str) -> list[torch.Tensor]:
     """Return the loss of one window on the tiny network and the gradient of each trained parameter."""
     model = apply_lora(train_step.new_base(VGGTConfig.tiny(), "cpu"), "b", seed=0, dropout=0.0)[0].to(device).train()
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        loss = window_loss(model, train_step.random_sample(3, (56, 84)), loss_config(training.TrainConfig(strategy="b")), device).total
+        loss = window_loss(
+            model, train_step.random_sample(3, (56, 84)), loss_config(training.TrainConfig(strategy="b")), device
+        ).total
     loss.backward()
     return [loss.detach().float().cpu(), *(p.grad.float().cpu() for p in model.parameters() if p.grad is not None)]
 
@@ -129,12 +132,17 @@ def kernels(scale: Scale, folder: Path) -> Iterator[Row]:
         wanted = answer(layer, x, "cpu", "float32")
         for precision, limit in LIMITS.items():
             error = max(off(answer(layer, x, "cuda", precision), wanted))
-            yield Row(f"{name}, forward and backward, {precision}", f"off by {error:.1e} (limit {limit:.0e})", error <= limit)
+            yield Row(
+                f"{name}, forward and backward, {precision}", f"off by {error:.1e} (limit {limit:.0e})", error <= limit
+            )
     wanted = step_on("cpu", "float32")
     for precision, limit in LIMITS.items():
         loss, *gradients = off(step_on("cuda", precision), wanted)
         middle = statistics.median(gradients)  # gradients near zero may differ by more
-        said = f"loss off by {loss:.1e}, gradients by {middle:.1e} in the median of {len(gradients)} tensors (limit {2 * limit:.0e})"
+        said = (
+            f"loss off by {loss:.1e}, gradients by {middle:.1e} in the median of {len(gradients)} tensors (limit "
+            f"{2 * limit:.0e})"
+        )
         yield Row(f"a whole step, {precision}", said, max(loss, middle) <= 2 * limit)
 
 
@@ -147,7 +155,9 @@ def steps(scale: Scale, folder: Path) -> Iterator[Row]:
             seconds, peaks = [], []
             for strategy in "abc":
                 place = folder / f"{strategy}-{mode}-{size[0]}"
-                stepper = train_step.Stepper(copy.deepcopy(base).to("cuda"), strategy, kind, sample, "cuda", "bf16", place, True)
+                stepper = train_step.Stepper(
+                    copy.deepcopy(base).to("cuda"), strategy, kind, sample, "cuda", "bf16", place, True
+                )
                 stepper.step()
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -181,26 +191,38 @@ def preflight(scale: Scale, folder: Path) -> Iterator[Row]:
     frames, size = scale.shapes[0]
     scene = toy_scene(folder / "scene", frames=3 * frames, size=tuple(side // 2 for side in size))
     for mode, settings in MODES.items():
-        config = training.TrainConfig(**LEARNING, **settings, strategy="b", model="random", data=str(scene), output=str(folder / mode), epochs=1,
-                                      frames=frames, image_size=max(size), device="cuda")
+        config = training.TrainConfig(
+            **LEARNING, **settings, strategy="b", model="random", data=str(scene), output=str(folder / mode), epochs=1,
+            frames=frames, image_size=max(size), device="cuda",
+        )
         with base_of(scale.network):
             run = training.train(config)
         found = json.loads((run.folder / "preflight.json").read_text(encoding="utf-8"))
         error, held = found["error"]["peak"], found["measured"]["peak"] / 1e9
-        yield Row(f"peak memory of a run, strategy b, {mode} mode", f"{held:.2f} GB, predicted {error:+.1%}", abs(error) <= 0.1, "make gpu-check")
+        yield Row(
+            f"peak memory of a run, strategy b, {mode} mode", f"{held:.2f} GB, predicted {error:+.1%}",
+            abs(error) <= 0.1, "make gpu-check",
+        )
 
 
 def small_run(scene: Path, output: Path, **changes) -> training.TrainConfig:
     """A run of a few steps on the tiny network."""
-    return training.TrainConfig(**{**LEARNING, "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "device": "cuda",
-                                   "epochs": 3, "frames": 3, "image_size": 56, "rank": 4, "dropout": 0.1, "save_every": 1, "preflight": "off", **changes})
+    return training.TrainConfig(
+        **{
+            **LEARNING, "strategy": "b", "model": "random", "data": str(scene), "output": str(output), "device": "cuda",
+            "epochs": 3, "frames": 3, "image_size": 56, "rank": 4, "dropout": 0.1, "save_every": 1, "preflight": "off",
+            **changes,
+        }
+    )
 
 
 def start(config: training.TrainConfig, file: Path) -> subprocess.Popen:
     """Train in a process of its own."""
     write_json(file, dataclasses.asdict(config))
     with open(file.with_suffix(".log"), "a") as log:
-        return subprocess.Popen([sys.executable, __file__, "--train", str(file)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [sys.executable, __file__, "--train", str(file)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
 
 
 def losses(output: Path) -> list[float]:
@@ -226,7 +248,11 @@ def kill(scale: Scale, folder: Path) -> Iterator[Row]:
     a, b = losses(folder / "whole"), losses(folder / "cut")
     error = max((abs(x - y) / abs(x) for x, y in zip(a, b)), default=1.0)
     same = len(a) == len(b) and killed_at < len(a) and error < 1e-2
-    yield Row("SIGKILL and resume", f"killed at record {killed_at} of {len(a)}; losses differ by {error:.1e} at most (limit 1e-02)", same)
+    yield Row(
+        "SIGKILL and resume",
+        f"killed at record {killed_at} of {len(a)}; losses differ by {error:.1e} at most (limit 1e-02)",
+        same,
+    )
 
 
 def limit_memory(count: float | None) -> None:
@@ -257,12 +283,19 @@ def out_of_memory(scale: Scale, folder: Path) -> Iterator[Row]:
         finally:
             limit_memory(None)
         if said or "the step is repeated" in (output / "train.log").read_text(encoding="utf-8"):
-            yield Row("a step runs out of memory", said or f"goes on in smaller pieces with {share:.0%} of {peak / 1e6:.0f} MB", not said)
+            yield Row(
+                "a step runs out of memory",
+                said or f"goes on in smaller pieces with {share:.0%} of {peak / 1e6:.0f} MB",
+                not said,
+            )
             return
     yield Row("a step runs out of memory", "no limit made a step too large", False)
 
 
-PARTS = {"kernels": kernels, "steps": steps, "preflight": preflight, "kill": kill, "out_of_memory": out_of_memory, "tests": tests}
+PARTS = {
+    "kernels": kernels, "steps": steps, "preflight": preflight, "kill": kill, "out_of_memory": out_of_memory,
+    "tests": tests,
+}
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -282,7 +315,9 @@ def write_page(output: Path, found: dict[str, list[Row]]) -> None:
     for name, rows in found.items():
         lines = [[row.what, row.result, "passed" if row.passed else "FAILED"] for row in rows]
         marks = [None if row.passed else "failed" for row in rows]
-        sections.append(page.section(f"{name}: {PARTS[name].__doc__}", page.table(["what", "result", ""], lines, classes=marks)))
+        sections.append(
+            page.section(f"{name}: {PARTS[name].__doc__}", page.table(["what", "result", ""], lines, classes=marks))
+        )
     write_text(output / "index.html", page.page("GPU check", page.tag("p", head), *sections))
     measured = [row for rows in found.values() for row in rows if row.hardware]
     table = ["| what | measured by | result |", "|---|---|---|"]
@@ -295,7 +330,10 @@ def write_page(output: Path, found: dict[str, list[Row]]) -> None:
 def work(name: str, scale: Scale, log: Path, report: Callable[[Row], None]) -> None:
     """Run one part, what its runs say into a log; whatever it raises becomes a failed row."""
     try:
-        with tempfile.TemporaryDirectory() as folder, open(log, "a") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with (
+            tempfile.TemporaryDirectory() as folder, open(log, "a") as said, contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
             for row in PARTS[name](scale, Path(folder)):
                 report(row)
     except Exception as error:  # a part that fails must not keep the others from running
@@ -320,12 +358,15 @@ def run_parts(given: argparse.Namespace) -> dict[str, list[Row]]:
 
         def report(row: Row, name: str = name, rows: list = rows) -> None:
             rows.append(row)
-            print(f"{'ok' if row.passed else 'FAILED':7}{name}: {row.what}: {row.result}", file=sys.__stdout__, flush=True)
+            print(
+                f"{'ok' if row.passed else 'FAILED':7}{name}: {row.what}: {row.result}", file=sys.__stdout__, flush=True
+            )
 
         if time.monotonic() - began > 60 * given.minutes:
             report(Row(name, f"not begun: {given.minutes:g} minutes are over", False))
         else:
-            with device() if name not in ("tests", "kill") else contextlib.nullcontext():  # those begin processes of their own
+            # those begin processes of their own
+            with device() if name not in ("tests", "kill") else contextlib.nullcontext():
                 work(name, SCALE if REAL else SMALL, given.output / "runs.log", report)
         gc.collect()
         write_page(given.output, found)

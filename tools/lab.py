@@ -1,9 +1,9 @@
-"""Open the numbered notebooks in JupyterLab as a working copy below outputs/lab, so that running them leaves the repository clean.
+"""Open the numbered notebooks in JupyterLab as a working copy below outputs/lab; nbs/ stays unchanged.
 
     python tools/lab.py [OPTION OF JUPYTER LAB ...]
     python tools/lab.py --settings       only write JupyterLab's settings into this environment, as `make env` does
 
-A copy that was edited stays; when the notebook in nbs/ has changed since, the copy is set aside under the time of its last change.
+An edited copy stays. If the notebook in nbs/ has changed since, the copy is renamed after the time of its last change.
 """
 import hashlib
 import json
@@ -56,7 +56,9 @@ def fold_machinery(notebook) -> None:
 
 
 def working_copy(path: Path):
-    """Read a notebook as `make lab` shows it: machinery folded if it is a numbered one, and the digest of its sources kept."""
+    """Read a notebook as `make lab` shows it: machinery folded if it is a numbered one, and the digest of its sources
+    kept.
+    """
     notebook = nbformat.read(path, as_version=4)
     sources = json.dumps([cell.source for cell in notebook.cells])
     if path.name.startswith("0"):
@@ -88,8 +90,12 @@ def main(options: list[str]) -> None:
     for old in refresh():
         print(f"the notebook has changed: your copy is now {old.relative_to(ROOT)}", flush=True)
     root = ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={LAB.parent}", "--LabApp.default_url=/lab/tree/lab/00_data.ipynb", *root, *options]
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads spin while they wait; on a busy machine that costs a factor of ten
+    command = [
+        sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={LAB.parent}",
+        "--LabApp.default_url=/lab/tree/lab/00_data.ipynb", *root, *options,
+    ]
+    # torch's threads spin while they wait; on a busy machine that costs a factor of ten
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.execv(sys.executable, command)
 
 

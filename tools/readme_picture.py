@@ -1,9 +1,10 @@
-"""Draw the README's picture from a finished run: a held-out photo, base and adapted depth, where each is wrong, and the adapted depth as a point cloud.
+"""Draw the README's picture from a finished run: a held-out photo, depth, errors, and the adapted cloud.
 
     python tools/readme_picture.py [RUN] [PICTURE]
 
-RUN is a run folder (default: the newest under outputs/), PICTURE where the PNG goes (default: docs/overview.png). The frame in the middle of the held-out
-ones is taken, so nobody picks a pretty one. Depth is aligned by the median of the image, as in the first table of `nbs/04_evaluate.ipynb`.
+RUN is a run folder (default: the newest under outputs/), PICTURE the PNG to write (default: docs/overview.png). The
+frame is always the middle one of the held-out frames, so nobody chooses a favourable one. Depth is aligned by the
+median of the image, as in the first table of `nbs/04_evaluate.ipynb`.
 """
 import io
 import sys
@@ -34,12 +35,21 @@ def draw(maps: list[EvaluatedFrame]):
     """Draw the page for the middle one of the held-out frames."""
     frame = maps[len(maps) // 2]
     depth = {name: frame.aligned(name) for name in ("base", "adapted")}
-    wrong = {name: np.where(frame.valid, 100 * np.abs(found / np.where(frame.valid, frame.truth, 1) - 1), np.nan) for name, found in depth.items()}
+    wrong = {
+        name: np.where(frame.valid, 100 * np.abs(found / np.where(frame.valid, frame.truth, 1) - 1), np.nan)
+        for name, found in depth.items()
+    }
     low, high = np.percentile(frame.truth[frame.valid], [2, 98])
     figure = new_figure(11, 5.2)
     grid = figure.subplots(2, 3)
-    for ax, title, picture in ((grid[0, 0], "a photo of a building that nothing was trained on", frame.photo),
-                               (grid[1, 0], "adapted depth, as points", cloud_picture(frame, depth["adapted"], up_direction(np.stack([m.world_to_cam for m in maps]))[0]))):
+    for ax, title, picture in (
+        (grid[0, 0], "a photo of a building that nothing was trained on", frame.photo),
+        (
+            grid[1, 0],
+            "adapted depth, as points",
+            cloud_picture(frame, depth["adapted"], up_direction(np.stack([m.world_to_cam for m in maps]))[0]),
+        ),
+    ):
         ax.imshow(picture)
         ax.set_title(title, fontsize=9)
     for column, name in enumerate(("base", "adapted"), start=1):

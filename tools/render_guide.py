@@ -15,7 +15,15 @@ from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (  # in reading order
-    "quickstart", "data", "strategies", "running", "settings", "tensorboard", "troubleshooting", "recipes", "measurements",
+    "quickstart",
+    "data",
+    "strategies",
+    "running",
+    "settings",
+    "tensorboard",
+    "troubleshooting",
+    "recipes",
+    "measurements",
 )
 LOCAL = re.compile(r'href="(?!https?:|mailto:|#|data:)([^"#]+)\.ipynb(#[^"]*)?"')
 STYLE = "body{font:16px/1.6 sans-serif;max-width:46em;margin:3em auto;padding:0 1em}li{margin:.4em 0}"
@@ -28,15 +36,20 @@ nav{display:flex;justify-content:space-between;gap:1em;padding:.6em 0;font:15px/
 
 
 def chapters() -> list[Path]:
-    """The notebooks to render: the guide, then the numbered ones; raises SystemExit where the guide has a chapter that is not in GUIDE."""
+    """The notebooks to render: the guide, then the numbered ones; raises SystemExit where the guide has a chapter that
+    is not in GUIDE.
+    """
     found = {path.stem for path in (ROOT / "nbs" / "guide").glob("*.ipynb")}
     if found != set(GUIDE):
-        raise SystemExit(f"GUIDE in {Path(__file__).name} and nbs/guide differ: {', '.join(sorted(found ^ set(GUIDE)))}")
+        raise SystemExit(
+            f"GUIDE in {Path(__file__).name} and nbs/guide differ: {', '.join(sorted(found ^ set(GUIDE)))}"
+        )
     return [*(ROOT / "nbs" / "guide" / f"{name}.ipynb" for name in GUIDE), *sorted((ROOT / "nbs").glob("0*.ipynb"))]
 
 
 def with_page_links(body: str, folder: Path) -> str:
-    """Point links between rendered notebooks at their pages; a link to a notebook without a page keeps only its text."""
+    """Point links between rendered notebooks at their pages; a link to a notebook without a page keeps only its text.
+    """
     rendered = {path.resolve() for path in chapters()}
 
     def link(found: re.Match) -> str:
@@ -55,7 +68,9 @@ def heading(notebook) -> tuple[str, str]:
 
 def without_machinery(notebook):
     """Leave out the cells that only export or import, which `make lab` folds."""
-    notebook.cells = [cell for cell in notebook.cells if cell.cell_type != "code" or not lab.MACHINERY.match(cell.source)]
+    notebook.cells = [
+        cell for cell in notebook.cells if cell.cell_type != "code" or not lab.MACHINERY.match(cell.source)
+    ]
     return notebook
 
 
@@ -84,16 +99,28 @@ def render(folder: Path) -> list[Path]:
     for number, (path, notebook) in enumerate(notebooks.items()):
         place, title, _ = entries[number]
         body, _ = exporter.from_notebook_node(without_machinery(notebook), resources={"metadata": {"name": title}})
-        body = with_navigation(with_page_links(body, path.parent), number, [entry[:2] for entry in entries], "../" * place.count("/"))
+        body = with_navigation(
+            with_page_links(body, path.parent), number, [entry[:2] for entry in entries], "../" * place.count("/")
+        )
         page = folder / place
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(body, encoding="utf-8")
         pages.append(page)
-    lists = ["".join(f'<li><a href="{place}">{html.escape(title)}</a> {html.escape(line)}</li>' for place, title, line in entries if place.startswith("guide/") is inside)
-             for inside in (True, False)]
+    lists = [
+        "".join(
+            f'<li><a href="{place}">{html.escape(title)}</a> {html.escape(line)}</li>'
+            for place, title, line in entries
+            if place.startswith("guide/") is inside
+        )
+        for inside in (True, False)
+    ]
     index = folder / "index.html"
-    index.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>vggt_lora</title><style>{STYLE}</style><h1>vggt_lora</h1>'
-                     f"<h2>Guide</h2><ol>{lists[0]}</ol><h2>The steps</h2><ul>{lists[1]}</ul></html>\n", encoding="utf-8")
+    index.write_text(
+        '<!doctype html><html lang="en"><meta '
+        f'charset="utf-8"><title>vggt_lora</title><style>{STYLE}</style><h1>vggt_lora</h1>'
+        f"<h2>Guide</h2><ol>{lists[0]}</ol><h2>The steps</h2><ul>{lists[1]}</ul></html>\n",
+        encoding="utf-8",
+    )
     return [index, *pages]
 
 

@@ -1,9 +1,10 @@
-"""Execute the notebooks as nbdev_test does, with every exported cell in the place that it has in its module: so that the lines which a chapter's own checks run are counted.
+"""Execute the notebooks as nbdev_test does, and count the lines of the package that their checks run.
 
-    python -m coverage run tools/run_chapters.py              all, two at a time; `make coverage` adds them to what pytest runs
+    python -m coverage run tools/run_chapters.py              all, two at a time; `make coverage` calls this
     python tools/run_chapters.py nbs/preflight/memory_estimate.ipynb  those named
 
-nbdev_test runs the source of a module inside its notebook, where coverage does not see which line of the module that is. The status is the number of notebooks that failed.
+nbdev_test runs the source of a module inside its notebook, where coverage does not see the lines of the module. Here
+every exported cell is compiled at its place in the module. The exit status is the number of notebooks that failed.
 """
 import json
 import linecache
@@ -19,8 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def places(cells: list[dict]) -> tuple[str, dict[str, int]]:
-    """The module that cells are exported to, and the number of the line there before each: by its id. A page of the guide has none."""
-    name = next((found[1] for cell in cells if (found := re.match(r"#\|\s*default_exp (\S+)", "".join(cell["source"])))), None)
+    """The module that cells are exported to, and the number of the line there before each: by its id. A page of the
+    guide has none.
+    """
+    name = next(
+        (found[1] for cell in cells if (found := re.match(r"#\|\s*default_exp (\S+)", "".join(cell["source"])))), None
+    )
     if name is None:
         return "", {}
     module = ROOT / "vggt_lora" / f"{name.replace('.', '/')}.py"
@@ -32,7 +37,8 @@ def execute(notebook: Path) -> None:
     """Execute the code cells of a notebook in `__main__`, in its folder."""
     from IPython.display import display
 
-    page = sys.modules["__main__"] = types.ModuleType("__main__")  # of its own: a parameter of a notebook may be called like something here
+    # of its own: a parameter of a notebook may be called like something here
+    page = sys.modules["__main__"] = types.ModuleType("__main__")
     cells = [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     module, before_cell = places(cells)
     os.chdir(notebook.parent)
@@ -47,7 +53,8 @@ def execute(notebook: Path) -> None:
         while before and lines and re.match(r"#\|", lines[0]):
             del lines[0]
         if not before:
-            linecache.cache[file] = (0, None, [f"{line}\n" for line in lines], file)  # for those who ask for a function's source
+            # for those who ask for a function's source
+            linecache.cache[file] = (0, None, [f"{line}\n" for line in lines], file)
         exec(compile("\n" * before + "\n".join(lines) + "\n", file, "exec"), vars(page))
 
 
@@ -59,8 +66,15 @@ def main(names: list[str]) -> int:
     environment = os.environ | {"IN_TEST": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
 
     def run(notebook: Path) -> int:
-        done = subprocess.run([sys.executable, __file__, "--one", str(notebook)], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        print(f"{'FAILED' if done.returncode else 'done':6} {notebook.relative_to(ROOT)}" + (f"\n{done.stderr[-1500:]}" if done.returncode else ""), flush=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", str(notebook)], env=environment, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        print(
+            f"{'FAILED' if done.returncode else 'done':6} {notebook.relative_to(ROOT)}"
+            + (f"\n{done.stderr[-1500:]}" if done.returncode else ""),
+            flush=True,
+        )
         return done.returncode != 0
 
     with ThreadPoolExecutor(2) as pool:
