@@ -37,7 +37,7 @@ class Finding:
     status: str  # ok, warn (training can start) or fail (it cannot)
     what: str  # name of the check
     found: str  # what was found
-    fix: str = ""  # what mends it; empty if nothing is wrong
+    fix: str = ""  # remedy; empty if nothing is wrong
 
     def __str__(self) -> str:
         text = " ".join(f"{self.status:5} {self.what:12} {self.found}".split("\n")).rstrip()
@@ -553,7 +553,7 @@ CHECKS = (
 
 
 def run_check(check, plan: Plan) -> list[Finding]:
-    """Run one check; whatever it raises becomes a finding."""
+    """Run one check; an exception of it becomes a finding."""
     name = check.__name__.removeprefix("check_")
     try:
         return check(plan)
@@ -592,7 +592,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = argparse.ArgumentParser(
         prog="vggt_lora_doctor",
-        description="Check everything that a training needs; one line each, with what mends it.",
+        description="Check everything that a training needs; print one line each, with its remedy.",
         epilog="Exit status: 0 if training can start, 1 if it cannot. Nothing is downloaded, made or changed.",
     )
     p.add_argument("--config", default="", metavar="FILE.yaml",

@@ -156,6 +156,8 @@ def drift_bars(
         for side in sides:
             ax.axhline(side * limits[name], color="#d55e00", linestyle="--", linewidth=0.9)
         ax.axhline(0, color="0.4", linewidth=0.8)
+        if not any(values):
+            ax.text(0.5, 0.6, "no layer changed", transform=ax.transAxes, ha="center", color="0.4")
         ax.set(xticks=range(len(layers)), xticklabels=[row["layer"] for row in layers], xlabel="aggregator layer",
                title=label)
         ax.title.set_fontsize(9)
