@@ -48,10 +48,10 @@ PHOTOGRAPHED = {
     ("04_evaluate", "cloud"): "cloud", ("04_evaluate", "colour by"): "clouds",
 }
 MOST_MOVES = 6  # for each notebook
-# long work that has no bar of its own
-PHASES = {
+PHASES = {  # long work that has no bar of its own
     "01_depth": "dense depth of one photo", "02_lora": "preflight of strategy a",
-    "03_train": "measuring base and saved adapter", "05_compare": "running",
+    "03_train": "measuring base and saved adapter", "04_evaluate": "measuring what was forgotten",
+    "05_compare": "running",
 }
 
 

@@ -305,6 +305,7 @@ def test_the_guide_renders_with_working_links(tmp_path):
         assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?://[^"]+"', text), (
             f"{page.name} asks another machine for something"
         )
+        assert not re.search(r"\\frac(?![^<]*>)", text), f"{page.name} shows a formula as TeX"
     assert seen > 15
 
 

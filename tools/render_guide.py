@@ -4,13 +4,17 @@
 
 FOLDER defaults to _docs/, which git ignores. Nothing is executed: a page shows the outputs that its notebook holds.
 """
+import base64
 import html
+import io
 import re
 import sys
 from pathlib import Path
 
 import lab
 import nbformat
+from matplotlib.font_manager import FontProperties
+from matplotlib.mathtext import math_to_image
 from nbconvert import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,9 +30,12 @@ GUIDE = (  # in reading order
     "measurements",
 )
 LOCAL = re.compile(r'href="(?!https?:|mailto:|#|data:)([^"#]+)\.ipynb(#[^"]*)?"')
+FORMULA = re.compile(r"(\${1,2})([^$\n]+)\1")
 STYLE = "body{font:16px/1.6 sans-serif;max-width:46em;margin:3em auto;padding:0 1em}li{margin:.4em 0}"
 PAGE_STYLE = """<style>
 body{max-width:60em;margin:0 auto!important;padding:0 1em}
+.jp-MarkdownOutput pre{background:#f5f5f5;padding:.6em .8em;margin:.6em 0}
+.jp-OutputArea-output img.formula{vertical-align:middle;max-width:100%}
 .highlight pre,.jp-OutputArea-output pre{white-space:pre-wrap;overflow-wrap:anywhere}
 img{max-width:100%}
 nav{display:flex;justify-content:space-between;gap:1em;padding:.6em 0;font:15px/1.5 sans-serif}
@@ -74,6 +81,20 @@ def without_machinery(notebook):
     return notebook
 
 
+def with_formulas(notebook):
+    """Draw the formulas of the text, which a browser without a program from elsewhere would show as TeX."""
+    def drawn(found: re.Match) -> str:
+        image = io.BytesIO()
+        math_to_image(f"${found[2]}$", image, prop=FontProperties(size=13), format="svg")
+        address = f"data:image/svg+xml;base64,{base64.b64encode(image.getvalue()).decode()}"
+        return f'<img class="formula" alt="{html.escape(found[2])}" src="{address}">'
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = FORMULA.sub(drawn, cell.source)
+    return notebook
+
+
 def with_navigation(body: str, number: int, titles: list[tuple[str, str]], up: str) -> str:
     """Put a bar with the neighbouring pages and the index on top and at the end of a page."""
     def link(at: int, words: str) -> str:
@@ -98,7 +119,8 @@ def render(folder: Path) -> list[Path]:
     pages = []
     for number, (path, notebook) in enumerate(notebooks.items()):
         place, title, _ = entries[number]
-        body, _ = exporter.from_notebook_node(without_machinery(notebook), resources={"metadata": {"name": title}})
+        shown = with_formulas(without_machinery(notebook))
+        body, _ = exporter.from_notebook_node(shown, resources={"metadata": {"name": title}})
         body = with_navigation(
             with_page_links(body, path.parent), number, [entry[:2] for entry in entries], "../" * place.count("/")
         )

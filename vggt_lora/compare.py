@@ -48,7 +48,7 @@ class CompareConfig:
         "strategy=a,b,c; seed=0,1",
         'what varies: "rank=8,16; seed=0,1"',
     )
-    settings: str = setting("", 'what all runs share, such as "data=path/to/facade; epochs=20"')
+    settings: str = setting("epochs=2", 'what all runs share, such as "data=path/to/facade; epochs=20"')
     output: str = setting("", "folder of the comparison; empty: outputs/<name>")
     jobs: int | None = setting(None, "runs at a time; None: as many as the machine allows", range=(1, 10_000))
     cluster: str = setting("local", "local, or slurm: the points go out as one job array", choices=CLUSTERS)
@@ -60,7 +60,7 @@ class CompareConfig:
     unit: str = setting("frames", "what the bootstrap draws: frames, or scenes where many are held out", choices=UNITS)
     pictures: int = setting(3, "photos shown side by side", range=(1, 100))
     notebooks: bool = setting(
-        True, "keep an executed notebook of each run, if papermill and nbs/ are there"
+        False, "keep an executed notebook of each run; takes longer, needs papermill and nbs/"
     )
 
     def __post_init__(self):
@@ -107,7 +107,7 @@ def compare(
         first = next(iter(states.values()))
         elsewhere = "another process is working on it" if first["state"] == "elsewhere" else first["state"]
         raise ConfigError(f"none of the {len(points)} runs finished; the first says: {first.get('error', elsewhere)}; "
-                          f"notebooks in {config.folder}")
+                          f"each run's traceback.txt is below {config.folder}")
     comparison = compare_runs(finished, unit=config.unit)
     settings = config.settings or "the defaults"
     notes = (f"grid: {config.grid}", f"settings: {settings}", f"cluster: {config.cluster}")

@@ -67,18 +67,21 @@ def coverage_text(
     """Return the coverage as a plain table with a line of totals; fates that no point met are named below."""
     met = [fate for fate in FATES if fate == "landed" or any(row[fate] for row in rows)]
     names = ("size", "share %", "z 5 %", "z 50 %", "z 95 %", "off px", "observed", *met)
-    widths = (8, 8, 7, 7, 7, 7, 9, *[8] * len(met))
-    lines = [" ".join([f"{'photo':14}", *(f"{name:>{width}}" for name, width in zip(names, widths))])]
+    widths = (8, 7, 6, 6, 6, 6, 8, *(max(6, len(fate)) for fate in met))
+
+    def line(first: str, cells: tuple) -> str:
+        return " ".join([f"{first:14}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths))])
+
+    lines = [line("photo", names)]
     for row in rows:
         size = f"{row['size'][1]}x{row['size'][0]}"
-        depths = " ".join(f"{row[name]:7.2f}" for name in ("depth_5", "depth_50", "depth_95"))
-        counts = " ".join(f"{row[fate]:8d}" for fate in met)
-        lines.append(f"{row['name'][-14:]:14} {size:>8} {100 * row['share']:8.3f} {depths} {row['off']:7.3f} "
-                     f"{row['observed']:9d} {counts}")
+        depths = [f"{row[name]:.2f}" for name in ("depth_5", "depth_50", "depth_95")]
+        counts = [row[fate] for fate in ("observed", *met)]
+        cells = (size, f"{100 * row['share']:.3f}", *depths, f"{row['off']:.3f}", *counts)
+        lines.append(line(row["name"][-14:], cells))
     share = np.mean([row["share"] for row in rows]) if rows else np.nan
-    totals = " ".join(f"{sum(row[fate] for row in rows):8d}" for fate in met)
-    observed = sum(row["observed"] for row in rows)
-    lines.append(f"{f'{len(rows)} photos':14} {'':8} {100 * share:8.3f} {'':23} {'':7} {observed:9d} {totals}")
+    totals = [sum(row[fate] for row in rows) for fate in ("observed", *met)]
+    lines.append(line(f"{len(rows)} photos", ("", f"{100 * share:.3f}", "", "", "", "", *totals)))
     unmet = [fate.replace("_", " ") for fate in FATES if fate not in met]
     if unmet:
         lines.append(f"no point was {' or '.join(unmet)}")

@@ -33,6 +33,7 @@ from vggt_lora.evaluation.regions import (
 )
 from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_windows
 from .evaluation.statistics import effects, in_words
+from .progress import working
 from .train import Run
 from .training.config import TrainConfig, read_config
 from .training.distributed import resolve_device, resolve_precision
@@ -122,7 +123,8 @@ def evaluate(
     result = evaluate_windows(models, items, cache, protocols, device, precision, limits)
     if clouds:
         options = {"device": device, "autocast": precision, "depth_range": limits, "progress": len(items) > 8}
-        result.clouds = evaluate_clouds(models, items, cache, **options)
+        with working("fusing and scoring the clouds"):
+            result.clouds = evaluate_clouds(models, items, cache, **options)
     return result
 
 # %% ../nbs/04_evaluate.ipynb #3e570e3d

@@ -28,6 +28,7 @@ from .prediction.files import Geometry, cloud_of, write_files
 from .prediction.network import Network, check_memory, load_network
 from .prediction.photos import Photos, open_photos
 from .prediction.solve import Solved, align_to, solve, window_key
+from .progress import working
 from .settings import check_values, command, setting
 from .training.config import check_image_size
 from .training.distributed import resolve_device, resolve_precision
@@ -162,7 +163,8 @@ def predict(
     work = folder.with_name(f".{folder.name}.windows")  # finished windows, for a second call
     try:
         solved = _solve_all(network, photos, config, work, device, precision)
-        result = _write(folder, network, photos, solved, config, time.monotonic() - started)
+        with working("writing cloud, model and page"):
+            result = _write(folder, network, photos, solved, config, time.monotonic() - started)
     except OSError as fault:
         if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -14,6 +14,7 @@ import os
 import queue
 import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def run_point(
                                            log_output=False)
             state = {"state": "finished"}
         except Exception as error:
+            (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
             state = {"state": "failed", "error": first_words(error)}
         write_json(folder / "state.json", state | {"seconds": round(time.monotonic() - started, 1)})
         return told(folder)

@@ -140,7 +140,7 @@ def failures_part(states: dict[str, dict], folder: Path | None):
     """Return the section of points without a result, with error and notebook; None if there are none."""
     from vggt_lora.views.page import section, table
 
-    rows = [[name, state["state"], state.get("error", "another process is working on it"), f"{name}/executed.ipynb"]
+    rows = [[name, state["state"], state.get("error", "another process is working on it"), f"{name}/traceback.txt"]
             for name, state in states.items() if state["state"] != "finished"]
     if not rows:
         return None

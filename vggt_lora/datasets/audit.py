@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['AuditLimits', 'outliers', 'reprojection_error', 'exposure_offset', 'edge_ranks', 'mask_offset', 'scale_between',
            'scale_against_neighbour', 'FrameFindings', 'look_at', 'distance_edges', 'share_rows', 'agreement_row',
-           'neighbour_scales', 'mask_fault', 'find_suspects', 'SceneAudit', 'audit_notes', 'audit_scene']
+           'neighbour_scales', 'mask_fault', 'find_suspects', 'listing_limits', 'SceneAudit', 'audit_notes',
+           'audit_scene']
 
 # %% ../../nbs/datasets/audit.ipynb #33759915
 import dataclasses
@@ -413,6 +414,19 @@ def _told_once(reasons: list) -> list:
         *[r for r in reasons if r[0] == "exposure"],
     ]
 
+# %% ../../nbs/datasets/audit.ipynb #c583df4e
+def listing_limits(findings: list[FrameFindings], sources: tuple, limits: AuditLimits) -> dict[str, tuple]:
+    """Return the values beyond which a photo is listed, by reason: px, stops, per cent and gain; nan if none is."""
+    known = [found.off for found in findings if np.isfinite(found.off)]
+    usual = float(np.median(known)) if len(known) >= 3 else 0.0
+    _, middle, limit = outliers([found.exposure for found in findings], limits.exposure, limits.spread)
+    scales = []
+    for source in [name for name in sources if name != "sparse"]:
+        _, scale, width = outliers([f.scales.get(source, np.nan) for f in findings], limits.scale, limits.spread)
+        scales += [100 * np.expm1(scale - width), 100 * np.expm1(scale + width)]
+    return {"pose": (max(limits.pose_px, limits.pose * usual),), "exposure": (middle - limit, middle + limit),
+            "scale": tuple(scales), "mask": (limits.mask_gain,)}
+
 # %% ../../nbs/datasets/audit.ipynb #a4a3e330
 @dataclasses.dataclass(frozen=True, eq=False)
 class SceneAudit:
@@ -429,6 +443,7 @@ class SceneAudit:
     suspects: list[dict]  # index, name, reason, detail
     absent: dict[str, str]  # source -> why it has no depth for any photo
     notes: tuple[str, ...] = ()  # what could not be checked
+    limits: dict[str, tuple] = dataclasses.field(default_factory=dict)  # reason -> values beyond which it lists a photo
 
     def share(self, source: str, bin: str = "all") -> float:
         """Return the share of one source in one bin; nan where the table has no such row."""
@@ -537,4 +552,5 @@ def audit_scene(
         for f in findings
     ]
     return SceneAudit(scene.name, "m" if scene.metric else "scene units", image_size, sources, rows, agreements, table,
-                      find_suspects(findings, sources, limits), absent, audit_notes(findings, scene, len(indices)))
+                      find_suspects(findings, sources, limits), absent, audit_notes(findings, scene, len(indices)),
+                      listing_limits(findings, sources, limits))

@@ -6,6 +6,7 @@
 __all__ = ['NEXT_STEP', 'RANDOM_BASE', 'ALIGNMENTS', 'report', 'save_page', 'save_figures']
 
 # %% ../../nbs/evaluation/run_report.ipynb #09554281
+import json
 from pathlib import Path
 
 from ..core import escape_markdown
@@ -42,7 +43,7 @@ def report(
         *[f"**{effect['sentence']}**\n" for effect in (*results["effects"], *results.get("camera_effects", []))],
         f"Held-out loss: {loss['before']} before, {loss['after']} with the adapter (best {loss['best']}).", "",
         depth_table(results["table"]), "",
-        f"Truth: {truth}; supervision: {config.supervision}. Intervals: paired bootstrap over the held-out frames, "
+        f"Truth: {truth}; supervision: {_found_sources(config, folder)}. Intervals: paired bootstrap over the held-out frames, "
         "after the median of each image.",
         ALIGNMENTS,
         *[_camera_line(row) for row in results["cameras"]], "",
@@ -58,6 +59,14 @@ def report(
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/evaluation/run_report.ipynb #370e05e6
+def _found_sources(config: TrainConfig, folder: Path) -> str:
+    """Return the setting, and the sources that the training photos had, as coverage.json counts them."""
+    path = folder / "coverage.json"
+    scenes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    found = dict.fromkeys(name for scene in scenes for name, share in scene["by_source"].items() if share)
+    return f"{config.supervision} (found: {', '.join(found)})" if found else config.supervision
+
+
 def _camera_line(row: dict) -> str:
     """Return the sentence on the cameras of one model."""
     rotation, translation, auc = (row[name] or 0 for name in ("rotation_median", "translation_median", "auc_30"))

@@ -14,7 +14,10 @@ from .clouds import CloudEvaluation
 from .statistics import Effect
 
 # %% ../../nbs/evaluation/tables.ipynb #930c5f6a
-DEPTH_NAMES = METRIC_NAMES | {"log_rmse": "logRMSE", "silog": "SILog", "inlier": "inliers"}
+DEPTH_NAMES = METRIC_NAMES | {
+    "log_rmse": "logRMSE", "silog": "SILog", "inlier": "inliers", "normal_deg": "normal off by (°)",
+    "offset_cm": "distance off by (cm)", "rmse_cm": "RMSE (cm)", "displacement_px": "edge off by (px)",
+}
 SHOWN = ("absrel", "mae", "rmse", "d1", "inlier")
 
 

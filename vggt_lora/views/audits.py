@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'PLAIN', 'SUSPECT', 'share_table', 'draw_shares', 'draw_agreements', 'draw_suspects', 'strips', 'draw_strip',
-           'audit_page', 'overlay_picture', 'PhotoSlider', 'photo_slider']
+           'audit_page', 'drawn_reach', 'overlay_picture', 'PhotoSlider', 'photo_slider']
 
 # %% ../../nbs/views/audits.ipynb #47e93e19
 import base64
@@ -77,6 +77,8 @@ def draw_agreements(
     audit,  # SceneAudit
 ) -> None:
     """Draw the median and the 90th percentile of the relative difference of each pair of sources."""
+    from matplotlib.ticker import LogLocator
+
     for row, pair in enumerate(audit.agreements):
         low, high = 100 * max(pair["median"], 1e-6), 100 * max(pair["90 %"], 1e-6)
         ax.plot([low, high], [row, row], color=PLAIN, linewidth=2)
@@ -88,8 +90,9 @@ def draw_agreements(
     ax.set_yticklabels([f"{p['one']}\n{p['other']}\n{p['pixels']:,} pixels" for p in audit.agreements], fontsize=8)
     if audit.agreements:
         ax.set_xscale("log")
-        for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-            axis(lambda value, place: f"{value:.2g}")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda value, place: f"{value:.2g}")
+        ax.xaxis.set_minor_formatter("")
         ax.tick_params(axis="x", which="both", labelsize=8)
         ax.grid(axis="x", alpha=0.3)
         ax.legend(fontsize=8, frameon=False, loc="lower right")
@@ -142,7 +145,7 @@ def draw_strip(
     audit,  # SceneAudit
     strip: tuple,  # of strips
 ) -> None:
-    """Draw one value per photo, in red if the photo is suspicious for this reason."""
+    """Draw one value per photo, in red if the photo is suspicious for this reason, and the limits."""
     title, unit, reason, series = strip
     places = np.array([frame["index"] for frame in audit.frames])
     listed = {row["index"] for row in audit.suspects if row["reason"] == reason}
@@ -154,6 +157,8 @@ def draw_strip(
         known |= finite.any()
         ax.plot(places[finite & ~red], values[finite & ~red], marker, color=PLAIN, markersize=4, label=name or None)
         ax.plot(places[finite & red], values[finite & red], marker, color=SUSPECT, markersize=7)
+    for number, limit in enumerate(end for end in audit.limits.get(reason, ()) if known and np.isfinite(end)):
+        ax.axhline(limit, color=SUSPECT, linewidth=0.9, linestyle="--", label=None if number else "limit")
     ax.set(title=title, xlabel="photo", ylabel=unit, xlim=(places.min() - 0.6, places.max() + 0.6))
     ax.title.set_fontsize(9)
     ax.grid(alpha=0.3)
@@ -163,7 +168,7 @@ def draw_strip(
     elif reason == "pose" and np.nanmax(series[""]) > 20 * max(np.nanmedian(series[""]), 1e-9):
         ax.set_yscale("symlog", linthresh=max(float(np.nanmedian(series[""])), 1e-3))
         ax.set_ylim(0, 2 * np.nanmax(series[""]))
-    if len(series) > 1:
+    if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize=7, frameon=False)
 
 # %% ../../nbs/views/audits.ipynb #02f6a8cf
@@ -182,6 +187,13 @@ def audit_page(
     return figure
 
 # %% ../../nbs/views/audits.ipynb #33da503c
+def drawn_reach(
+    mask,  # (H,W) bool, pixels with depth
+) -> int:
+    """Return by how many pixels a known pixel is drawn larger on each side, 0 to 2; the sparser, the larger."""
+    return int(np.clip(round(0.35 * np.sqrt(mask.size / max(mask.sum(), 1))), 1, 5)) // 2
+
+
 def overlay_picture(
     image,  # photo, any form that to_photo takes
     depth,  # (H,W), scene units, 0 = unknown
@@ -199,7 +211,7 @@ def overlay_picture(
     shade = np.clip((depth - low) / max(high - low, 1e-9), 0, 1)
     colours = (255 * colormaps["viridis"](shade)[..., :3]).astype(np.uint8)
     picture = faded(photo)
-    side = int(np.clip(round(0.35 * np.sqrt(mask.size / max(mask.sum(), 1))), 1, 5)) // 2
+    side = drawn_reach(mask)
     rows, columns = np.nonzero(mask)
     order = np.argsort(-depth[rows, columns], kind="stable")  # nearer ones are drawn over farther ones
     rows, columns = rows[order], columns[order]

@@ -69,7 +69,7 @@ def loss_curves(
             lost += bad + bad_held
         if wants_log(np.concatenate(drawn)):
             ax.set_yscale("log")
-        ax.set(xlabel="step", ylabel="loss", title=heading)
+        ax.set(xlabel="step", ylabel="loss" if heading == "total" else "", title=heading)
         ax.grid(alpha=0.3)
         names = len(ax.get_legend_handles_labels()[0])  # below the axes, where no curve can run
         ax.legend(fontsize=8, frameon=False, title="line: training, dots: held out" if heading == "terms" else None,

@@ -116,7 +116,7 @@ def _draw_legend(
 
     handles = [Patch(color=CLASS_COLOURS[(label - 1) % len(CLASS_COLOURS)] / 255, label=name)
                for label, name in regions.items()]
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, frameon=False)
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=11, frameon=False)
 
 # %% ../../../nbs/views/clouds/cloud_views.ipynb #3a65b304
 def compare_clouds(
@@ -152,12 +152,12 @@ def compare_clouds(
         for ax, name in zip(grid[number], clouds):
             ax.imshow(view.draw((what, name), *view.coloured[what][name], view.lines[name], *view.eye()))
             ax.set(xticks=[], yticks=[])
-            ax.set_title((titles or {}).get(name, name) if number == 0 else "", fontsize=9)
-        grid[number][0].set_ylabel(f"by {what}", fontsize=9)
+            ax.set_title((titles or {}).get(name, name) if number == 0 else "", fontsize=11)
+        grid[number][0].set_ylabel(f"by {what}", fontsize=11)
         if what == "error":
             scale = ScalarMappable(colors.Normalize(0, limit), colormaps["plasma"])
             bar = figure.colorbar(scale, ax=list(grid[number]), shrink=0.9, extend="max")
-            bar.set_label(f"distance to truth, {unit}", fontsize=9)
+            bar.set_label(f"distance to truth, {unit}", fontsize=11)
         if what == "region" and regions:
             _draw_legend(grid[number][-1], regions)
     view.close()

@@ -99,11 +99,8 @@ def orbit_camera(
     zoom: float = 1.0,  # 2: from half the distance
     view_angle: float = 50.0,  # degrees, of the shorter side
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (K (3,3), world_to_cam (4,4)) of a camera that looks at a cloud from outside."""
+    """Return (K (3,3), world_to_cam (4,4)) of a camera that sees a cloud from outside, in the middle of the picture."""
     points = clean_cloud(points)[0]
-    centre = np.median(points, axis=0) if len(points) else np.zeros(3)
-    radius = float(np.percentile(np.linalg.norm(points - centre, axis=1), 90)) if len(points) else 0.0
-    distance = 1.1 * (radius or 1.0) / np.sin(np.radians(view_angle / 2)) / zoom
     up = np.asarray(up, np.float64) / np.linalg.norm(up)
     axes = np.array([forward, (0, 1, 0), (1, 0, 0)], np.float64)
     candidates = [axis - up * (up @ axis) for axis in axes]
@@ -114,8 +111,13 @@ def orbit_camera(
     sight = np.cos(rise) * (np.cos(turn) * level - np.sin(turn) * right) - np.sin(rise) * up
     across = np.cos(turn) * right + np.sin(turn) * level
     rotation = np.stack([across, np.cross(sight, across), sight])
+    turned = points @ rotation.T if len(points) else np.zeros((1, 3))
+    low, high = np.percentile(turned, [2, 98], axis=0)  # without the few points that lie far out
+    half = (high - low) / 2
+    reach = float((half[:2] * min(size) / size[::-1]).max() / np.tan(np.radians(view_angle / 2)))
     pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation, -rotation @ (centre - distance * sight)
+    pose[:3, :3], pose[:3, 3] = rotation, -(low + high) / 2
+    pose[2, 3] += (half[2] + 1.1 * reach or 1.0) / zoom
     focal = 0.5 * min(size) / np.tan(np.radians(view_angle / 2))
     return np.array([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1.0]]), pose
 

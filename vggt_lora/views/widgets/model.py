@@ -173,7 +173,8 @@ class TargetPicker(Panel):
         if self.targets is None:
             return f"refused: {self.fault}"
         costs = [f"{what + ':':15}{words}" for what, words in self.cost(self.targets).items()]
-        return "\n".join([*costs, "", self.parameters(), self.python()])
+        copied = [] if self.widget is not None else ["", self.parameters(), self.python()]  # a page has boxes for these
+        return "\n".join([*costs, *copied])
 
 # %% ../../../nbs/views/widgets/model.ipynb #2bb9e9bb
 class TreePage(TargetPicker):
@@ -194,10 +195,15 @@ class TreePage(TargetPicker):
             inputs[part].description, last = part.partition(".")[2] or part, top
             row = [inputs[part]]
             if f"{part} blocks" in inputs:
-                inputs[f"{part} blocks"].description = "blocks"
-                row.append(inputs[f"{part} blocks"])
-            tree.append(ipywidgets.HBox(row, layout=ipywidgets.Layout(padding="0 0 0 18px")))
-        box = ipywidgets.Layout(width="400px", min_width="400px", height="520px", overflow="auto")
+                blocks = inputs[f"{part} blocks"]
+                blocks.description, blocks.style.description_width, blocks.layout.width = "blocks", "40px", "190px"
+                inputs[part].layout.width = "145px"
+                row.append(blocks)
+            indented = ipywidgets.Layout(margin="0 0 0 18px", overflow="visible")
+            tree.append(ipywidgets.HBox(row, layout=indented))
+        box = ipywidgets.Layout(width="380px", min_width="380px", height="520px", overflow="auto")
+        for name in ("strategy", "rank"):
+            inputs[name].layout.width = "175px"
         left = ipywidgets.VBox([ipywidgets.HBox([inputs["strategy"], inputs["rank"]]), *tree], layout=box)
         right = ipywidgets.VBox([screen, words], layout=ipywidgets.Layout(flex="1 1 0", min_width="300px"))
         return ipywidgets.VBox([ipywidgets.HBox([left, right]), self._copy, self._python])
