@@ -43,8 +43,8 @@ def report(
         *[f"**{effect['sentence']}**\n" for effect in (*results["effects"], *results.get("camera_effects", []))],
         f"Held-out loss: {loss['before']} before, {loss['after']} with the adapter (best {loss['best']}).", "",
         depth_table(results["table"]), "",
-        f"Truth: {truth}; supervision: {_found_sources(config, folder)}. Intervals: paired bootstrap over the held-out frames, "
-        "after the median of each image.",
+        f"Truth: {truth}; supervision: {_found_sources(config, folder)}. Intervals: paired bootstrap over the "
+        "held-out frames, after the median of each image.",
         ALIGNMENTS,
         *[_camera_line(row) for row in results["cameras"]], "",
         *[f"- {claim['sentence']}" for claim in results["claims"]], "",
