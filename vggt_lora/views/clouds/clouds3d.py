@@ -112,12 +112,13 @@ def orbit_camera(
     across = np.cos(turn) * right + np.sin(turn) * level
     rotation = np.stack([across, np.cross(sight, across), sight])
     turned = points @ rotation.T if len(points) else np.zeros((1, 3))
-    low, high = np.percentile(turned, [2, 98], axis=0)  # without the few points that lie far out
-    half = (high - low) / 2
-    reach = float((half[:2] * min(size) / size[::-1]).max() / np.tan(np.radians(view_angle / 2)))
+    middle = np.percentile(turned, [2, 98], axis=0).mean(axis=0)  # few points may lie far out
+    around = turned - middle
+    reach = np.abs(around[:, :2]) / size[::-1] * min(size) / np.tan(np.radians(view_angle / 2))
+    distance = 1.05 * float(np.percentile(reach.max(axis=1) - around[:, 2], 98))  # from which that share is inside
     pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = rotation, -(low + high) / 2
-    pose[2, 3] += (half[2] + 1.1 * reach or 1.0) / zoom
+    pose[:3, :3], pose[:3, 3] = rotation, -middle
+    pose[2, 3] += (distance or 1.0) / zoom
     focal = 0.5 * min(size) / np.tan(np.radians(view_angle / 2))
     return np.array([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1.0]]), pose
 
