@@ -419,6 +419,9 @@ def budget_table(
     for row in rows:
         cells = [cell.rjust(width) for cell, width in zip(row, widths)]
         lines.append("  ".join([*cells, row[-1]]))
+    busy = next((report.busy for report in found.values() if report.busy), "")
+    if busy:
+        lines.append(f"busy: {busy}, so no seconds can be predicted")
     return "\n".join(lines)
 
 # %% ../../nbs/preflight/preflight.ipynb #d9e6369e
