@@ -55,6 +55,9 @@ SILENT = {
     "check_unit": always_fits("unit"),
     "check_centre": always_fits("centre"),
     "check_upright": always_fits("upright"),
+    "check_lengths": always_fits("lengths"),
+    "check_depth": always_fits("depth"),
+    "check_masks": always_fits("masks"),
     "among_photos": lambda *_: float("nan"),
     "camera_hint": lambda *_: "",
     "keypoint_fit": lambda *_: None,
@@ -63,10 +66,13 @@ SILENT = {
 }
 NEEDED_BY = {
     "check_keypoints": ("principal_point_zero", "focal_too_short", "keypoints_of_another_size"),
-    "check_colours": ("swapped_photos", "mirrored_photos", "one_foreign_photo", "random_colours"),
+    "check_colours": ("swapped_photos", "mirrored_photos", "one_foreign_photo", "one_black_photo", "random_colours"),
     "check_unit": ("millimetres",),
     "check_centre": ("cropped_photos",),
     "check_upright": ("turned_by_exif",),
+    "check_lengths": ("far_cluster",),
+    "check_depth": ("laser_in_millimetres", "two_depths_exchanged"),
+    "check_masks": ("inverted_masks", "small_masks"),
     "among_photos": ("random_colours",),
     "camera_hint": ("principal_point_zero", "focal_too_short", "stale_poses"),
     "keypoint_fit": ("keypoints_of_another_size",),
@@ -87,8 +93,8 @@ def test_without_a_check_its_cases_lose_their_answer(part, name, source, tmp_pat
 
 
 def test_every_check_has_a_case_that_needs_it():
-    checks = {name for name in fit.__all__ if name.startswith("check_")} - {"check_fit"}  # which calls the others
-    assert checks <= NEEDED_BY.keys()
+    callers = {"check_fit", "check_scene"}  # which call the others
+    assert {name for name in fit.__all__ if name.startswith("check_")} - callers <= NEEDED_BY.keys()
 
 
 @pytest.mark.parametrize("name", cases.SOUND)

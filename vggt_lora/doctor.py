@@ -480,7 +480,7 @@ def look_at_scene(
     folder: Path,
 ) -> Finding:
     """Open a scene, decode its first and last photo, and count what supervises it."""
-    from vggt_lora.scenes.fit import MOST_PHOTOS, check_fit
+    from vggt_lora.scenes.fit import MOST_PHOTOS, check_scene
     from vggt_lora.scenes.opening import open_scene
     from vggt_lora.supervision.laser import has_laser
 
@@ -494,7 +494,7 @@ def look_at_scene(
         return Finding("fail", "scene", found, "copy or download this scene again")
     checks = scene.fit
     if len(scene) > MOST_PHOTOS:
-        checks = check_fit(scene.frames, scene.points, most=None, metric=scene.metric)
+        checks = check_scene(scene, most=None)
     laser = has_laser(scene)
     found = _scene_in_words(scene, laser, checks)
     blind = sum(len(frame.point_rows) == 0 for frame in scene.frames)

@@ -13,6 +13,7 @@ __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'MANY_PHOTOS', 'PHOTOS', 'scene_root',
 import json
 import shlex
 import unicodedata
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..demo.demo_scenes import demo_scenes
 from ..files.atomic import read_json
 from .colmap_checks import check_convention
 from ..progress import progress_bar
-from .fit import check_fit, drop_points, far_points, refuse_misfit
+from .fit import check_scene, drop_points, far_points, refuse_misfit
 from .colmap_model import MODEL_FOLDERS, ColmapImage, ColmapModel
 from .colmap_model import choose_model, nearly_pinholes, pinhole_matrix, read_model
 from .scene import Frame, Scene
@@ -455,11 +456,11 @@ def open_scene(
             f"{len(far)} of {len(model.points):,} points lie so far away that they alone would decide the mean depth of"
             " their photos; they are left out"
         )
-    fit = check_fit(frames, points, metric=known)
+    scene = Scene(root.name, root, frames, points, known, (), find_part(folders, "dslr_calibration_jpg"))
+    fit = check_scene(scene)
     refuse_misfit(fit, str(model.folder))
     notes += [check.said for check in fit if check.verdict == "note"]
-    jpg = find_part(folders, "dslr_calibration_jpg")
-    return Scene(root.name, root, frames, points, known, tuple(notes), jpg, fit)
+    return replace(scene, notes=tuple(notes), fit=fit)
 
 # %% ../../nbs/scenes/opening.ipynb #7ffb80aa
 def is_scene(
