@@ -253,7 +253,8 @@ def check_colours(frames: Iterable[Frame], points: Points) -> Check:
         verdict = "refuse" if figure < LEAST_COLOUR else "note"
         said = (f"{head} ({listed(photos)}); photos under each other's names, changed after the reconstruction, "
                 "or wrong cameras")
-    return Check("colours", verdict, looked_at, said, figure, USUAL_COLOUR, photos)
+    limit = LEAST_COLOUR if verdict == "refuse" else USUAL_COLOUR
+    return Check("colours", verdict, looked_at, said, figure, limit, photos)
 
 # %% ../../nbs/scenes/fit.ipynb #b23d9436
 FAR = 30.0  # times a photo's median depth; the farthest point of any photo of the sound scenes has 7.9
