@@ -251,6 +251,22 @@ def test_a_look_alike_folder_is_offered_and_can_be_said(source, tmp_path):
         open_scene(tmp_path / "house")
 
 
+def test_the_folder_of_photos_is_a_setting(source, tmp_path):
+    """Below the scene, or anywhere: for a run, and for the doctor."""
+    from vggt_lora.doctor import Plan, check_data
+    from vggt_lora.training.build import open_scenes
+
+    cases.as_it_is(source, tmp_path / "house")
+    (tmp_path / "house" / "images").rename(tmp_path / "house" / "raw")
+    house, photos = str(tmp_path / "house"), tmp_path / "photos"
+    assert len(open_scenes(settings(tmp_path / "house", tmp_path / "run", images="raw"))[0]) == 8
+    (tmp_path / "house" / "raw").rename(photos)
+    assert len(open_scenes(settings(tmp_path / "house", tmp_path / "run", images=str(photos)))[0]) == 8
+    assert [found.status for found in check_data(Plan(data=house, images=str(photos)))] == ["ok", "ok"]
+    with pytest.raises(SceneError, match="images is 'nowhere'; expected a folder"):
+        open_scene(tmp_path / "house", images="nowhere")
+
+
 def test_another_ending_is_offered(source, tmp_path):
     cases.as_it_is(source, tmp_path / "house")
     photo = cases.photos_of(tmp_path / "house")[0]

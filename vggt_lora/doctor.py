@@ -49,6 +49,7 @@ class Plan:
     """Hold the settings of a run that its surroundings depend on, named as in TrainConfig."""
 
     data: str = "demo"
+    images: str = ""
     model: str = "tiny"
     strategy: str = "a"
     target_modules: str = ""
@@ -365,7 +366,8 @@ def photo_size(plan: Plan, own: int, patch: int) -> tuple[int, int]:
                 return square
         else:
             folder = next(iter(find_scenes(plan.data)))
-        return plan_image(open_scene(folder).frames[0].size, long_side, "aspect", patch).size
+        first = open_scene(folder, images=plan.images or None).frames[0]
+        return plan_image(first.size, long_side, "aspect", patch).size
     except (VggtLoraError, IndexError, StopIteration):  # check_data says what is wrong
         return square
 
@@ -443,7 +445,7 @@ def check_data(plan: Plan) -> list[Finding]:
     found = f"{plan.data}: {len(folders)} scene{'s' if len(folders) > 1 else ''}"
     if len(folders) > MOST:
         found += f", of which the first {MOST} are opened"
-    return [Finding("ok", "data", found)] + [look_at_scene(folder) for folder in folders[:MOST]]
+    return [Finding("ok", "data", found)] + [look_at_scene(f, plan.images) for f in folders[:MOST]]
 
 
 def _how_to_get_data(plan: Plan) -> str:
@@ -478,6 +480,7 @@ def _check_demo() -> list[Finding]:
 # %% ../nbs/doctor.ipynb #09298850
 def look_at_scene(
     folder: Path,
+    images: str = "",  # folder of the photos; empty: searched
 ) -> Finding:
     """Open a scene, decode its first and last photo, and count what supervises it."""
     from vggt_lora.scenes.fit import MOST_PHOTOS, check_scene
@@ -485,7 +488,7 @@ def look_at_scene(
     from vggt_lora.supervision.laser import has_laser
 
     try:
-        scene = open_scene(folder)
+        scene = open_scene(folder, images=images or None)
         _decode_ends(scene)
     except VggtLoraError as fault:
         return Finding("fail", "scene", str(fault), "mend or remove this scene; notebook 00 shows it")
@@ -598,6 +601,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", default="", metavar="FILE.yaml",
                    help="read settings from a file, such as a preset; options override it")
     p.add_argument("--data", help="demo, a scene folder, or a folder of scene folders (default: demo)")
+    p.add_argument("--images", help="folder of the photos, below the scene or elsewhere (default: searched)")
     p.add_argument("--model", help="tiny, random, a hub name, a folder or a file (default: tiny)")
     p.add_argument("--strategy", help="a, b, c or custom (default: a)")
     p.add_argument("--target-modules", help="patterns of strategy custom")
@@ -644,8 +648,8 @@ def _plan_of(options: argparse.Namespace) -> Plan:
     plan = Plan()
     if options.config:
         plan.read_file(options.config)
-    for name in ("data", "model", "strategy", "target_modules", "rank", "frames", "image_size", "device", "output"):
-        if getattr(options, name) is not None:
+    for name in vars(plan):
+        if getattr(options, name, None) is not None:
             setattr(plan, name, getattr(options, name))
     plan.read_papermill(options.papermill)
     return plan

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'MANY_PHOTOS', 'PHOTOS', 'scene_root', 'scene_folders', 'find_part', 'files_below',
            'link_command', 'undistort_command', 'plain_stem', 'look_alike', 'photo_folder', 'photo_size', 'photo_path',
-           'size_factors', 'is_raw_depth', 'laser_beside', 'scene_json', 'said_images', 'unit_is_metre',
+           'size_factors', 'is_raw_depth', 'laser_beside', 'scene_json', 'given_images', 'said_images', 'unit_is_metre',
            'unused_models', 'mask_folder', 'frame_of', 'scene_model', 'photo_notes', 'open_scene', 'is_scene',
            'why_no_scene', 'find_scenes']
 
@@ -265,6 +265,18 @@ def scene_json(
     return said, content if isinstance(content, dict) else {}
 
 
+def given_images(
+    root: Path,  # of the scene
+    images: Path | str,  # folder of the photos, below the scene or elsewhere
+) -> Path:
+    """Return the folder of photos that a caller names; raises SceneError where there is none."""
+    places = list(dict.fromkeys([root / images, user_path(images)]))
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise SceneError(f"images is {str(images)!r}; expected a folder, {' or '.join(map(str, places))}")
+    return found
+
+
 def said_images(
     folders: list[Path],  # of the scene
 ) -> Path | None:
@@ -416,7 +428,7 @@ def photo_notes(
 def open_scene(
     path: Path | str,  # ETH3D scene folder, or a COLMAP model (text or binary) or a folder that holds one
     *,
-    images: Path | str | None = None,  # folder that image names are relative to; default: looked for
+    images: Path | str | None = None,  # folder of the photos, below the scene or elsewhere; default: searched
     metric: bool | None = None,  # whether the unit is the metre; default: from scene.json, else from laser data
 ) -> Scene:
     """Open a scene; raises SceneError naming file, line and fault, or the searched places."""
@@ -425,7 +437,7 @@ def open_scene(
     folders = scene_folders(root)
     calibration = find_part(folders, "dslr_calibration_undistorted")
     model, notes = scene_model(path, root, calibration)
-    folder = photo_folder(model, folders, user_path(images) if images else said_images(folders))
+    folder = photo_folder(model, folders, given_images(root, images) if images else said_images(folders))
     ordered = sorted(model.images, key=lambda i: (natsort_keygen()(i.name), i.name))
     masks = mask_folder(folder, folders)
     undistort = undistort_command(model.folder, folder, root)

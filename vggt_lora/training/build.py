@@ -34,7 +34,7 @@ def open_scenes(
         if name not in folders:
             raise ConfigError(unknown_name_message("scene", name, folders))
     metric = {"auto": None, "yes": True, "no": False}[config.units_are_metres]
-    return [open_scene(folders[name], metric=metric) for name in wanted]
+    return [open_scene(folders[name], images=config.images or None, metric=metric) for name in wanted]
 
 # %% ../../nbs/training/build.ipynb #e527c76e
 def split_scenes(

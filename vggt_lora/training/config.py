@@ -29,6 +29,7 @@ class ScopeSettings:
     )
     data: str = setting("demo", "demo, a scene folder, or a folder of scene folders")
     scenes: str = setting("", "names of the scenes to use, separated by commas; empty: all")
+    images: str = setting("", "folder of the photos, below the scene or elsewhere; empty: searched")
     units_are_metres: str = setting(
         "auto", "whether scene units are metres; auto: where laser data or scene.json say so",
         choices=("auto", "yes", "no"),
