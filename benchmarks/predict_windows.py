@@ -1,13 +1,19 @@
-"""Compare joined windows with one window, and a closed loop with the open chain; time many photos.
+"""Compare joined windows with one window, and a closed loop with the open chain; run many photos through a kill.
 
     python benchmarks/predict_windows.py [--photos 60] [--size 112] [--frames 8] [--one 12]
+    python benchmarks/predict_windows.py --many 300
 
 A demo street is photographed on a walk forth and back, so the last photo is taken beside the first. Camera centres are
-compared with the true ones after the best similarity, so bend and drift are measured, not the unit. Photos are rendered
-in a temporary folder.
+compared with the true ones after the best similarity, so bend and drift are measured, not the unit. `--many` runs the
+command `vggt_lora_predict` on that many photos, kills it (SIGKILL) after the tenth window, runs it again, and prints
+time and peak memory of both. Everything is made in a temporary folder.
 """
 import argparse
+import os
+import signal
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -61,13 +67,42 @@ def closure(found, truth: np.ndarray, frames: int) -> tuple[float, float]:
     return float(np.median(turned)), float(np.median(way))
 
 
+def command(photos: Path, output: Path, killed_after: int | None = None) -> None:
+    """Run vggt_lora_predict in a process of its own; print what it says, its time and its peak memory."""
+    words = ["--photos", str(photos), "--model", "tiny", "--output", str(output)]
+    code = "import sys; from vggt_lora.commands import predict_command; sys.exit(predict_command(sys.argv[1:]))"
+    begin, store = time.monotonic(), output.with_name(f".{output.name}.windows")
+    process = subprocess.Popen([sys.executable, "-c", code, *words])
+    while killed_after is not None and len(list(store.glob("*.npz"))) < killed_after:
+        time.sleep(0.05)
+    if killed_after is not None:
+        process.send_signal(signal.SIGKILL)
+    _, status, usage = os.wait4(process.pid, 0)
+    print(f"status {os.waitstatus_to_exitcode(status)}, {time.monotonic() - begin:.0f} s, "
+          f"peak memory {usage.ru_maxrss / 1e6:.2f} GB, {len(list(store.glob('*.npz')))} windows kept", flush=True)
+
+
+def many(folder: Path, count: int) -> None:
+    """Predict many photos, with a kill on the way."""
+    begin = time.monotonic()
+    photos, _ = walk(folder, count, (216, 324))
+    print(f"{count} photos rendered in {time.monotonic() - begin:.0f} s", flush=True)
+    output = folder / "out"
+    command(photos, output, killed_after=10)
+    command(photos, output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=int, default=60)
     parser.add_argument("--size", type=int, default=112, help="long side that the network sees")
     parser.add_argument("--frames", type=int, default=8, help="photos of a window")
     parser.add_argument("--one", type=int, default=12, help="photos that also go through one window")
+    parser.add_argument("--many", type=int, help="photos for the command, which is killed once")
     given = parser.parse_args()
+    if given.many:
+        with tempfile.TemporaryDirectory() as temporary:
+            return many(Path(temporary), given.many)
     network = load_network("tiny")
     with tempfile.TemporaryDirectory() as temporary:
         source, truth = walk(Path(temporary), given.photos, (288, 432))

@@ -325,43 +325,54 @@ def image_sources(
     return [image.get_attribute("src") for image in driver.find_elements(By.CSS_SELECTOR, selector)]
 
 
-def image_pixels(
+def photographed(
     driver,
-    selector: str = ".jp-OutputArea img",
+    element,  # e.g. a canvas, whose pixels a script cannot read between two frames
 ):
-    """Return the first image as the browser has decoded it: (width, height, number of different colours, checksum)."""
-    return tuple(driver.execute_script("""
-        const image = document.querySelector(arguments[0]);
-        if (!image || !image.complete || !image.naturalWidth) return [0, 0, 0, 0];
-        const canvas = document.createElement('canvas');
-        canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
-        const context = canvas.getContext('2d');
-        context.drawImage(image, 0, 0);
-        const pixels = new Uint32Array(context.getImageData(0, 0, canvas.width, canvas.height).data.buffer);
-        let sum = 0;
-        for (const pixel of pixels) sum = (Math.imul(sum, 31) + pixel) | 0;
-        return [canvas.width, canvas.height, new Set(pixels).size, sum];
-    """, selector))
+    """Return the pixels of an element as a person sees it: (height, width, 3) int."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    # two frames later, what was asked for is drawn
+    driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB")).astype(int)
 
 
-def press_slider(
+def share_changed(
+    one,
+    other,  # of photographed
+) -> float:
+    """Return the share of the pixels that differ clearly."""
+    return float((abs(one - other).sum(-1) > 30).mean())
+
+
+def drag_changes(
     driver,
-    label: str,  # the slider's description
-    keys: str,  # e.g. Keys.ARROW_RIGHT
+    canvas,
+    way: tuple[int, int],  # pixels to the right and down
+) -> float:
+    """Drag the view that the mouse turns; return the share of its pixels that change."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    before = photographed(driver, canvas)
+    ActionChains(driver).move_to_element(canvas).click_and_hold().move_by_offset(*way).release().perform()
+    return share_changed(before, photographed(driver, canvas))
+
+
+def click_on_camera(
+    driver,
+    canvas,
+    number: int = 0,
 ) -> None:
-    """Click the handle of the slider with this description and press keys, as a person would."""
-    from selenium.webdriver.common.by import By
-
-    def handle(_):
-        for slider in driver.find_elements(By.CSS_SELECTOR, ".widget-slider"):
-            if slider.find_element(By.CSS_SELECTOR, ".widget-label").text == label:
-                return slider.find_element(By.CSS_SELECTOR, ".noUi-handle")
-        return None
-
-    found = wait_for(driver, handle, f"the slider {label!r}")
-    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
-    found.click()
-    found.send_keys(keys)
+    """Click a camera of the view that the mouse turns."""
+    from selenium.webdriver.common.action_chains import ActionChains
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    spot = driver.execute_script("""
+        const canvas = arguments[0], at = canvas.parentNode.cloud.centreOf(arguments[1]);
+        return [at[0] - canvas.clientWidth / 2, at[1] - canvas.clientHeight / 2];
+    """, canvas, number)
+    ActionChains(driver).move_to_element_with_offset(canvas, round(spot[0]), round(spot[1])).click().perform()
 
 
 def restarts(

@@ -1,4 +1,4 @@
-"""The cloud with sliders, in a real JupyterLab and a real browser; and the same notebook where nobody watches."""
+"""The cloud that the mouse turns, in a real JupyterLab and browser; the same notebook where nobody watches."""
 import base64
 import io
 import json
@@ -14,16 +14,23 @@ import browser  # noqa: E402
 
 CELLS = ("""\
 import numpy as np
-from vggt_lora.views.clouds.clouds3d import cloud_widget
+from vggt_lora.views.clouds.cloud_viewer import ViewedCameras, ViewedCloud
+from vggt_lora.views.clouds.cloud_views import show_clouds
 """, """\
 side = np.linspace(-1, 1, 60)
 x, y = np.meshgrid(side, side)
 wall = np.c_[x.ravel(), y.ravel(), np.full(x.size, 4.0)]
 floor = np.c_[x.ravel(), np.ones(x.size), 3.0 + y.ravel()]
-colours = np.r_[np.tile([[200, 60, 40]], (x.size, 1)), np.tile([[40, 90, 200]], (x.size, 1))].astype(np.uint8)
-view = cloud_widget({"room": (np.r_[wall, floor], colours), "wall": (wall, None)}, size=(300, 400))
+red, blue = np.tile(np.uint8([200, 60, 40]), (x.size, 1)), np.tile(np.uint8([40, 90, 200]), (x.size, 1))
+room = ViewedCloud("room", np.r_[wall, floor], {"colour": np.r_[red, blue]})
+clouds = [room, ViewedCloud("wall", wall, {"colour": red})]
+pose = np.eye(4)
+pose[2, 3] = -2.5
+cameras = ViewedCameras(("front.jpg",), pose[None], np.array([[[80.0, 0, 40], [0, 80, 30], [0, 0, 1]]]), (60, 80))
+view = show_clouds(clouds, cameras, (0, -1, 0))
 view
 """, "print('after the view')")
+CHOSEN = "print('chosen', view.chosen)"
 
 
 def write_notebook(path: Path) -> Path:
@@ -34,18 +41,11 @@ def write_notebook(path: Path) -> Path:
     return path
 
 
-def caption(driver) -> str:
-    """Return the line under the picture that says what it shows."""
-    from selenium.webdriver.common.by import By
-    texts = [label.text for label in driver.find_elements(By.CSS_SELECTOR, ".jp-OutputArea .widget-html")]
-    return next((text for text in texts if "azimuth" in text and "points" in text), "")
-
-
-def test_slider_turns_the_cloud_in_jupyterlab(tmp_path):
+def test_the_mouse_turns_the_cloud_in_jupyterlab(tmp_path):
     missing = browser.what_is_missing()
     if missing:
         pytest.skip(missing)
-    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
     folder = tmp_path / "served"
     folder.mkdir()
     write_notebook(folder / "cloud.ipynb")
@@ -53,24 +53,21 @@ def test_slider_turns_the_cloud_in_jupyterlab(tmp_path):
         browser.open_notebook(driver, url, "cloud.ipynb")
         browser.run_all(driver)
         assert browser.cell_errors(driver) == []
-        browser.wait_for(driver, lambda d: "azimuth 30°" in caption(d), "the caption of the view")
-        before = browser.wait_for(driver, lambda d: (seen := browser.image_pixels(d))[0] and seen, "the picture")
-        assert before[:2] == (400, 300) and before[2] > 2, before  # the right size, and not blank
-        assert len(browser.image_sources(driver)) == 1  # one picture: the static form is not shown beside the sliders
+        canvas, = browser.wait_for(driver, lambda d: d.find_elements("css selector", ".cloud-view canvas"), "the view")
+        assert browser.image_sources(driver) == []  # no still beside it
+        assert browser.drag_changes(driver, canvas, (0, 0)) == 0  # a press alone turns nothing
+        assert browser.drag_changes(driver, canvas, (150, 60)) > 0.05
+        before = browser.photographed(driver, canvas)
+        Select(driver.find_element("css selector", "select[aria-label='cloud']")).select_by_visible_text("wall")
+        assert browser.share_changed(before, browser.photographed(driver, canvas)) > 0.02  # the floor is gone
 
-        browser.press_slider(driver, "azimuth", Keys.ARROW_RIGHT)
-        browser.wait_for(
-            driver, lambda d: "azimuth 35°" in caption(d), "the answer of the kernel to the azimuth slider"
-        )
-        after = browser.wait_for(
-            driver, lambda d: (seen := browser.image_pixels(d))[0] and seen != before and seen, "another picture"
-        )
-        assert after[:2] == before[:2]
-
-        browser.press_slider(driver, "elevation", Keys.ARROW_LEFT * 3)
-        browser.wait_for(
-            driver, lambda d: "elevation 5°" in caption(d), "the answer of the kernel to the elevation slider"
-        )
+        driver.find_element("xpath", "//button[text()='from the start']").click()
+        browser.click_on_camera(driver, canvas)
+        line = driver.find_element("css selector", ".cloud-line")
+        browser.wait_for(driver, lambda d: line.text == "front.jpg", "the clicked camera's name")
+        browser.edit_and_run_on(driver, len(CELLS) - 1, CHOSEN)
+        page = driver.find_element("css selector", ".jp-Notebook")
+        browser.wait_for(driver, lambda d: "chosen 0" in page.text, "the kernel to hear of the click")
         driver.save_screenshot(str(tmp_path / "cloud.png"))
         print(f"screenshot: {tmp_path / 'cloud.png'}")
         assert browser.severe_log_lines(driver) == []
@@ -85,11 +82,12 @@ def test_papermill_gets_a_picture_and_does_not_wait(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     cells = json.loads(result.read_text())["cells"]
     data = [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
-    assert len(data) == 1 and set(data[0]) == {"image/png", "text/plain"}  # no widget that a reader could not see
+    # no widget that a reader could not see
+    assert len(data) == 1 and {"image/png"} <= set(data[0]) <= {"image/png", "image/jpeg", "text/plain"}
     from PIL import Image
     text = data[0]["image/png"]
     picture = Image.open(io.BytesIO(base64.b64decode(text if isinstance(text, str) else "".join(text))))
-    assert picture.size == (400, 300) and len(picture.getcolors(400 * 300)) > 2
+    assert picture.size == (560, 420) and len(picture.convert("RGB").getcolors(420 * 560)) > 2
     assert "after the view" in json.dumps(cells[-1]["outputs"])
     # nor a greeting of Open3D
     assert not any("WebRTC" in json.dumps(cell) or "FEngine" in json.dumps(cell) for cell in cells)

@@ -20,7 +20,8 @@ from types import SimpleNamespace
 from IPython.display import Markdown, display
 from vggt_lora.scenes.scene import Frame, Points, Scene
 from vggt_lora.views.audits import photo_slider
-from vggt_lora.views.clouds.clouds3d import cloud_widget
+from vggt_lora.views.clouds.cloud_viewer import ViewedCameras, ViewedCloud
+from vggt_lora.views.clouds.cloud_views import show_clouds
 from vggt_lora.views.widgets.depth import depth_browser
 from vggt_lora.views.widgets.evaluation import evaluation_viewer
 from vggt_lora.views.widgets.run import LiveView
@@ -45,7 +46,9 @@ frames = tuple(
     "valid=everywhere, weight=truth), ('laser',), NAME, interactive=True)",
     "evaluation_viewer([SimpleNamespace(photo=grey, truth=truth, valid=everywhere, name=NAME, depth={NAME: truth})], "
     "(NAME,), regions=lambda frame: {NAME: everywhere}, interactive=True)",
-    "cloud_widget({NAME: (points.xyz, None)}, interactive=True)",
+    """\
+clouds = [ViewedCloud(name, points.xyz, {NAME: points.rgb}) for name in (NAME, "other")]
+show_clouds(clouds, ViewedCameras((NAME,), poses[0][None], K[None], (40, 60)), (0, -1, 0), interactive=True)""",
     "photo_slider([NAME, NAME], lambda index: grey, interactive=True)",
     """\
 live = LiveView(interactive=True)

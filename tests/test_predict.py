@@ -293,37 +293,19 @@ def test_the_page_turns_by_mouse_from_a_disk_without_a_network(known, chromium, 
     shots.mkdir(parents=True, exist_ok=True)
     chromium.get(known.page.as_uri())
     canvas = chromium.find_element("css selector", "#cloud canvas")
-
-    def picture(name):
-        chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-        browser.wait_for(chromium, lambda d: d.execute_script("return window.cloud !== null"), "the view")
-        path = shots / f"predict_{name}.png"
-        canvas.screenshot(str(path))
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB")).astype(int)
-
-    def changed(one, other):
-        return (np.abs(one - other).sum(-1) > 30).mean()
-
-    start = picture("start")
+    start = browser.photographed(chromium, canvas)
     assert (np.abs(start - [244, 246, 248]).sum(-1) > 30).mean() > 0.05, "next to nothing is drawn"
-    assert changed(start, picture("again")) == 0
-    ActionChains(chromium).move_to_element(canvas).click_and_hold().move_by_offset(180, 60).release().perform()
-    turned = picture("turned")
-    assert changed(start, turned) > 0.05
+    assert browser.drag_changes(chromium, canvas, (0, 0)) == 0
+    assert browser.drag_changes(chromium, canvas, (180, 60)) > 0.05
+    chromium.save_screenshot(str(shots / "predict_turned.png"))
+    turned = browser.photographed(chromium, canvas)
     ActionChains(chromium).scroll_from_origin(ScrollOrigin.from_element(canvas), 0, -400).perform()
-    nearer = picture("nearer")
-    assert changed(turned, nearer) > 0.05
+    nearer = browser.photographed(chromium, canvas)
+    assert browser.share_changed(turned, nearer) > 0.05
     Select(chromium.find_element("css selector", "select[aria-label='colour by']")).select_by_visible_text("confidence")
-    assert changed(nearer, picture("confidence")) > 0.05
+    assert browser.share_changed(nearer, browser.photographed(chromium, canvas)) > 0.05
     chromium.find_element("xpath", "//button[text()='from the start']").click()
-    chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    spot = chromium.execute_script(
-        "const s = window.cloud.centreOf(3), c = arguments[0]; return [s[0] - c.clientWidth / 2, s[1] - "
-        "c.clientHeight / 2]",
-        canvas,
-    )
-    ActionChains(chromium).move_to_element_with_offset(canvas, round(spot[0]), round(spot[1])).click().perform()
+    browser.click_on_camera(chromium, canvas, 3)
     browser.wait_for(
         chromium, lambda d: d.find_elements("css selector", "figure.chosen"), "the photo of the clicked camera"
     )

@@ -27,7 +27,8 @@ def at_home(
     for name in PATHS:
         value = getattr(config, name, "")
         path = here / Path(value).expanduser()
-        if value and (name in ("output", "scene") or path.exists()):
+        folder = name in ("output", "scene") or name == "photos" and not value.startswith("demo")
+        if value and (folder or path.exists()):
             found[name] = str(path)
     if output and not config.output:
         found["output"] = str(free_folder(here / "outputs" / output))

@@ -24,15 +24,16 @@ from ..training.run import environment
 # %% ../../nbs/prediction/facts.ipynb #2ccb682e
 def masks_of(
     photos: Photos,
+    confidence: np.ndarray,  # (N, H, W) of the network
     leave_out_sky: bool = True,
 ) -> np.ndarray:
-    """Return which pixels become no cloud, (N, H, W) bool: borders, and sky by the scene's labels, else by its look."""
+    """Return which pixels become no cloud, (N, H, W) bool: borders, and sky by the scene's labels, else by `sky_of`."""
     masked = ~photos.inside
     if not leave_out_sky:
         return masked
     labelled = _parts_file(photos) is not None
     for i in range(len(photos)):
-        masked[i] |= _labelled_sky(photos, i) if labelled else sky_of(photos.images[i])
+        masked[i] |= _labelled_sky(photos, i) if labelled else sky_of(photos.images[i], confidence[i])
     return masked
 
 
@@ -91,15 +92,14 @@ def facts_of(
     seconds: float,
 ) -> dict:
     """Return what prediction.json holds."""
-    geometry = next(iter(solved.values())).geometry
+    unit = "metre" if next(iter(solved.values())).geometry.metric else "arbitrary"
+    cameras = "known" if photos.K is not None else "predicted"
+    models = {name: _facts_of_model(found, clouds[name]) for name, found in solved.items()}
     return {
         "config": settings, "model": network.name, "base": network.base, "adapted": network.adapted,
         "digest": network.digest, "licence": LICENCES.get(network.base, UNKNOWN_LICENCE)[1],
         "photos": list(photos.names), "left_out": photos.left_out, "size": list(photos.images.shape[2:0:-1]),
-        "unit": "metre" if geometry.metric else "arbitrary",
-        "cameras": "known" if photos.K is not None else "predicted", "seconds": round(seconds, 1),
-        "models": {name: _facts_of_model(found, clouds[name]) for name, found in solved.items()},
-        "environment": environment(),
+        "unit": unit, "cameras": cameras, "seconds": round(seconds, 1), "models": models, "environment": environment(),
     }
 
 
@@ -145,7 +145,7 @@ def numbers_of(
     """Return the numbers of a prediction in words, what -> value."""
     width, height = facts["size"]
     found = {"photos": len(facts["photos"]), "size": f"{width} x {height} px", "cameras": facts["cameras"],
-             "unit": facts["unit"]}
+             "unit": facts["unit"], "taken for sky and left out": f"{100 * facts['sky']:.1f} % of the pixels"}
     for name, model in facts["models"].items():
         left_out = [f"{count:,} {why}" for why, count in model["cloud_left_out"].items() if count]
         found[f"{name}: points of the cloud"] = f"{model['cloud_points']:,}; left out: {', '.join(left_out)}"

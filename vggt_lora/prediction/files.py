@@ -162,18 +162,25 @@ def read_depth_png(
 # %% ../../nbs/prediction/files.ipynb #d5dc10f8
 def sky_of(
     image: np.ndarray,  # (H, W, 3) uint8, upright
+    confidence: np.ndarray,  # (H, W), 1 and above
 ) -> np.ndarray:
-    """Return the pixels (H, W) that look like sky."""
+    """Return the pixels (H, W) that look like sky and of which the network is unsure."""
     from scipy import ndimage
 
     red, green, blue = (image[..., k].astype(np.float32) for k in range(3))
-    tone = (blue > red + 15) & (blue >= green) & (blue > 110) | (np.minimum(red, np.minimum(green, blue)) > 243)
-    grey = image.mean(-1)
-    smooth = ndimage.maximum_filter(grey, 3) - ndimage.minimum_filter(grey, 3) < 14
-    parts, _ = ndimage.label(tone & smooth)
-    at_top = np.unique(parts[0])
-    sky = np.isin(parts, at_top[at_top > 0])
-    return sky if sky.mean() > 0.01 else np.zeros_like(sky)
+    darkest, grey = image.min(-1), image.mean(-1)
+    range_of_grey = ndimage.maximum_filter(grey, 3) - ndimage.minimum_filter(grey, 3)
+    clear = (blue > red + 15) & (blue >= green) & (blue > 110) & (range_of_grey < 14)
+    overcast = (blue >= red) & (darkest > 195) & (range_of_grey < 8)
+    burnt_out = (darkest > 243) & (range_of_grey < 14)
+    parts, _ = ndimage.label(clear | overcast | burnt_out)
+    sky = np.zeros(image.shape[:2], bool)
+    for number in set(parts[0][parts[0] > 0]):
+        part = parts == number
+        unsure = part.all() or np.median(confidence[part]) < 0.85 * np.median(confidence[~part])
+        if unsure and part.mean() > 0.005:
+            sky |= part
+    return sky
 
 # %% ../../nbs/prediction/files.ipynb #47c903a9
 def cloud_of(

@@ -124,9 +124,8 @@ def forward_bytes(
     shape,  # VGGTConfig
     frames: int,  # photos in a window
     size: tuple[int, int],  # (height, width) px
-    precision: str = "float32",  # or bf16: the aggregator then needs half
 ) -> tuple[int, int]:
-    """Return the bytes of the weights, and the most that a pass holds in results."""
+    """Return the bytes of the weights, and the most that a float32 pass holds in results; bf16 needs less."""
     with torch.device("meta"):
         model = VGGT(dataclasses.replace(shape, point_head=False, track_head=False))
     weights = sum(p.numel() for p in model.parameters()) * 4
@@ -134,7 +133,7 @@ def forward_bytes(
     with torch.no_grad(), _FusedAttention(), watch:
         result = model(torch.empty(1, frames, 3, *size, device="meta"), heads=("camera", "depth"))
     del result
-    return weights, watch.most  # bf16 halves part of it, so this is an upper bound
+    return weights, watch.most
 
 # %% ../../nbs/prediction/network.ipynb #45f4e0af
 def check_memory(
@@ -142,14 +141,17 @@ def check_memory(
     frames: int,
     size: tuple[int, int],
     device: str,  # cpu or cuda
+    held: int = 0,  # bytes that all photos need beside the window, in the memory of the CPU
     free: int | None = None,  # bytes; None: ask the machine
 ) -> str:
-    """Say what a window needs; raise ConfigError, naming a window that fits, if too little is free."""
+    """Say what a prediction needs; raise ConfigError, naming a window that fits, if too little is free."""
     free = free_memory(device)[0] if free is None else free
     weights, results = forward_bytes(shape, frames, size)
-    need = f"a window of {frames} photos of {size[0]} x {size[1]} needs about {(weights + results) / 1e9:.2f} GB"
-    if weights + results <= free:
-        return f"{need}, {free / 1e9:.1f} GB are free"
-    fits = next((n for n in range(frames - 1, 0, -1) if weights + results * n / frames <= free), 0)
+    fixed = weights + (held if device == "cpu" else 0)
+    need = (f"a window of {frames} photos of {size[0]} x {size[1]} needs about {(weights + results) / 1e9:.2f} GB, all "
+            f"photos {held / 1e9:.2f} GB")
+    if fixed + results <= free:
+        return f"{need}; {free / 1e9:.1f} GB are free"
+    fits = next((n for n in range(frames - 1, 0, -1) if fixed + results * n / frames <= free), 0)
     remedy = f"give frames={fits}" if fits else "take smaller photos (image_size) or a machine with more"
     raise ConfigError(f"{need} of memory, {free / 1e9:.2f} GB are free; {remedy}")

@@ -240,7 +240,7 @@ function cloudView(root, data, onCamera) {
   canvas.addEventListener("wheel", e => { e.preventDefault(); state.distance = Math.max(0.02, Math.min(5, state.distance * Math.exp(0.001 * e.deltaY))); draw(); }, {passive: false});
   new ResizeObserver(draw).observe(canvas);
   draw();
-  return {state, draw, choose, centreOf: i => onScreen(matrix(), corners[i][0])};
+  return root.cloud = {state, draw, choose, centreOf: i => onScreen(matrix(), corners[i][0])};
 }
 """
 

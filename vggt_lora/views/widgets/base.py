@@ -171,9 +171,6 @@ class PanelPage:
         except Exception as error:  # JupyterLab hides what a callback raises, so the caption shows it
             said = f"could not draw: {type(error).__name__}: {error}"
         self._words.value = words(said)
-        idle = self.idle()
-        for name, control in self.inputs.items():
-            control.disabled = name in idle
 
     def arrange(self, inputs: dict, screen, caption):
         """Arrange the page; a subclass may override it."""
@@ -236,10 +233,6 @@ class Panel(PanelPage):
         self._move()
         self.refresh()
         return self
-
-    def idle(self) -> tuple[str, ...]:
-        """Return the controls without effect in this state; the page disables them."""
-        return ()
 
     def changed(self, names: tuple[str, ...]) -> None:
         """React to moved controls before the redraw; a subclass may move others here."""
