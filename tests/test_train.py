@@ -13,7 +13,7 @@ from vggt_lora.datasets.splits import LeakError
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.reference_data import real_scene
-from vggt_lora.train import TrainConfig, small_photos, train
+from vggt_lora.train import TrainConfig, read_config, small_photos, train
 from vggt_lora.training.build import build_model, make_frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
 from vggt_lora.training.loop import held_out_loss
@@ -190,6 +190,15 @@ def test_a_resumed_run_needs_no_more_than_its_folder_and_says_what_is_not_as_it_
         and f"torch is {torch.__version__!r} here" in log
     )
     assert "settings of this run: " in log and "numpy is" not in log and "rank=4" in log
+
+
+def test_more_epochs_extend_a_run_that_has_ended(scene, tmp_path):
+    first = train(quick(scene, tmp_path, epochs=1))
+    longer = train(TrainConfig(output=str(tmp_path), resume=True, epochs=3))
+    assert (first.records[-1]["epoch"], longer.records[-1]["epoch"]) == (1, 3)
+    assert longer.records[-1]["step"] == 3 * first.records[-1]["step"]
+    assert "epochs is 3 from here on, the run began with 1" in (tmp_path / "train.log").read_text()
+    assert read_config(tmp_path).epochs == 3  # which the next resume goes on with
 
 
 def test_resume_refuses_other_settings_and_damaged_checkpoints(scene, tmp_path):

@@ -147,7 +147,8 @@ def _describe_resumed(run: RunFolder, config: TrainConfig) -> None:
     """Add to config.json where the run goes on, and log what differs; the record of how it began stays."""
     about = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     here = environment()
-    run.write("config.json", {**about, "resumed_in": [*about.get("resumed_in", []), here]})
+    settings = {**about["config"], "epochs": config.epochs}  # more of them extend the run
+    run.write("config.json", {**about, "config": settings, "resumed_in": [*about.get("resumed_in", []), here]})
     then, now = ({**e, **e["packages"], "packages": None} for e in (about["environment"], here))
     for name in now:
         if then.get(name) != now[name]:
@@ -155,7 +156,7 @@ def _describe_resumed(run: RunFolder, config: TrainConfig) -> None:
             run.log(f"{found}: it goes on, but last digits may differ")
     changed = [f for f in dataclasses.fields(config) if getattr(config, f.name) != f.default]
     run.log("settings of this run: " + ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in changed))
-    for name in MAY_CHANGE_LOGGED:
+    for name in ("epochs", *MAY_CHANGE_LOGGED):
         began = about["config"].get(name)
         if began != getattr(config, name):
             run.log(f"{name} is {getattr(config, name)!r} from here on, the run began with {began!r}")
@@ -174,7 +175,7 @@ def resumed_config(
 ) -> TrainConfig:
     """Return the configuration of a resumed run; raises ConfigError naming settings that differ.
 
-    Settings that stand at their default are taken from the run's beginning.
+    Settings that stand at their default are taken from the run's beginning; more epochs extend the run.
     """
     kept, changed = {}, []
     for field in dataclasses.fields(config):
@@ -182,7 +183,9 @@ def resumed_config(
             continue
         then, now = getattr(began, field.name), getattr(config, field.name)
         kept[field.name] = then
-        if now not in (field.default, then):
+        if field.name == "epochs" and now > then and now != field.default:
+            kept["epochs"] = now
+        elif now not in (field.default, then):
             changed.append(f"{field.name} was {then!r}, now {now!r}")
     if changed:
         raise ConfigError("a resumed run must keep its settings; differing: " + ", ".join(changed))
