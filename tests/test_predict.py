@@ -136,11 +136,14 @@ def test_a_broken_photo_is_left_out_and_named(photos, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(photos, folder)
     (folder / "IMG_9.JPG").write_bytes((folder / "IMG_9.JPG").read_bytes()[:2000])
+    (folder / "IMG_11.HEIC").write_bytes(b"")
     with Image.open(folder / "IMG_10.JPG") as lying:
         lying.transpose(Image.Transpose.ROTATE_90).save(folder / "IMG_10.JPG")  # upright among lying ones
     said = []
     found = predict(PredictConfig(photos=str(folder), output=str(tmp_path / "out"), **SMALL), said.append)
-    assert list(found.facts["left_out"]) == ["IMG_9.JPG"] and any("left out: IMG_9.JPG" in line for line in said)
+    assert list(found.facts["left_out"]) == ["IMG_9.JPG", "other formats"]
+    assert any("left out: IMG_9.JPG" in line for line in said)
+    assert any("passed over: 1 .HEIC" in line for line in said)
     assert "IMG_9.JPG" in found.page.read_text() and len(found.photos) == 5
     upright = found.photos.names.index("IMG_10.JPG")
     assert not found.photos.inside[upright].all() and found.photos.inside[upright - 1].all()

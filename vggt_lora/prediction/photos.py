@@ -19,7 +19,7 @@ from ..demo.demo_scenes import DEMO_HELD_OUT
 from ..progress import progress_bar
 from ..scenes.images import PATCH, ImagePlan, _flatten, open_photo, plan_image, target_size
 from ..scenes.opening import find_scenes, is_scene, open_scene
-from ..scenes.reconstruct import photos_in
+from ..scenes.reconstruct import passed_over, photos_in
 from ..scenes.scene import Scene
 
 # %% ../../nbs/prediction/photos.ipynb #f0413c6f
@@ -158,6 +158,8 @@ def open_photos(
     if not opened:
         raise SceneError(f"{source}: none of its {len(chosen)} photos can be read; the first: "
                          f"{next(iter(left_out.values()))}")
+    if scene is None and not wanted and (other := passed_over(user_path(source))):
+        left_out["other formats"] = other
     K = pose = None
     if scene is not None:
         K = np.stack([plans[k].intrinsics(scene.frames[k].K) for k in opened])
