@@ -379,7 +379,10 @@ def depth_ratios(scene: Scene, frame: Frame) -> np.ndarray:
     original = original_camera(scene, frame, "its laser depth")
     if frame.depth_path.stat().st_size != 4 * original.size[0] * original.size[1]:
         return np.zeros(0)  # named when the depth is used
-    laser = np.memmap(frame.depth_path, "<f4", "r", shape=tuple(original.size))
+    try:
+        laser = np.memmap(frame.depth_path, "<f4", "r", shape=tuple(original.size))
+    except OSError as error:  # no right to read it, or no address space left
+        raise SceneError(f"{frame.depth_path}: cannot be read ({error})") from error
     pixels, z = project_points(scene.points.xyz[frame.point_rows], frame.world_to_cam, frame.K)
     pixels, z = pixels[z > 0], z[z > 0]
     ratios = sample_nearest(laser, to_original(pixels, frame.K, original), np.inf) / z
