@@ -240,6 +240,17 @@ def test_ause_of_an_oracle_and_of_the_opposite():
     assert ause(error, -error) == 0 < 0.3 < ause(error, np.ones(2000)) < ause(error, error)
 
 
+def test_without_open3d_regions_have_no_planes_and_04_goes_on(window, monkeypatch):
+    frame = rows_of(window, exact(window[-1]), "none").maps[0]
+    monkeypatch.setattr(regions, "has_open3d", lambda: False)
+    with pytest.raises(ConfigError, match="planes need Open3D"):
+        regions.true_planes(frame.truth, frame.valid, frame.K)
+    masks, by = regions.region_masks(frame, regions.planes_of(frame))
+    assert by == "labels" and masks["wall"].any()
+    notebook = json.loads((ROOT / "nbs" / "04_evaluate.ipynb").read_text(encoding="utf-8"))
+    assert not any("true_planes(" in line for cell in notebook["cells"] for line in cell["source"])
+
+
 def test_planes_of_a_building_and_what_a_shift_does_to_them(window):
     scene, item, cache, sample = window
     found = rows_of(window, exact(sample), "none")

@@ -29,7 +29,7 @@ from .evaluation.forgetting import Drift, DriftLimits, drift, evaluate_elsewhere
 from .evaluation.metrics import ALIGNMENTS, align_depth, depth_metrics
 from .evaluation.protocols import PROTOCOLS, PUBLISHED, STANDARD, Protocol, find_protocols
 from vggt_lora.evaluation.regions import (
-    HYPOTHESES, check_claims, region_effects, region_masks, region_rows, true_planes, world_up,
+    HYPOTHESES, check_claims, planes_of, region_effects, region_masks, region_rows, true_planes, world_up,
 )
 from .evaluation.runner import Evaluation, base_of, comparison_rows, evaluate_windows
 from .evaluation.statistics import effects, in_words

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUMP', 'REACH', 'LABELS', 'DISTANCES', 'PLANE_ERRORS', 'EDGE_ERRORS', 'HYPOTHESES', 'VisiblePlane', 'facing_plane',
            'has_open3d', 'true_planes', 'plane_errors', 'depth_edges', 'edge_errors', 'window_mask', 'world_up',
-           'region_masks', 'region_rows', 'region_effects', 'verdict_on', 'check_claims']
+           'planes_of', 'region_masks', 'region_rows', 'region_effects', 'verdict_on', 'check_claims']
 
 # %% ../../nbs/evaluation/regions.ipynb #8cdbe156
 import dataclasses
@@ -204,14 +204,14 @@ def world_up(
         chosen = [k for k, frame in enumerate(maps) if frame.scene == scene]
         poses, walls = [np.asarray(maps[k].world_to_cam, dtype=np.float64) for k in chosen], []
         for k, pose in zip(chosen, poses):
-            of_photo = _planes_of(maps[k]) if planes is None else planes[k]
+            of_photo = planes_of(maps[k]) if planes is None else planes[k]
             pixels = max(maps[k].valid.sum(), 1)
             walls += [(plane.normal @ pose[:3, :3], plane.mask.sum() / pixels / len(chosen)) for plane in of_photo]
         found[scene] = -down_direction(poses, walls)
     return found
 
 # %% ../../nbs/evaluation/regions.ipynb #29ebb391
-def _planes_of(frame: EvaluatedFrame) -> list[VisiblePlane]:
+def planes_of(frame: EvaluatedFrame) -> list[VisiblePlane]:
     """Return the true planes of a map; none without Open3D."""
     return true_planes(frame.truth, frame.valid, frame.K) if has_open3d() else []
 
@@ -263,7 +263,7 @@ def region_rows(
     Raises SceneError for broken masks, ConfigError if no photo has one.
     """
     rows, used = [], 0
-    found = [_planes_of(frame) for frame in maps]
+    found = [planes_of(frame) for frame in maps]
     ups = world_up(maps, found) if up is None else {}
     for frame, planes in zip(maps, found):
         masks, by = region_masks(frame, planes, windows, ups.get(frame.scene, up))
