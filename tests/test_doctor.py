@@ -69,7 +69,7 @@ def test_a_healthy_set_up_in_lines_and_as_json(scenes, tmp_path):
 
 
 BROKEN = {
-    "no such data": (lambda place: {"data": str(place / "none")}, "data", "is no folder"),
+    "no such data": (lambda place: {"data": str(place / "none")}, "data", "is not a folder"),
     "empty data": (lambda place: {"data": ""}, "data", "data is empty"),
     "no such model": (lambda place: {"model": str(place / "none.safetensors")}, "weights", "no weights"),
     "not downloaded": (lambda place: {"model": "nobody/nothing-like-this"}, "weights", "is not on this machine"),

@@ -233,7 +233,7 @@ def test_binary_faults_name_the_record(scene_folder):
 
 
 def test_missing_parts_are_named(scene_folder, tmp_path):
-    with pytest.raises(SceneError, match="no COLMAP model found: looked for .*sparse/0.*is no folder"):
+    with pytest.raises(SceneError, match="no COLMAP model found: looked for .*sparse/0.*is not a folder"):
         open_scene(tmp_path / "nowhere")
     (scene_folder / "images/sub/DSC_9.JPG").rename(scene_folder / "images/sub/DSC_9.jpg")
     with pytest.raises(

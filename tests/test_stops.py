@@ -151,7 +151,7 @@ def other_base(patch, rank, folder) -> None:
 def no_scenes(patch, rank, folder) -> None:
     """The second process's machine has not the photos."""
     if rank == 1:
-        patch.setattr(start_module, "open_scenes", raises(ConfigError("data: photos is no folder")))
+        patch.setattr(start_module, "open_scenes", raises(ConfigError("data: photos is not a folder")))
 
 
 def no_memory(patch, rank, folder) -> None:
@@ -377,8 +377,8 @@ def test_an_error_of_one_process_is_the_others_end_too(pair, name, words, whose)
     assert [one["scenes"] for one in found] == [1, 1]
     said = [(folder / f"log-{rank}").read_text() for rank in (0, 1)]
     assert (
-        "vggt_lora.train: data: photos is no folder (in process 2 of 2)\n" in said[0]
-        and "vggt_lora.train: data: photos is no folder\n" in said[1]
+        "vggt_lora.train: data: photos is not a folder (in process 2 of 2)\n" in said[0]
+        and "vggt_lora.train: data: photos is not a folder\n" in said[1]
     )
 
 

@@ -34,7 +34,7 @@ def submitit_options(
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not (key and equals and value):
-            raise ConfigError(f"{part!r} is no option for slurm; expected NAME=VALUE and semicolons between them")
+            raise ConfigError(f"{part!r} is not an option for slurm; expected NAME=VALUE and semicolons between them")
         found[key] = int(value) if value.isdigit() else value
     return found
 

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import platform
-import shlex
 import shutil
 import sys
 import tempfile

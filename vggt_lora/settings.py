@@ -64,7 +64,7 @@ class Setting:
 def settings_of(
     cls: type,  # a dataclass whose fields are declared with setting()
 ) -> list[Setting]:
-    """List the settings of a configuration in their order; raises ConfigError for a field that is no setting."""
+    """List the settings of a configuration in their order; raises ConfigError for a field that is not a setting."""
     found, section = [], ""
     for field in dataclasses.fields(cls):
         kinds = set(typing.get_args(field.type)) or {field.type}

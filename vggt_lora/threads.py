@@ -14,7 +14,7 @@ from pathlib import Path
 
 # %% ../nbs/threads.ipynb #34a915b4
 CGROUP = Path("/sys/fs/cgroup")
-QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # microseconds of work in a period; cgroup 2 and 1
+QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # µs of work in a period; cgroup 2 and 1
 
 
 def allowed_cores() -> int:
@@ -54,8 +54,8 @@ def share_cores() -> None:
 def warn_of_spinning() -> None:
     """Warn that torch was imported too early, if it has several threads; call it before work on the CPU."""
     if _late[0] and sys.modules["torch"].get_num_threads() > 1:
-        warnings.warn("torch was imported before vggt_lora, so its threads spin while they wait, and a busy machine makes "
-                      "a step many times slower; import vggt_lora first, or set OMP_WAIT_POLICY=PASSIVE", stacklevel=2)
+        warnings.warn("torch was imported before vggt_lora, so its threads spin while they wait, and a busy machine "
+                      "makes a step many times slower; import vggt_lora first, or set OMP_WAIT_POLICY=PASSIVE", stacklevel=2)
 
 # %% ../nbs/threads.ipynb #334c7fd4
 def machine_is_busy() -> str:

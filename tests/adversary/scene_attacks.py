@@ -638,7 +638,7 @@ MLPS = {
 
 
 def sheared(folder: Path) -> str:
-    """A matrix that is no rotation."""
+    """A matrix that is not a rotation."""
     import re
     path = folder / ALIGNMENT
     text = path.read_text()

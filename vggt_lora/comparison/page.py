@@ -155,8 +155,8 @@ def photos_part(comparison: Comparison, photos: int) -> tuple:
     drawn, missing = side_by_side(comparison, photos)
     seed = comparison.settings[0].runs[0].config["seed"]
     title = f"Seed {seed} of each setting; alignment {comparison.alignment}."
-    return (None if drawn is None else picture(drawn, title),
-            tag("ul", [tag("li", why) for why in missing]) if missing else None)
+    figure = None if drawn is None else picture(drawn, title)
+    return figure, tag("ul", [tag("li", why) for why in missing]) if missing else None
 
 
 def facts_of(comparison: Comparison) -> dict[str, str]:

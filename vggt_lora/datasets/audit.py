@@ -10,6 +10,7 @@ __all__ = ['AuditLimits', 'outliers', 'reprojection_error', 'exposure_offset', '
 
 # %% ../../nbs/datasets/audit.ipynb #33759915
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -525,32 +526,32 @@ def audit_scene(
         look_at(scene, i, image_size, sources, limits)
         for i in progress_bar(indices, desc=f"audit of {scene.name}", unit="photo", disable=not progress)
     ]
-    absent = {
-        name: next(iter(why))
-        for name in sources
-        if (why := [f.absent[name] for f in findings if name in f.absent]) and not any(name in f.maps for f in findings)
-    }
+    absent = {}
+    for name in sources:
+        why = [f.absent[name] for f in findings if name in f.absent]
+        if why and not any(name in f.maps for f in findings):
+            absent[name] = why[0]
     edges, labels = distance_edges(scene), [found.labels for found in findings]
-    rows = [
-        row
-        for name in sources
-        if name not in absent
-        for row in share_rows(name, [f.maps.get(name) for f in findings], labels, edges)
-    ]
-    pairs = [(a, b) for n, a in enumerate(sources) for b in sources[n + 1:]]
-    agreements = [row for a, b in pairs if (row := agreement_row(a, b, findings)) is not None]
-    table = [
-        {
-            "index": f.index,
-            "name": f.name,
-            "off": f.off,
-            "exposure": f.exposure,
-            "mask_gain": f.mask_gain,
-            "scales": {n: s for n, s in f.scales.items() if n in sources},
-            "shares": {n: f.maps[n].coverage if n in f.maps else 0.0 for n in sources if n not in absent},
-        }
-        for f in findings
-    ]
+    present, rows = [name for name in sources if name not in absent], []
+    for name in present:
+        rows += share_rows(name, [f.maps.get(name) for f in findings], labels, edges)
+    agreements = [agreement_row(a, b, findings) for a, b in itertools.combinations(sources, 2)]
+    agreements = [row for row in agreements if row is not None]
+    table = [_photo_row(f, sources, present) for f in findings]
     return SceneAudit(scene.name, "m" if scene.metric else "scene units", image_size, sources, rows, agreements, table,
                       find_suspects(findings, sources, limits), absent, audit_notes(findings, scene, len(indices)),
                       listing_limits(findings, sources, limits))
+
+
+def _photo_row(found: FrameFindings, sources: tuple, present: list[str]) -> dict:
+    """Return the row of one photo in the table of an audit."""
+    shares = dict.fromkeys(present, 0.0) | {n: found.maps[n].coverage for n in present if n in found.maps}
+    return {
+        "index": found.index,
+        "name": found.name,
+        "off": found.off,
+        "exposure": found.exposure,
+        "mask_gain": found.mask_gain,
+        "scales": {n: s for n, s in found.scales.items() if n in sources},
+        "shares": shares,
+    }

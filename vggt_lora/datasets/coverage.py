@@ -41,21 +41,20 @@ def supervision_coverage(
 
 def _row(scene: str, shares: list, sources: tuple[str, ...]) -> dict:
     known, reach = [share for share, *_ in shares], [span for *_, span in shares if span]
-    by_source = (
-        {source: float(np.mean([parts.get(source, 0.0) for _, parts, _ in shares])) for source in sources}
-        if len(sources) > 1
-        else {}
-    )
+    nearest, farthest = [near for near, _ in reach], [far for _, far in reach]
+    by_source = {}
+    for source in sources if len(sources) > 1 else ():
+        by_source[source] = float(np.mean([parts.get(source, 0.0) for _, parts, _ in shares]))
     return {
         "scene": scene,
         "supervision": "+".join(sources),
         "frames": len(known),
-        "frames_without_depth": sum(share == 0 for share in known),
+        "frames_without_depth": known.count(0),
         "share": float(np.mean(known)),
         "least": float(min(known)),
         "by_source": by_source,
-        "nearest": min((near for near, _ in reach), default=None),
-        "farthest": max((far for _, far in reach), default=None),
+        "nearest": min(nearest, default=None),
+        "farthest": max(farthest, default=None),
     }
 
 # %% ../../nbs/datasets/coverage.ipynb #134cb197

@@ -8,6 +8,8 @@ __all__ = ['Sample', 'FrameData', 'FrameCache', 'load_sample', 'collate']
 # %% ../../nbs/datasets/samples.ipynb #0033035a
 import dataclasses
 from collections import OrderedDict
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +24,9 @@ from ..supervision.depth_map import DepthMap
 from vggt_lora.supervision.sources import (
     ANCHORED, PREPARED, Mixture, check_supervision, depth_source, resolve_supervision, source_names,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/datasets/samples.ipynb #7bb61fdb
 @dataclasses.dataclass
@@ -164,19 +169,20 @@ def load_sample(
     data = [cache.get(scene, i, target) for i in indices]
     frames = [scene.frames[i] for i in indices]
 
-    def stack(arrays, dtype):
+    def stack(rows, name, dtype):
+        arrays = [attrgetter(name)(row) for row in rows]
         return torch.from_numpy(np.stack(arrays).astype(dtype))
 
-    images = stack([d.image for d in data], np.uint8).permute(0, 3, 1, 2).float() / 255
-    depth = stack([d.depth.depth for d in data], np.float32)
+    images = stack(data, "image", np.uint8).permute(0, 3, 1, 2).float() / 255
+    labels = [np.zeros(target, np.uint8) if d.labels is None else d.labels for d in data]
     return Sample(
         images=images.contiguous(),
-        K=stack([d.K for d in data], np.float32),
-        world_to_cam=stack([f.world_to_cam for f in frames], np.float64),
-        depth=depth,
-        valid=stack([d.depth.valid for d in data], bool),
-        weight=stack([d.depth.weight for d in data], np.float32),
-        labels=stack([np.zeros(target, np.uint8) if d.labels is None else d.labels for d in data], np.uint8),
+        K=stack(data, "K", np.float32),
+        world_to_cam=stack(frames, "world_to_cam", np.float64),
+        depth=stack(data, "depth.depth", np.float32),
+        valid=stack(data, "depth.valid", bool),
+        weight=stack(data, "depth.weight", np.float32),
+        labels=torch.from_numpy(np.stack(labels).astype(np.uint8)),
         names=tuple(f.name for f in frames),
         scene=scene.name,
         metric=scene.metric,

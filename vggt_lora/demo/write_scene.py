@@ -38,7 +38,10 @@ def write_laser(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto], seed:
     points, seen = np.concatenate(scans), []
     for k, photo in enumerate(shoot.photos):
         camera = shoot.cameras[photo.camera_id]
-        pixels = lambda xy: distort(xy, camera.lens) * np.diag(camera.original_K)[:2] + camera.original_K[:2, 2]
+
+        def pixels(xy):
+            return distort(xy, camera.lens) * np.diag(camera.original_K)[:2] + camera.original_K[:2, 2]
+
         seen.append(seen_points(shoot.casters[k], points, photo.world_to_cam, pixels, camera.original_size))
     often = np.bincount(np.concatenate([rows for rows, _, _ in seen]), minlength=len(points)) >= 2
     for name in ("ground_truth_depth/dslr_images", "masks_for_images/dslr_images", "dslr_scan_eval", "occlusion"):
@@ -83,8 +86,12 @@ def write_calibration(folder: Path, shoot: PhotoJob, shots: list[RenderedPhoto],
     """Make points from the photos' corners, as structure from motion would; write both calibrations."""
     rng, photos, panels = np.random.default_rng([seed, 303]), shoot.photos, shoot.panels
     usable = ~np.isin(panels.part, [PARTS.index("glass"), PARTS.index("person")])
-    cast = lambda k, uv: shoot.casters[k].pixels(photos[k].world_to_cam, photos[k].K, uv)
-    camera = lambda k: shoot.cameras[photos[k].camera_id]
+
+    def cast(k, uv):
+        return shoot.casters[k].pixels(photos[k].world_to_cam, photos[k].K, uv)
+
+    def camera(k):
+        return shoot.cameras[photos[k].camera_id]
 
     def keep(k, uv):  # those that are on the original photo
         sane = (np.abs(uv - np.array(photos[k].size[::-1]) / 2) < 0.75 * np.array(photos[k].size[::-1])).all(1)

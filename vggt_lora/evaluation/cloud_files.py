@@ -33,7 +33,7 @@ def ply_bytes(
     rows["red"], rows["green"], rows["blue"] = cloud.colours.T
     for name in EXTRA:
         rows[name] = getattr(cloud, name)
-    kinds = {name: kind for name, kind in record.descr}
+    kinds = dict(record.descr)
     header = ["ply", "format binary_little_endian 1.0", "comment origin " + " ".join(f"{v:.17g}" for v in origin)]
     header += [f"comment photo {k} {name}" for k, name in enumerate(cloud.names)]
     header += [f"element vertex {len(rows)}"]

@@ -258,7 +258,10 @@ def _predict(model, sample, device: str, autocast: str, cameras: bool) -> tuple[
     import torch
     with torch.no_grad(), torch.autocast(device, torch.bfloat16) if autocast == "bf16" else contextlib.nullcontext():
         out = model(sample.images[None].to(device), heads=("camera", "depth") if cameras else ("depth",))
-    to_numpy = lambda value: value[0].float().cpu().numpy().astype(np.float64)
+
+    def to_numpy(value):
+        return value[0].float().cpu().numpy().astype(np.float64)
+
     confidence = to_numpy(out["depth_conf"]) if "depth_conf" in out else None
     if not cameras:
         return to_numpy(out["depth"])[..., 0], confidence, ()

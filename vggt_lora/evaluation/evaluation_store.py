@@ -100,11 +100,12 @@ def evaluation_json(
     regions = []
     for region, of_region in measured.items():
         regions += [{"protocol": protocol, "region": region, **effect.row()} for effect in of_region]
+    claims = [{"protocol": protocol, **claim} for claim in check_claims(measured)] if pair else []
     return without_nan({
         "asked": dataclasses.asdict(request), "truth": evaluation.truth, "known": known, "photos": len(maps),
         "table": evaluation.table(), "effects": _effects(evaluation.rows, "({protocol})") if pair else [],
         "cameras": evaluation.cameras(), "warnings": evaluation.warnings, "regions": regions,
-        "claims": [{"protocol": protocol, **claim} for claim in check_claims(measured)] if pair else [],
+        "claims": claims,
         "confidence": confidence_table(confidence_rows(maps, protocol, models)),
         "frames_left_out": evaluation.left_out, "pixels_left_out": evaluation.pixels_left_out,
         "frames": evaluation.rows})

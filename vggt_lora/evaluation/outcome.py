@@ -65,7 +65,10 @@ JUDGED = ("absrel", "d1")  # metrics of which the report says whether they chang
 
 def json_rows(rows: list[dict]) -> list[dict]:
     """Replace nan by None, because JSON has no nan."""
-    return [{k: None if v != v else v for k, v in row.items()} for row in rows]
+    found = []
+    for row in rows:
+        found.append({k: None if v != v else v for k, v in row.items()})
+    return found
 
 # %% ../../nbs/evaluation/outcome.ipynb #36d2b2ae
 def measure(

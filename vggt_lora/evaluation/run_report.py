@@ -40,16 +40,20 @@ def report(
     lines = [
         f"# Strategy {config.strategy} on {escape_markdown(config.data)}",
         RANDOM_BASE if config.model in RANDOM else "",
-        *[f"**{effect['sentence']}**\n" for effect in (*results["effects"], *results.get("camera_effects", []))],
+    ]
+    lines += [f"**{effect['sentence']}**\n" for effect in (*results["effects"], *results.get("camera_effects", []))]
+    lines += [
         f"Held-out loss: {loss['before']} before, {loss['after']} with the adapter (best {loss['best']}).", "",
         depth_table(results["table"]), "",
         f"Truth: {truth}; supervision: {_found_sources(config, folder)}. Intervals: paired bootstrap over the "
         "held-out frames, after the median of each image.",
         ALIGNMENTS,
-        *[_camera_line(row) for row in results["cameras"]], "",
-        *[f"- {claim['sentence']}" for claim in results["claims"]], "",
-        *[f"**Warning:** {escape_markdown(warning)}" for warning in results["warnings"]],
-        *[f"**Drift:** {alarm}." for alarm in results["drift"]["alarms"]],
+    ]
+    lines += [*map(_camera_line, results["cameras"]), ""]
+    lines += [*[f"- {claim['sentence']}" for claim in results["claims"]], ""]
+    lines += [f"**Warning:** {escape_markdown(warning)}" for warning in results["warnings"]]
+    lines += [f"**Drift:** {alarm}." for alarm in results["drift"]["alarms"]]
+    lines += [
         f"Frames without any truth, left out: {left_out}; "
         f"pixels outside the depth limits: {results['pixels_left_out']}.",
         "", "![held-out frames](figures/held_out.png)", "![losses](figures/losses.png)", "",

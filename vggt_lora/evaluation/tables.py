@@ -83,7 +83,7 @@ def cloud_table(
     clouds: CloudEvaluation,
     metric: str = "f1",  # or accuracy, completeness
 ) -> str:
-    """Return a metric of each model's clouds at every threshold, in Markdown; scenes of other units are rows of their own."""
+    """Return a metric of each model's clouds at every threshold, in Markdown; one block of rows per unit."""
     found: dict[tuple, dict] = {}
     for row in clouds.table():
         at = f"{100 * row['threshold']:.3g} {'cm' if row['unit'] == 'm' else '%'}"

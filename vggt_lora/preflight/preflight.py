@@ -480,9 +480,9 @@ def in_words(
     measured, error, predicted = outcome["measured"], outcome["error"], outcome["predicted"]
     said = [f"{amount(measured['peak'])} were held at most, {amount(predicted['peak'])} were predicted "
             f"({100 * error['peak']:+.1f} %)"]
-    for name, part in (("step", "a step"), ("epoch", "an epoch")):
+    for name, words in (("step", "a step"), ("epoch", "an epoch")):
         if name not in error:
             continue
         expected = f", {predicted[name]:.2f} s were predicted ({100 * error[name]:+.0f} %)"
-        said.append(f"{part} took {measured[name]:.2f} s{'' if predicted['busy'] else expected}")
+        said.append(f"{words} took {measured[name]:.2f} s{'' if predicted['busy'] else expected}")
     return "; ".join(said)

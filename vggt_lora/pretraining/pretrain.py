@@ -382,7 +382,8 @@ def training_record(config: PretrainConfig, model: VGGT) -> dict:
     machine = gpu or f"{os.cpu_count()} cores ({platform.machine()}), no GPU"
     hours, core_hours = (round(_seconds(config, clock) / 3600, 2) for clock in ("seconds", "core_seconds"))
     return {"config": settings, "parameters": sum(p.numel() for p in model.parameters()), "hours": hours,
-            "core_hours": core_hours, "machine": machine, "torch": torch.__version__, "curve": read_curve(config.folder),
+            "core_hours": core_hours, "machine": machine, "torch": torch.__version__,
+            "curve": read_curve(config.folder),
             "measured": {name: judge(model, worlds, layers=config.pointing_layers) | one_and_six(model, worlds)
                          for name, worlds in (("held-out worlds", held_out_worlds(config)),
                                               ("stone streets (style never seen)", stone_worlds(config)))}}

@@ -57,7 +57,7 @@ def find_model(
                 )
     where = ", ".join(f"{folder / place}" for place in MODEL_FOLDERS)
     raise SceneError(f"no COLMAP model found: looked for cameras, images and points3D (.txt or .bin) in {where}"
-                     + ("" if folder.is_dir() else f"; {folder} is no folder"))
+                     + ("" if folder.is_dir() else f"; {folder} is not a folder"))
 
 # %% ../../nbs/scenes/colmap_model.ipynb #29ce60bd
 @dataclass(frozen=True, eq=False)

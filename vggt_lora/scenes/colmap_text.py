@@ -123,7 +123,7 @@ def read_text(
     data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if b"\0" in data[:4096]:
         raise SceneError(
-            f"{path}: holds zero bytes, so it is no text; expected a text file (binary models end in .bin)"
+            f"{path}: holds zero bytes, so it is not a text file; expected text (binary models end in .bin)"
         )
     return data
 
@@ -188,7 +188,7 @@ BLOCK = 2**24  # bytes that are read in one go
 def number_columns(
     data: bytes,  # lines of numbers
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return all numbers of a text and how many each line has; None where anything is no finite number."""
+    """Return all numbers of a text and how many each line has; None if anything is not a finite number."""
     values, counts, at = [], [], 0
     bar = progress_bar(
         total=len(data), desc="reading numbers", unit="B", unit_scale=True, disable=len(data) < 2 * BLOCK
@@ -394,7 +394,7 @@ def scan_points_text(path: Path) -> PointTable:
     for row in np.flatnonzero(~(whole & good))[:1]:
         raise places.fault(
             row,
-            "an id or index is no whole number from 0 up",
+            "an id or index is not a whole number from 0 up",
             "point id, image ids and keypoint indices as whole numbers",
         )
     return PointTable(

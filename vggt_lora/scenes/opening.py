@@ -514,7 +514,7 @@ def find_scenes(
         raise ConfigError("data is empty; give 'demo', a scene folder, or a folder of scene folders")
     folder = user_path(data)
     if not folder.is_dir():
-        raise ConfigError(f"data: {folder} is no folder; give 'demo', a scene folder, or a folder of scene folders")
+        raise ConfigError(f"data: {folder} is not a folder; give 'demo', a scene folder, or a folder of scene folders")
     if is_scene(folder):
         return [folder]
     found = sorted(p for p in folder.iterdir() if p.is_dir() and is_scene(p))

@@ -171,7 +171,7 @@ def read_alignment(
             raise SceneError(f"{path}: defines entities, or is no UTF-8; expected a MeshLab project as ETH3D has it")
         root = tree.fromstring(content.split(b"<!DOCTYPE MeshLabDocument>", 1)[-1])
     except (OSError, tree.ParseError) as error:
-        raise SceneError(f"{path}: is no readable MeshLab project ({error}); download it again") from error
+        raise SceneError(f"{path}: is not a readable MeshLab project ({error}); download it again") from error
     poses = {}
     for item in root.iter("MLMesh"):
         name, matrix = item.get("filename"), item.find("MLMatrix44")
@@ -187,7 +187,7 @@ def read_alignment(
             or abs(pose[3] - [0, 0, 0, 1]).max() > 1e-9
         ):
             raise SceneError(
-                f"{path}: scan {name}: the matrix is no rotation and translation; expected scan to world, in the"
+                f"{path}: scan {name}: the matrix is not a rotation and translation; expected scan to world, in the"
                 " scene's unit"
             )
         if not (path.parent / name).resolve().is_relative_to(path.parent.resolve()):
