@@ -98,8 +98,9 @@ def main() -> int:
     # Two workers, three for the slow part, which often waits for other processes; the tests of one file stay together,
     # because they share what is expensive to set up, and the files that take longest come first (conftest.py), so that
     # no worker waits for the other's last file.
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", "3" if slow else "2", "--dist", "loadfile", "--no-loadscope-reorder",
-               "--durations", "20", "-m", "slow" if slow else "not slow", "--ignore=tests/test_export.py", "tests"]
+    workers, mark = ("3", "slow") if slow else ("2", "not slow")
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-n", workers, "--dist", "loadfile",
+               "--no-loadscope-reorder", "--durations", "20", "-m", mark, "--ignore=tests/test_export.py", "tests"]
     code, text = run("pytest", command, OMP_NUM_THREADS="1")
     if code:
         failed.append("pytest")
