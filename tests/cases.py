@@ -312,6 +312,12 @@ def laser_in_millimetres(source, out):
     laser(source, out, lambda depth: 1000 * depth)
 
 
+@case("note", "8 of 8 photos do not fit", "1.05 times that of the points")
+def laser_a_little_long(source, out):
+    """Laser depth is 5 % longer than the points lie: poor points or a wrong scale, so it opens."""
+    laser(source, out, lambda depth: 1.05 * depth)
+
+
 @case("note", "2 of 8 photos do not fit", "depth of other photos")
 def two_depths_exchanged(source, out):
     """The laser depth of two photos of one size stands under each other's names."""
