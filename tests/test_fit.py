@@ -146,6 +146,17 @@ def test_a_loss_of_exactly_nothing_ends_the_run(source, tmp_path, monkeypatch):
         train(settings(source, tmp_path / "run"))
 
 
+def test_the_audit_says_by_what_factor_a_source_is_off(source, tmp_path):
+    """Of maps as of scans: whatever gives depth is compared with the sparse points."""
+    from vggt_lora.datasets.audit import audit_scene
+
+    for name, factor in (("sound", 1.0), ("long", 1.1)):
+        cases.laser(source, tmp_path / name, lambda depth: factor * depth)
+    notes = [audit_scene(open_scene(tmp_path / name), 112, progress=False).notes for name in ("sound", "long")]
+    assert not any("laser depth is" in note for note in notes[0])
+    assert any("laser depth is 1.1 times" in note or "laser depth is 1.10" in note for note in notes[1]), notes[1]
+
+
 # --- the split --------------------------------------------------------------------------------------------------------
 
 def test_the_audit_knows_a_photo_again(source, tmp_path):

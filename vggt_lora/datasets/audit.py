@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AuditLimits', 'outliers', 'reprojection_error', 'exposure_offset', 'edge_ranks', 'mask_offset', 'scale_between',
            'scale_against_neighbour', 'FrameFindings', 'look_at', 'distance_edges', 'share_rows', 'agreement_row',
-           'neighbour_scales', 'mask_fault', 'find_suspects', 'listing_limits', 'SceneAudit', 'audit_notes',
-           'audit_scene']
+           'neighbour_scales', 'mask_fault', 'find_suspects', 'listing_limits', 'SceneAudit', 'scale_notes',
+           'audit_notes', 'audit_scene']
 
 # %% ../../nbs/datasets/audit.ipynb #33759915
 import dataclasses
@@ -31,6 +31,7 @@ class AuditLimits:
     spread: float = 5.0  # times the scene's spread, for exposure and scale
     exposure: float = 1.0  # and at least so many stops
     scale: float = 0.02  # and at least such a share of depth
+    unit: float = 0.05  # share of depth by which a source may be off the sparse points in the median photo
     overlap: int = 12  # pixels that two maps must share to be compared
     # by how much better a mask of value 2 sits elsewhere: rank of the photo's edges under its outline, 0 to 1
     mask_gain: float = 0.02
@@ -482,6 +483,18 @@ class SceneAudit:
         return tuple(name for name in self.sources if name not in self.absent)
 
 # %% ../../nbs/datasets/audit.ipynb #d0be3168
+def scale_notes(findings: list[FrameFindings], sources: tuple, limits: AuditLimits) -> list[str]:
+    """Say which sources are longer or shorter than the sparse points in all photos, as in another unit."""
+    notes = []
+    for source in sources:
+        known = [found.scales[source] for found in findings if np.isfinite(found.scales.get(source, np.nan))]
+        factor = float(np.exp(np.median(known))) if known else 1.0
+        if abs(factor - 1) > limits.unit:
+            notes.append(f"{source} depth is {factor:.4g} times that of the sparse points in the median photo: another "
+                         "unit, or another reconstruction")
+    return notes
+
+
 def audit_notes(findings: list[FrameFindings], scene, chosen: int) -> tuple[str, ...]:
     """Return notes on checks that had no data."""
     notes, count = [], len(findings)
@@ -538,8 +551,9 @@ def audit_scene(
     agreements = [agreement_row(a, b, findings) for a, b in itertools.combinations(sources, 2)]
     agreements = [row for row in agreements if row is not None]
     table = [_photo_row(f, sources, present) for f in findings]
+    notes = (*scale_notes(findings, sources, limits), *audit_notes(findings, scene, len(indices)))
     return SceneAudit(scene.name, "m" if scene.metric else "scene units", image_size, sources, rows, agreements, table,
-                      find_suspects(findings, sources, limits), absent, audit_notes(findings, scene, len(indices)),
+                      find_suspects(findings, sources, limits), absent, notes,
                       listing_limits(findings, sources, limits))
 
 
