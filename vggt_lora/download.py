@@ -100,7 +100,7 @@ def fetch_weights(
     say(f"{name}: {amount(found.path.stat().st_size)}, complete; VGGT.from_pretrained({name!r}) finds it")
     return found.path
 
-
+# %% ../nbs/download.ipynb #2fb7dddf
 def _say_cost(name: str, blob: Blob, say) -> None:
     """Say what will be fetched, and what of it is here already; raises DownloadError if the disk has no room."""
     have = Part(blob.path).read(blob.url)[0]

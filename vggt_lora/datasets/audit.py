@@ -103,7 +103,7 @@ def edge_ranks(
     ranks = np.searchsorted(np.sort(strength, axis=None), strength) / strength.size
     return maximum_filter(ranks, 3)
 
-
+# %% ../../nbs/datasets/audit.ipynb #40113563
 def mask_offset(
     photo: np.ndarray,  # (h, w, 3) uint8
     mask: np.ndarray,  # (h, w) bool
@@ -194,7 +194,7 @@ class FrameFindings:
     faults: list = dataclasses.field(default_factory=list)  # messages of what could not be read
     absent: dict = dataclasses.field(default_factory=dict)  # source -> message
 
-
+# %% ../../nbs/datasets/audit.ipynb #ef8f44c5
 def _attempt(findings: FrameFindings, what: str, action):
     """Return the result of `action`, or None after noting its error."""
     try:
@@ -205,7 +205,7 @@ def _attempt(findings: FrameFindings, what: str, action):
         if str(error) not in findings.faults:
             findings.faults.append(str(error))
 
-
+# %% ../../nbs/datasets/audit.ipynb #c663d7c6
 def look_at(scene, index: int, image_size: int, sources: tuple, limits: AuditLimits) -> FrameFindings:
     """Run all checks on one photo."""
     frame = scene.frames[index]
@@ -264,7 +264,7 @@ def distance_edges(
     edges = np.quantile(depths, np.arange(1, bins) / bins) if len(depths) else []
     return sorted({float(f"{edge:.2g}") for edge in edges})
 
-
+# %% ../../nbs/datasets/audit.ipynb #d7f4304f
 def share_rows(source: str, maps: list, labels: list, edges: list[float]) -> list[dict]:
     """Return rows {source, kind, bin, pixels, of, share} of one source: all, by distance, by region.
 
@@ -299,7 +299,7 @@ def share_rows(source: str, maps: list, labels: list, edges: list[float]) -> lis
         for kind, name, pixels, of in rows
     ]
 
-
+# %% ../../nbs/datasets/audit.ipynb #85a2ddb7
 def agreement_row(one: str, other: str, findings: list[FrameFindings]) -> dict | None:
     """Compare two sources at the pixels that both have; None if they share none.
 
@@ -339,7 +339,7 @@ def neighbour_scales(findings: list[FrameFindings], source: str, limits: AuditLi
         odd.append(float(both[np.abs(both).argmin()]) if agree else 0.0 if np.isfinite(both).all() else float("nan"))
     return odd
 
-
+# %% ../../nbs/datasets/audit.ipynb #f886bc4d
 def mask_fault(found: FrameFindings, limits: AuditLimits) -> str | None:
     """Return why a mask does not fit its photo, or None."""
     if found.mask_depth > limits.mask_depth:
@@ -354,7 +354,7 @@ def mask_fault(found: FrameFindings, limits: AuditLimits) -> str | None:
             f" {abs(right)} px further {'right' if right > 0 else 'left'}"
         )
 
-
+# %% ../../nbs/datasets/audit.ipynb #e140e7c4
 def find_suspects(findings: list[FrameFindings], sources: tuple, limits: AuditLimits) -> list[dict]:
     """Return rows {index, name, reason, detail} of the photos that do not fit their scene."""
     listed = {found.index: [] for found in findings}
@@ -404,7 +404,7 @@ def find_suspects(findings: list[FrameFindings], sources: tuple, limits: AuditLi
     return [{"index": found.index, "name": found.name, "reason": reason, "detail": detail}
             for found in findings for reason, detail in _told_once(listed[found.index])]
 
-
+# %% ../../nbs/datasets/audit.ipynb #f7eed5f6
 def _told_once(reasons: list) -> list:
     """Join the consequences of a wrong pose to the line of the pose."""
     if not any(reason == "pose" for reason, _ in reasons):
@@ -494,7 +494,7 @@ def scale_notes(findings: list[FrameFindings], sources: tuple, limits: AuditLimi
                          "unit, or another reconstruction")
     return notes
 
-
+# %% ../../nbs/datasets/audit.ipynb #6707551d
 def audit_notes(findings: list[FrameFindings], scene, chosen: int) -> tuple[str, ...]:
     """Return notes on checks that had no data."""
     notes, count = [], len(findings)
@@ -514,7 +514,7 @@ def audit_notes(findings: list[FrameFindings], scene, chosen: int) -> tuple[str,
         )
     return tuple(notes)
 
-
+# %% ../../nbs/datasets/audit.ipynb #c372e7c8
 def audit_scene(
     scene,  # Scene
     image_size: int = 518,  # px, long side, a multiple of the patch
@@ -556,7 +556,7 @@ def audit_scene(
                       find_suspects(findings, sources, limits), absent, notes,
                       listing_limits(findings, sources, limits))
 
-
+# %% ../../nbs/datasets/audit.ipynb #beb3b1a5
 def _photo_row(found: FrameFindings, sources: tuple, present: list[str]) -> dict:
     """Return the row of one photo in the table of an audit."""
     shares = dict.fromkeys(present, 0.0) | {n: found.maps[n].coverage for n in present if n in found.maps}

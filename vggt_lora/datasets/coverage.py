@@ -38,7 +38,7 @@ def supervision_coverage(
     scenes = {scene.name: scene for scene, _ in items}
     return [_row(name, list(shares.values()), cache.sources_of(scenes[name])) for name, shares in seen.items()]
 
-
+# %% ../../nbs/datasets/coverage.ipynb #69a3b7e8
 def _row(scene: str, shares: list, sources: tuple[str, ...]) -> dict:
     known, reach = [share for share, *_ in shares], [span for *_, span in shares if span]
     nearest, farthest = [near for near, _ in reach], [far for _, far in reach]

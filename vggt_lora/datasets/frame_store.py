@@ -75,7 +75,7 @@ def modules_behind(module: str, found: dict[str, Path]) -> dict[str, Path]:
                 modules_behind(name, found)
     return found
 
-
+# %% ../../nbs/datasets/frame_store.ipynb #c8202b10
 def code_text(path: Path) -> str:
     """Return the code of a module without comments and docstrings, which change no number."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def code_text(path: Path) -> str:
             node.body[0] = ast.Pass()
     return ast.unparse(tree)
 
-
+# %% ../../nbs/datasets/frame_store.ipynb #706190a4
 @functools.lru_cache
 def maker(
     supervision: str,  # "auto", or sources joined by "+"
@@ -146,7 +146,7 @@ def checksum(key: str, counts: dict, arrays: dict) -> str:
         (json.dumps([VERSION, key, counts]) + digest_of(*(arrays[name] for name in FIELDS))).encode()
     ).hexdigest()
 
-
+# %% ../../nbs/datasets/frame_store.ipynb #9a1fd5a0
 def write_entry(
     path: Path,
     key: str,  # of `entry_key`
@@ -174,7 +174,7 @@ def write_entry(
         # one text, for the library keeps no order among several
         save_file(arrays, temporary, {"frame": json.dumps(about)})
 
-
+# %% ../../nbs/datasets/frame_store.ipynb #a69dc303
 def read_entry(
     path: Path,
     key: str,  # that it must have

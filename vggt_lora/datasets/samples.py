@@ -57,7 +57,7 @@ class FrameData:
     depth: DepthMap
     labels: np.ndarray | None = None  # (H, W) uint8, codes of scenes.masks.REGIONS; None: not asked for
 
-
+# %% ../../nbs/datasets/samples.ipynb #3cf7daae
 class FrameCache:
     """Decoded frames by (scene, frame, size), least recently used dropped first."""
 

@@ -63,7 +63,7 @@ def scene_groups(
             )
     return found
 
-
+# %% ../../nbs/datasets/splits.ipynb #a943e632
 def torn_groups(
     groups,  # of scene_groups
     train,  # names of scenes with frames in training
@@ -125,7 +125,7 @@ class Split:
             ]
         )
 
-
+# %% ../../nbs/datasets/splits.ipynb #572131bc
 def split_windows(
     scenes,  # list of Scene, or one
     frames: int = 8,  # per window
@@ -187,7 +187,7 @@ def split_windows(
         tuple(sides["train"]), tuple(sides["val"]), tuple(dropped), shortened, unused, frames, tuple(sides["choose"])
     )
 
-
+# %% ../../nbs/datasets/splits.ipynb #e988d638
 def scene_blocks(
     scene: Scene,
     train_fraction: float,  # of the frames, where no scene is held out
@@ -274,7 +274,7 @@ def one_place(scene: Scene, one: Frame, other: Frame) -> bool:
     turned = np.linalg.norm(one.world_to_cam[:3, :3] - other.world_to_cam[:3, :3]) / np.sqrt(2)
     return bool(turned < SAME_PLACE and (not len(z) or moved < SAME_PLACE * np.median(z)))
 
-
+# %% ../../nbs/datasets/splits.ipynb #c5baacd2
 def near_copies(
     trained: list[tuple[Scene, Frame]],
     judged: list[tuple[Scene, Frame]],
@@ -359,7 +359,7 @@ def frames_by_side(
             raise SceneError(f"no frame on the side {side!r} of the split; expected both sides to have some")
     return sides
 
-
+# %% ../../nbs/datasets/splits.ipynb #35f47eeb
 def refuse_shared_photos(
     sides: dict[str, list],  # see frames_by_side
 ) -> None:

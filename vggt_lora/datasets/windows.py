@@ -90,7 +90,7 @@ def shared_points(
     )
     return (matrix @ matrix.T).toarray()
 
-
+# %% ../../nbs/datasets/windows.ipynb #b1026122
 def covisible_windows(
     scene: Scene,
     block: range,  # frames that may be taken

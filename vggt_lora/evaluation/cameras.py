@@ -73,7 +73,7 @@ def auc(
     counts, _ = np.histogram(np.where(np.isfinite(errors), errors, 1e9), bins=np.arange(degrees + 1))
     return float(np.cumsum(counts / len(errors)).mean())
 
-
+# %% ../../nbs/evaluation/cameras.ipynb #b13a2b38
 def camera_metrics(
     rotation: np.ndarray,  # (P,) degrees, of pair_errors
     translation: np.ndarray,  # (P,) degrees, NaN where there was no motion
