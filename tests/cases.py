@@ -26,15 +26,20 @@ class Case:
     build: Callable[[Path, Path], None]  # (sound scene, folder to write)
     answer: str  # "refuse", "note" or "fits"
     words: tuple[str, ...]  # which what is said must hold
+    ask: Callable[[Path], tuple[str, str]] | None = None  # what to do with the folder; None: open the scene
 
     @property
     def about(self) -> str:
         return self.build.__doc__.splitlines()[0]
 
+    def said_of(self, folder: Path) -> tuple[str, str]:
+        """What is said of the case in a folder: ("refuse", "note" or "fits", words)."""
+        return (self.ask or answer_to)(folder)
 
-def case(answer: str, *words: str):
+
+def case(answer: str, *words: str, ask=None):
     def register(build):
-        CASES[build.__name__] = Case(build, answer, words)
+        CASES[build.__name__] = Case(build, answer, words, ask)
         return build
     return register
 
@@ -492,6 +497,99 @@ def renamed_copies(source, out):
     write(source, out, model, photos=False)
 
 
+# --- the split, a run, and a folder of photos ---------------------------------------------------------------------
+
+def split_answer(folder: Path) -> tuple[str, str]:
+    """What the audit of a split says; the second of several scenes is held out."""
+    from vggt_lora.datasets.splits import LeakError, audit_split, split_windows
+    from vggt_lora.scenes.opening import find_scenes, open_scene
+
+    scenes = [open_scene(path) for path in find_scenes(str(folder))]
+    split = split_windows(scenes, frames=2, hold_out=[scene.name for scene in scenes[1:]])
+    try:
+        notes = audit_split(split, scenes)["notes"]
+    except LeakError as error:
+        return "refuse", str(error)
+    return ("note" if notes else "fits"), "; ".join(notes)
+
+
+def run_answer(folder: Path) -> tuple[str, str]:
+    """What a small run says that is told the unit is the metre."""
+    from vggt_lora.core import ConfigError
+    from vggt_lora.train import TrainConfig, train
+
+    small = {"model": "random", "epochs": 1, "frames": 2, "image_size": 56, "frame_cache": False}
+    small |= {"feature_cache": "off", "train_fraction": 0.75, "supervision": "sparse", "units_are_metres": "yes"}
+    try:
+        run = train(TrainConfig(data=str(folder), output=str(folder / "run"), **small))
+    except ConfigError as error:
+        return "refuse", str(error)
+    return "fits", f"held-out loss {run.results['held_out_loss']}"
+
+
+def photos_answer(folder: Path) -> tuple[str, str]:
+    """What is said of a folder of photos before its cameras are computed."""
+    from vggt_lora.core import ConfigError
+    from vggt_lora.scenes.reconstruct import passed_over, photos_in, upright_photos
+
+    said = [passed_over(folder)]
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            upright_photos(folder, photos_in(folder), "one", Path(work), said.append)
+    except ConfigError as error:
+        return "refuse", str(error)
+    return ("note" if any(said) else "fits"), "; ".join(filter(None, said))
+
+
+@case("refuse", "8 photos are in training and in validation as copies", ask=split_answer)
+def copies(source, out):
+    """Two scenes: the second holds the first's photos, smaller, re-encoded, under other names."""
+    as_it_is(source, out / "one")
+    renamed_copies(source, out / "two")
+
+
+@case("note", "2 of 2 judged frames were taken at the same instant", ask=split_answer)
+def rig_walk(source, out):
+    """Two cameras carried together: at one instant, one trains and the other judges."""
+    eth3d_rig(source, out)
+
+
+@case("refuse", "no depth to learn from", "millimetres", ask=run_answer)
+def nothing_to_learn(source, out):
+    """A run on a scene in millimetres that is called metric: no pixel lies within its depth limits."""
+    scale_model(write(source, out), 1000.0)
+
+
+def phone_photos(folder: Path, sizes=((64, 48),) * 3, orientation: int = 1) -> Path:
+    """Write small photos as a phone does, with an EXIF orientation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, size in enumerate(sizes):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.effect_noise(size, 60).save(folder / f"IMG_{number}.jpg", exif=exif)
+    return folder
+
+
+@case("note", "3 of 3 photos turned upright, as EXIF says", ask=photos_answer)
+def photos_sideways(source, out):
+    """Photos for `reconstruct` that lie on their side, with an EXIF orientation."""
+    phone_photos(out, orientation=6)
+
+
+@case("refuse", "64x48 (2: IMG_0.jpg ...), 40x48 (1: IMG_2.jpg)", "Give camera='each photo'", ask=photos_answer)
+def photos_mixed(source, out):
+    """Photos for `reconstruct` of two sizes."""
+    phone_photos(out, sizes=((64, 48), (64, 48), (40, 48)))
+
+
+@case("note", "passed over: 2 .HEIC, 1 .webp", ask=photos_answer)
+def photos_heic(source, out):
+    """Photos for `reconstruct` in formats that are not read, beside some that are."""
+    phone_photos(out)
+    for name in ("a.HEIC", "b.HEIC", "c.webp"):
+        (out / name).write_bytes(b"x")
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 def answer_to(folder: Path) -> tuple[str, str]:
@@ -526,7 +624,7 @@ def main() -> None:
         print(f"{'case':28} {'is':7} {'right':7} said")
         for name, one in CASES.items():
             one.build(source, Path(work) / name)
-            answer, said = answer_to(Path(work) / name)
+            answer, said = one.said_of(Path(work) / name)
             print(f"{name:28} {answer:7} {one.answer:7} {said.replace(work + os.sep, '')[:400]}")
     print(f"\nsound scenes: {len(SOUND)} real ones, where they are at hand, and the demo buildings. They are few, so "
           "limits keep a distance from them.\nLeast, median and most of the photos; laser depth: lower median, masks: "

@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 def test_each_case_gets_its_answer(name, source, tmp_path):
     one = cases.CASES[name]
     one.build(source, tmp_path / name)
-    answer, said = cases.answer_to(tmp_path / name)
+    answer, said = one.said_of(tmp_path / name)
     assert answer == one.answer, said
     for words in one.words:
         assert words in said
@@ -88,7 +88,7 @@ def test_without_a_check_its_cases_lose_their_answer(part, name, source, tmp_pat
             monkeypatch.setattr(module, part, SILENT[part])
     one = cases.CASES[name]
     one.build(source, tmp_path / name)
-    answer, said = cases.answer_to(tmp_path / name)
+    answer, said = one.said_of(tmp_path / name)
     assert answer != one.answer or not all(words in said for words in one.words)
 
 
@@ -200,19 +200,10 @@ def test_folders_with_the_same_numbers_are_no_rig(source, tmp_path):
 
 # --- a folder of photos -----------------------------------------------------------------------------------------------
 
-def phone_photos(folder: Path, sizes=((64, 48),) * 3, orientation: int = 1) -> Path:
-    folder.mkdir()
-    for number, size in enumerate(sizes):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.effect_noise(size, 60).save(folder / f"IMG_{number}.jpg", exif=exif)
-    return folder
-
-
 def test_photos_that_are_passed_over_are_named(tmp_path):
     from vggt_lora.scenes.reconstruct import passed_over, photos_in
 
-    folder = phone_photos(tmp_path / "photos")
+    folder = cases.phone_photos(tmp_path / "photos")
     assert passed_over(folder) == ""
     for name in ("a.HEIC", "b.HEIC", "c.webp"):
         (folder / name).write_bytes(b"x")
@@ -226,21 +217,21 @@ def test_photos_that_are_passed_over_are_named(tmp_path):
 def test_photos_are_turned_upright_once(tmp_path):
     from vggt_lora.scenes.reconstruct import photos_in, upright_photos
 
-    folder, said = phone_photos(tmp_path / "photos", orientation=6), []
+    folder, said = cases.phone_photos(tmp_path / "photos", orientation=6), []
     names = photos_in(folder)
     upright = upright_photos(folder, names, "one", tmp_path / "work", said.append)
     for name in names:
         with Image.open(upright / name) as photo:
             assert photo.size == (48, 64) and photo.getexif().get(0x0112, 1) == 1
     assert said == ["3 of 3 photos turned upright, as EXIF says"]
-    plain = phone_photos(tmp_path / "plain")
+    plain = cases.phone_photos(tmp_path / "plain")
     assert upright_photos(plain, names, "one", tmp_path / "work2", said.append) == plain
 
 
 def test_photos_of_several_sizes_name_the_setting(tmp_path):
     from vggt_lora.scenes.reconstruct import photos_in, upright_photos
 
-    folder = phone_photos(tmp_path / "photos", sizes=((64, 48), (64, 48), (40, 48)))
+    folder = cases.phone_photos(tmp_path / "photos", sizes=((64, 48), (64, 48), (40, 48)))
     with pytest.raises(
         ConfigError, match=r"64x48 \(2: IMG_0.jpg ...\), 40x48 \(1: IMG_2.jpg\). Give camera='each photo'"
     ):
