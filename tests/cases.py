@@ -603,7 +603,7 @@ def answer_to(folder: Path) -> tuple[str, str]:
         return "refuse", str(error)
     if all(note.startswith("unit unknown") for note in scene.notes):
         return "fits", "; ".join(map(str, scene.fit))
-    return "note", "; ".join(scene.notes)
+    return "note", "; ".join(sorted(scene.notes, key=lambda note: note.startswith("unit unknown")))
 
 
 def sound_scenes() -> list[Path]:

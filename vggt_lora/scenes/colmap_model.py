@@ -152,7 +152,7 @@ def nearly_pinholes(model: ColmapModel) -> list[str]:
     }
     return (
         [
-            f"the distortion of {len(moved)} cameras moves no pixel by more than {max(moved.values()):.1g}; they are"
+            f"the distortion of {len(moved)} cameras moves no pixel by more than {max(moved.values()):.1g} px; they are"
             " taken as pinholes"
         ]
         if moved
