@@ -409,7 +409,7 @@ def test_a_machine_without_libgl_makes_the_same_demo(tmp_path):
     assert done.returncode == 0 and done.stdout.split() == ["None", "None"], done.stderr[-2000:]
     said = [line for line in done.stderr.splitlines() if "open3d" in line]
     assert (
-        len(said) == 1 and "libGL.so.1" in said[0] and said[0].endswith("the demo buildings are rendered with embreex")
+        len(said) == 1 and "libGL.so.1" in said[0] and said[0].endswith("rays are traced with embreex")
     )
     (tmp_path / "here").mkdir()
     write_demo(tmp_path / "here", {**SMALL, "seed": 1}, tracer="embreex")

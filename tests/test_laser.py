@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 pycolmap = pytest.importorskip("pycolmap")
-pytest.importorskip("open3d")
 
 from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import demo_scene, toy_scene
 from vggt_lora.depth import laser_agreement, laser_depth, photo_mask, sparse_depth
+from vggt_lora.geometry import ray_tracer
 from vggt_lora.geometry.cameras import pinhole_pixels, pixel_centres, resize_intrinsics
 from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import plan_image, target_size
@@ -306,6 +306,19 @@ def test_scans_do_not_care_where_the_world_begins(copy, scene):
             both.sum() > 0.99 * other.valid.sum() > 500
             and np.median(np.abs(one.depth[both] - other.depth[both])) < 1e-4
         )
+
+
+def test_an_occlusion_mesh_hides_the_same_points_without_open3d(scene, monkeypatch):
+    pytest.importorskip("open3d")
+    import vggt_lora.supervision.laser_scans as scans
+
+    by_open3d = scan_depth(scene, scene.frames[0], (126, 196), hide="mesh")
+    monkeypatch.setattr(scans, "make_tracer", lambda *mesh: ray_tracer.make_tracer(*mesh, tracer="embreex"))
+    scans._load_occluder.cache_clear()
+    by_embreex = scan_depth(scene, scene.frames[0], (126, 196), hide="mesh")
+    scans._load_occluder.cache_clear()
+    assert by_embreex.counts["hidden"] == pytest.approx(by_open3d.counts["hidden"], rel=1e-3) and by_open3d.valid.any()
+    assert (by_embreex.valid == by_open3d.valid).mean() > 0.999
 
 
 def test_files_are_read_once(scene, monkeypatch):

@@ -35,7 +35,7 @@ FLOORS = [
 STEPS = ["data", "depth", "lora", "train", "evaluate", "compare", "predict"]
 ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # what the modules of the ground floor may import of each other
-GROUND = {"settings": {"core"}, "reference_data": {"core"}}
+GROUND = {"settings": {"core"}, "reference_data": {"core"}, "geometry": {"core"}}
 
 
 def imports(path: Path):

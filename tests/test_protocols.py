@@ -240,17 +240,6 @@ def test_ause_of_an_oracle_and_of_the_opposite():
     assert ause(error, -error) == 0 < 0.3 < ause(error, np.ones(2000)) < ause(error, error)
 
 
-def test_without_open3d_regions_have_no_planes_and_04_goes_on(window, monkeypatch):
-    frame = rows_of(window, exact(window[-1]), "none").maps[0]
-    monkeypatch.setattr(regions, "has_open3d", lambda: False)
-    with pytest.raises(ConfigError, match="planes need Open3D"):
-        regions.true_planes(frame.truth, frame.valid, frame.K)
-    masks, by = regions.region_masks(frame, regions.planes_of(frame))
-    assert by == "labels" and masks["wall"].any()
-    notebook = json.loads((ROOT / "nbs" / "04_evaluate.ipynb").read_text(encoding="utf-8"))
-    assert not any("true_planes(" in line for cell in notebook["cells"] for line in cell["source"])
-
-
 def test_planes_of_a_building_and_what_a_shift_does_to_them(window):
     scene, item, cache, sample = window
     found = rows_of(window, exact(sample), "none")
@@ -299,20 +288,6 @@ def test_up_is_found_in_a_world_of_any_orientation(window):
         for f, o in ((frames, {}), (turned, {}), (turned, {"up": (0, 0, 1)}))
     ]
     assert walls[0] == walls[1] and min(walls[0]) > 1000 and sum(walls[2]) < 0.8 * sum(walls[0])
-
-
-def test_planes_are_the_same_in_every_call():
-    """A rough wall that fills most of the photo: tries that end once it is likely to be found end differently, whenever
-    threads race.
-    """
-    random = np.random.default_rng(0)
-    truth = 8 + random.normal(0, 0.02, (30, 50))
-    truth[random.random(truth.shape) < 0.1] *= 1.3
-    K = np.array([[50.0, 0, 25], [0, 50, 15], [0, 0, 1]])
-    once, *others = [
-        [plane.mask.tobytes() for plane in regions.true_planes(truth, truth > 0, K, most=1)] for _ in range(80)
-    ]
-    assert len(once) == 1 and all(other == once for other in others)
 
 
 def test_an_improvement_on_windows_alone_is_found_there_alone(window):

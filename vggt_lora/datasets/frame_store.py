@@ -53,7 +53,7 @@ from ..threads import cpu_share
 
 # %% ../../nbs/datasets/frame_store.ipynb #ba5aea7e
 VERSION = 2  # of an entry's layout
-LIBRARIES = ("numpy", "pillow", "scipy", "pycolmap", "open3d")
+LIBRARIES = ("numpy", "pillow", "scipy", "pycolmap", "open3d", "embreex")
 
 
 def library_version(name: str) -> str | None:

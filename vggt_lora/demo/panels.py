@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .tracer import make_tracer
+from ..geometry.ray_tracer import make_tracer
 
 # %% ../../nbs/demo/panels.ipynb #c0937705
 PARTS = ("wall", "glass", "frame", "door", "roof", "ground", "detail", "tree", "person")
@@ -132,7 +132,7 @@ class Caster:
         self,
         panels: Panels,
         threads: int = 1,  # that one call may use
-        tracer: str | None = None,  # one of tracer.TRACERS; None: the first that can be imported
+        tracer: str | None = None,  # one of ray_tracer.TRACERS; None: the first that can be imported
     ) -> None:
         self.panels = panels
         self._tracer = make_tracer(panels.vertices, panels.triangles, threads, tracer)

@@ -100,7 +100,7 @@ class PhotoJob:
 
 def prepare(
     settings: dict,  # style, layout, frames, size, seed
-    tracer: str | None = None,  # which package casts the rays, see the chapter `tracer`
+    tracer: str | None = None,  # which package casts the rays, see the chapter `geometry.ray_tracer`
 ) -> PhotoJob:
     """Build the place and choose cameras, walk, people and light."""
     seed, rng = settings["seed"], np.random.default_rng([settings["seed"], 707])

@@ -7,8 +7,6 @@ __all__ = ['SCAN_FOLDERS', 'OCCLUSION_FILES', 'SCAN_FATES', 'Scans', 'angular_st
            'load_occluder', 'disc_surface', 'points_in_view', 'scan_depth']
 
 # %% ../../nbs/supervision/laser_scans.ipynb #9712c708
-import contextlib
-import io
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpy as np
 from ..core import ConfigError, SceneError, unknown_name_message
 from ..files.cache import file_stamp
 from ..geometry.cameras import pinhole_rays
+from ..geometry.ray_tracer import EmbreexTracer, Open3DTracer, make_tracer
 from ..scenes.masks import LASER_DROPS, mask_at
 from ..scenes.opening import find_part, scene_folders
 from ..scenes.ply import read_alignment, read_mesh, read_ply
@@ -93,7 +92,7 @@ OCCLUSION_FILES = ("surface_mesh.ply", "splats.ply")  # the second: small patche
 class Occluder:
     """Surfaces that hide points behind them."""
 
-    rays: object  # open3d.t.geometry.RaycastingScene
+    tracer: Open3DTracer | EmbreexTracer  # of the surfaces
     middle: np.ndarray  # (3,) world; the surfaces were moved by minus this
 
     def hidden(
@@ -103,13 +102,9 @@ class Occluder:
         tolerance: float,  # scene units that a point may lie behind the surface
     ) -> np.ndarray:
         """Return which points (n,) a surface hides from the camera."""
-        import open3d
-
         towards = points - centre
         distance = np.linalg.norm(towards, axis=1)
-        rays = np.empty((len(points), 6), np.float32)
-        rays[:, :3], rays[:, 3:] = centre - self.middle, towards / distance[:, None]
-        met = self.rays.cast_rays(open3d.core.Tensor(rays))["t_hit"].numpy()
+        met = self.tracer.distances(centre - self.middle, towards / distance[:, None])
         return met < distance - tolerance
 
 # %% ../../nbs/supervision/laser_scans.ipynb #f3d3781d
@@ -118,7 +113,7 @@ def load_occluder(
 ) -> Occluder | None:
     """Return the scene's occlusion meshes, or None.
 
-    Raises SceneError for a broken file or without Open3D.
+    Raises SceneError for a broken file, or if no ray tracer can be imported.
     """
     folders = scene_folders(scene.root)
     found = (find_part(folders, f"occlusion/{name}") for name in OCCLUSION_FILES)
@@ -128,23 +123,17 @@ def load_occluder(
 # %% ../../nbs/supervision/laser_scans.ipynb #54e1b384
 @lru_cache(maxsize=2)
 def _load_occluder(stamps: tuple) -> Occluder:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # in a notebook it prints three lines
-            import open3d
-    except (ImportError, OSError) as error:
-        raise SceneError(f"the occlusion mesh {stamps[0][0]} needs Open3D, which cannot be imported ({error}). Install "
-                         "it with `pip install open3d`, or move the folder `occlusion` away: then the scan's own "
-                         "points hide each other") from error
-    rays, middle = open3d.t.geometry.RaycastingScene(nthreads=1), None
+    vertices, triangles, known = [], [], 0
     for path, *_ in stamps:
-        vertices, triangles = read_mesh(path)
-        if not len(triangles):
+        of_file, corners = read_mesh(path)
+        if not len(corners):
             raise SceneError(f"{path}: holds no triangles; expected the occlusion mesh of the scene, in the world's "
                              "frame")
-        middle = vertices.mean(0, dtype=np.float64) if middle is None else middle
-        rays.add_triangles(open3d.core.Tensor((vertices - middle).astype(np.float32)),
-                           open3d.core.Tensor(triangles.astype(np.uint32)))
-    return Occluder(rays, middle)
+        vertices.append(of_file)
+        triangles.append(corners + known)
+        known += len(of_file)
+    middle = vertices[0].mean(0, dtype=np.float64)
+    return Occluder(make_tracer(np.concatenate(vertices) - middle, np.concatenate(triangles)), middle)
 
 # %% ../../nbs/supervision/laser_scans.ipynb #54c38cae
 def disc_surface(
