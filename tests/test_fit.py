@@ -184,6 +184,10 @@ def test_twins_of_one_instant_are_counted(source, tmp_path):
     rig = open_scene(tmp_path / "rig")
     found = audit_split(split_windows(rig, frames=2), rig)
     assert found["twins"] == 2 and "2 of 2 judged frames were taken at the same instant" in found["notes"][0]
+    late = [frame.name.replace("127523", "127660") if "cam5" in frame.name else frame.name for frame in rig.frames]
+    frames = tuple(dataclasses.replace(frame, name=name) for frame, name in zip(rig.frames, late))
+    assert late != [frame.name for frame in rig.frames]  # the second camera's clock is 137 nanoseconds ahead
+    assert instant_twins(dataclasses.replace(rig, frames=frames)) == instant_twins(rig)
 
 
 def test_folders_with_the_same_numbers_are_no_rig(source, tmp_path):

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -309,21 +310,30 @@ def moment_of(name: str) -> tuple[str, str]:
 def instant_twins(scene: Scene) -> dict[int, list[int]]:
     """Return for each frame of a rig the frames of other cameras at the same instant.
 
-    These have the same number in their name and are nearer than the camera's own next frame.
+    The numbers in their names differ by a quarter of a camera's step at most (clocks differ by nanoseconds), and they
+    are nearer than the camera's own next frame.
     """
-    cameras, moments = defaultdict(list), defaultdict(list)
-    for index, frame in enumerate(scene.frames):
-        camera, moment = moment_of(frame.name)
-        cameras[camera].append(index)
-        moments[moment].append(index)
+    named = [(index, *moment_of(frame.name)) for index, frame in enumerate(scene.frames)]
+    named = [(index, camera, int(moment[-18:])) for index, camera, moment in named if moment]
+    cameras = defaultdict(list)
+    for index, camera, number in named:
+        cameras[camera].append((index, number))
+    pairs = [pair for rows in cameras.values() for pair in zip(rows, rows[1:])]
+    if len(cameras) < 2 or not pairs:
+        return {}
+    step = np.median([abs(after[1] - before[1]) for before, after in pairs])
+    twins = defaultdict(list)
+    ordered = sorted(named, key=lambda row: row[2])
+    for at, (index, camera, number) in enumerate(ordered):
+        for other, its_camera, its_number in takewhile(lambda row: 4 * (row[2] - number) <= step, ordered[at + 1:]):
+            if camera != its_camera:
+                twins[index].append(other)
+                twins[other].append(index)
     centres = np.array([camera_centre(frame.world_to_cam) for frame in scene.frames])
-    steps = [np.linalg.norm(centres[b] - centres[a]) for rows in cameras.values() for a, b in zip(rows, rows[1:])]
-    twins = {
-        i: [j for j in rows if j != i] for moment, rows in moments.items() if moment and len(rows) > 1 for i in rows
-    }
+    steps = [np.linalg.norm(centres[after[0]] - centres[before[0]]) for before, after in pairs]
     apart = [np.linalg.norm(centres[i] - centres[j]) for i, others in twins.items() for j in others]
-    rig = len(cameras) > 1 and steps and 2 * len(twins) >= len(scene.frames) and np.median(apart) <= np.median(steps)
-    return twins if rig else {}
+    rig = 2 * len(twins) >= len(scene.frames) and np.median(apart) <= np.median(steps)
+    return dict(twins) if rig else {}
 
 
 def split_twins(split: Split, scenes: dict[str, Scene]) -> list[str]:
