@@ -83,7 +83,7 @@ def ranking(error: np.ndarray, confidence: np.ndarray) -> str:
 
 def estimated(scene, frame, size, arguments, cache):
     """Return the estimate of a frame, and the pixels that dense_depth keeps of it."""
-    options = dict(settings=arguments.settings, device=arguments.device, cache=cache, progress=False)
+    options = {"settings": arguments.settings, "device": arguments.device, "cache": cache, "progress": False}
     return dense_estimate(scene, frame, size, **options), dense_depth(scene, frame, size, **options).valid
 
 

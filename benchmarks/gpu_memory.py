@@ -8,7 +8,8 @@
 
 The kinds are those of benchmarks/train_step.py. The GPU is the stand-in of tests/gpu.py, without numbers: every
 operation of a real step is asked for its results' shapes, and each storage counts from its creation until nothing
-refers to it; bf16 as on a GPU. Not counted: the work space of cuBLAS and cuDNN, fragments between blocks, the CUDA context.
+refers to it; bf16 as on a GPU. Not counted: the work space of cuBLAS and cuDNN, fragments between blocks, and the CUDA
+context.
 
 peak        the largest sum during two steps, as train_step.py gives it
 start       the sum before them: remaining weights, optimiser, adapter

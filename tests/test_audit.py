@@ -180,7 +180,7 @@ def test_a_scene_that_varies_accuses_nobody():
 
 
 def test_laser_samples_under_a_mask_accuse_it():
-    clean = dict(mask_depth=0.001, mask_gain=-0.1, mask_strong=True, mask_shift=(0, 0))
+    clean = {"mask_depth": 0.001, "mask_gain": -0.1, "mask_strong": True, "mask_shift": (0, 0)}
     limits = AuditLimits()
     assert mask_fault(SimpleNamespace(**clean), limits) is None
     assert "20 % of its laser samples" in mask_fault(SimpleNamespace(**clean | {"mask_depth": 0.2}), limits)
@@ -208,7 +208,8 @@ def test_labels_become_regions_in_every_plan_and_odd_ones_are_refused(toy, tmp_p
     top, left, bottom, right = plan.content_box
     inner = codes[top:bottom, left:right]
     assert not codes[:top].any() and not codes[bottom:].any() and (inner > 0).all()
-    at = lambda v, u: REGIONS[inner[int(v * inner.shape[0]), int(u * inner.shape[1])]]
+    def at(v, u):
+        return REGIONS[inner[int(v * inner.shape[0]), int(u * inner.shape[1])]]
     assert [at(0.9, 0.1), at(0.1, 0.1), at(0.5, 0.5), at(0.5, 0.9)] == ["window", "wall", "edge", "other"]
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "labels" / "walls" / f"{Path(frame.name).stem}.png")
     with pytest.raises(SceneError, match="walls.*the labels are 9x9, their photo 252x168"):

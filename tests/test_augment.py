@@ -74,12 +74,18 @@ def test_observed_points_of_real_photos_land_where_the_picture_went(name):
 
 
 def test_geometry_that_does_not_fit_is_refused():
-    scene_like = dict(
-        images=torch.zeros(1, 3, 28, 42), depth=torch.ones(1, 28, 42), valid=torch.ones(1, 28, 42, dtype=torch.bool),
-        weight=torch.ones(1, 28, 42), labels=torch.zeros(1, 28, 42, dtype=torch.uint8),
-        world_to_cam=torch.eye(4, dtype=torch.float64)[None],
-        K=torch.tensor([[[30.0, 0.5, 21], [0, 30, 14], [0, 0, 1]]]), names=("a",), scene="shed", metric=True,
-    )
+    scene_like = {
+        "images": torch.zeros(1, 3, 28, 42),
+        "depth": torch.ones(1, 28, 42),
+        "valid": torch.ones(1, 28, 42, dtype=torch.bool),
+        "weight": torch.ones(1, 28, 42),
+        "labels": torch.zeros(1, 28, 42, dtype=torch.uint8),
+        "world_to_cam": torch.eye(4, dtype=torch.float64)[None],
+        "K": torch.tensor([[[30.0, 0.5, 21], [0, 30, 14], [0, 0, 1]]]),
+        "names": ("a",),
+        "scene": "shed",
+        "metric": True,
+    }
     sample = Sample(**scene_like)
     with pytest.raises(ConfigError, match="shed has cameras with skew"):
         turn(sample, 1)
@@ -97,8 +103,8 @@ def scene(tmp_path_factory):
 
 def settings(scene, output, **changes) -> TrainConfig:
     values = {
-        "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0,
-        "adapter_weights": "last", "metric_for_best_model": "loss", "data": str(scene), "output": str(output),
+        "scale_normalization": "points", "choose_fraction": 0.0, "adapter_weights": "last",
+        "metric_for_best_model": "loss", "data": str(scene), "output": str(output),
         "epochs": 1, "frames": 3, "image_size": 56, "rank": 2, "dropout": 0.0, "model": "random", "frame_cache": False,
         "supervision": "sparse",
     }

@@ -243,10 +243,11 @@ def test_masks_live_in_the_distorted_frame(folder, scene, models):
         parts = label(folder, "parts", frame).ravel()
         at = through_the_lens(frame, models, pixels)
         naive = resized(frame, models, pixels)
-        read = lambda uv: mask[
-            np.floor(uv[:, 1]).astype(int).clip(0, mask.shape[0] - 1),
-            np.floor(uv[:, 0]).astype(int).clip(0, mask.shape[1] - 1),
-        ]
+        def read(uv):
+            return mask[
+                np.floor(uv[:, 1]).astype(int).clip(0, mask.shape[0] - 1),
+                np.floor(uv[:, 0]).astype(int).clip(0, mask.shape[1] - 1),
+            ]
         away = np.isin(parts, [1 + PARTS.index(p) for p in UNSCANNED])
         if away.any():
             assert (read(at)[away] == 2).mean() > 0.97
@@ -265,7 +266,8 @@ def test_scans_lie_in_scanner_frames_and_come_back(folder):
     walls = json.loads((folder / "labels/walls.json").read_text()).values()
     text = (folder / "dslr_scan_eval/scan_alignment.mlp").read_text()
     assert text.count(" \n") == 8  # each row of the two matrices ends in a space
-    near = lambda xyz: np.min([np.abs(xyz @ w["normal"] - w["offset"]) for w in walls], 0)
+    def near(xyz):
+        return np.min([np.abs(xyz @ w["normal"] - w["offset"]) for w in walls], 0)
     names = []
     for item in tree.fromstring(text.split("\n", 1)[1]).iter("MLMesh"):
         names.append(item.get("filename"))

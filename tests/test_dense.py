@@ -35,7 +35,7 @@ from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.losses import LossConfig, training_loss
 
 SIZE = (96, 132)
-QUICK = dict(progress=False)
+QUICK = {"progress": False}
 
 
 @pytest.fixture(scope="module")

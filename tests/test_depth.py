@@ -27,7 +27,7 @@ from vggt_lora.supervision.depth_map import zbuffer_min
 from vggt_lora.supervision.sparse import FATES
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "01_depth.ipynb"
-SMALL = dict(frames=3, size=(84, 126))
+SMALL = {"frames": 3, "size": (84, 126)}
 
 
 @pytest.fixture(scope="module")

@@ -331,7 +331,8 @@ def test_files_are_read_once(scene, monkeypatch):
 
 def test_broken_scans_and_meshes_are_named(copy):
     scene = without_truth(open_scene(copy))
-    ask = lambda: laser_depth(scene, scene.frames[0], (84, 126))
+    def ask():
+        return laser_depth(scene, scene.frames[0], (84, 126))
     assert ask().valid.any()
     mesh = copy / "occlusion" / "surface_mesh.ply"
     whole = mesh.read_bytes()

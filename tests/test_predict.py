@@ -3,15 +3,13 @@ import dataclasses
 import json
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vggt_lora.core import ConfigError, SceneError, VggtLoraError, WeightsError
-from vggt_lora.geometry.cameras import project_points, unproject_depth
+from vggt_lora.core import ConfigError, SceneError, WeightsError
 from vggt_lora.predict import PredictConfig, main, predict
 from vggt_lora.prediction.files import read_depth_png
 from vggt_lora.scenes.opening import open_scene

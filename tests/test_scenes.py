@@ -609,7 +609,7 @@ NO_POINTS = [line if i % 2 or i == 0 else "" for i, line in enumerate(IMAGES)]
 ], ids=["behind the camera", "one photo", "no points", "lost keypoints"])
 def test_poor_scenes_are_shown_and_told_not_refused(tmp_path, step, images, points, says):
     write_text_model(tmp_path / "house" / "sparse" / "0", CAMERAS_LARGER, images, points)
-    write_photos(tmp_path / "house" / "images", {photo: (252, 182) for photo in SIZES})
+    write_photos(tmp_path / "house" / "images", dict.fromkeys(SIZES, (252, 182)))
     done, printed = run_notebook(step, tmp_path, "-p", "data", str(tmp_path / "house"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert says in printed

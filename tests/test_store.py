@@ -557,7 +557,7 @@ def test_killed_for_good_the_next_run_makes_what_is_missing(toy, tmp_path, undis
     assert process.returncode == -9
     left = contents(tmp_path)
     assert len(left) < 8 and left.items() <= undisturbed.items()  # what has its final name is whole
-    leftovers = [path for path in tmp_path.rglob(".*.tmp*")]
+    leftovers = list(tmp_path.rglob(".*.tmp*"))
     for path in leftovers:
         os.utime(path, (time.time() - 7200,) * 2)
     young = tmp_path / next(tmp_path.iterdir()).name / ".a-rival-is-writing.safetensors.x.tmp.safetensors"

@@ -8,9 +8,15 @@ from vggt_lora.core import ConfigError
 from vggt_lora.training.run import curve_name
 from vggt_lora.train import TrainConfig, train
 
-SMALL = dict(
-    epochs=1, frames=2, overlap=0.0, image_size=56, scenes="demo_a,demo_held", hold_out="demo_held", preflight="off"
-)
+SMALL = {
+    "epochs": 1,
+    "frames": 2,
+    "overlap": 0.0,
+    "image_size": 56,
+    "scenes": "demo_a,demo_held",
+    "hold_out": "demo_held",
+    "preflight": "off",
+}
 
 
 def test_a_stub_tracker_gets_every_record_once(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def write_settings(
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     disabled = found.get("disabledExtensions", {})
     if isinstance(disabled, list):  # an older form
-        disabled = {name: True for name in disabled}
+        disabled = dict.fromkeys(disabled, True)
     found |= PAGE_CONFIG | {"disabledExtensions": disabled | PAGE_CONFIG["disabledExtensions"]}
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return path

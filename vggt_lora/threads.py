@@ -55,7 +55,8 @@ def warn_of_spinning() -> None:
     """Warn that torch was imported too early, if it has several threads; call it before work on the CPU."""
     if _late[0] and sys.modules["torch"].get_num_threads() > 1:
         warnings.warn("torch was imported before vggt_lora, so its threads spin while they wait, and a busy machine "
-                      "makes a step many times slower; import vggt_lora first, or set OMP_WAIT_POLICY=PASSIVE", stacklevel=2)
+                      "makes a step many times slower; import vggt_lora first, or set OMP_WAIT_POLICY=PASSIVE",
+                      stacklevel=2)
 
 # %% ../nbs/threads.ipynb #334c7fd4
 def machine_is_busy() -> str:

@@ -19,7 +19,9 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 
-from .adapter import BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge, whole_folder
+from vggt_lora.adapters.adapter import (
+    BASE_FILE, _read_adapter, _read_json, _read_lora_config, _rehearse, load_adapter, merge, whole_folder,
+)
 from ..core import ConfigError, VggtLoraError, WeightsError, short_of_memory, user_path
 from ..files.atomic import atomic_path, write_json, write_text, file_lock
 from ..model.config import RANDOM, VGGTConfig

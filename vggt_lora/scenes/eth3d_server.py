@@ -270,8 +270,8 @@ def fetch_scenes(
 ) -> list[Path]:
     """Fetch scenes of ETH3D, skipping complete ones, and return their folders.
 
-    The same call resumes an interrupted one. Licence, sizes and disk space are stated first, and a small disk is refused
-    before anything is fetched. Raises ConfigError, DownloadError or SceneError.
+    The same call resumes an interrupted one. Licence, sizes and disk space are stated first, and a small disk is
+    refused before anything is fetched. Raises ConfigError, DownloadError or SceneError.
     """
     names, kinds, folder = read_scenes(scenes), read_kinds(kinds), Path(to).expanduser().resolve()
     say(ETH3D_LICENCE)
