@@ -89,7 +89,7 @@ def spans(places: np.ndarray) -> np.ndarray:
     """Return the distance between the quartiles of columns (n, k), (k,)."""
     return np.subtract(*np.quantile(places, [0.75, 0.25], axis=0))
 
-
+# %% ../../nbs/scenes/fit.ipynb #c82c9a8b
 def keypoint_fit(frame: Frame, points: Points) -> KeypointFit | None:
     """Compare the keypoints of a photo with the projections of their points; None for fewer than FEWEST."""
     known = np.isfinite(frame.observations).all(1)
@@ -152,7 +152,7 @@ def keypoints_said(fits: list[KeypointFit], wrong: list[KeypointFit], colours: C
                     f"photo, expected below {100 * OFF:g} %; {camera_hint(fits)}")
     return said
 
-
+# %% ../../nbs/scenes/fit.ipynb #2b339de1
 def check_keypoints(frames: Iterable[Frame], points: Points, colours: Check) -> Check:
     """Judge whether keypoints lie on their points; where colours fit, keypoints are no reason to refuse."""
     fits = [fit for frame in frames if (fit := keypoint_fit(frame, points)) is not None]
@@ -203,7 +203,7 @@ def seen_brightness(frame: Frame, points: Points) -> tuple[np.ndarray, np.ndarra
     column, row = places[inside].astype(np.int64).T
     return frame.point_rows[inside], photo[row, column].astype(float)
 
-
+# %% ../../nbs/scenes/fit.ipynb #da515c15
 def correlation(here: np.ndarray, own: np.ndarray) -> float:
     """Return how brightness and colours correlate; 0 for a flat photo, nan for fewer than FEWEST or flat colours."""
     if len(here) < FEWEST or own.std() < 1:  # of 255: flatter is not seen
@@ -224,7 +224,7 @@ def among_photos(seen: list[tuple[np.ndarray, np.ndarray]], count: int) -> float
         found.append(correlation(here[shared], others))
     return float(np.nanmedian(found)) if np.isfinite(found).any() else float("nan")
 
-
+# %% ../../nbs/scenes/fit.ipynb #3e945411
 def check_colours(frames: Iterable[Frame], points: Points) -> Check:
     """Judge whether photos are as bright as the points that project into them."""
     frames, own = list(frames), points.rgb @ np.array(LUMA)
@@ -290,7 +290,7 @@ def drop_points(frames: Iterable[Frame], points: Points, rows: np.ndarray) -> tu
         kept.append(replace(frame, point_rows=new[frame.point_rows[own]], observations=frame.observations[own]))
     return tuple(kept), Points(*(getattr(points, column.name)[keep] for column in fields(points)))
 
-
+# %% ../../nbs/scenes/fit.ipynb #fa8ae255
 def mean_over_median(frame: Frame, points: Points) -> float:
     """Return the mean depth of the points in front of a photo over their median; nan for fewer than FEWEST."""
     z = depths_of(frame, points)
@@ -345,7 +345,7 @@ def check_centre(frames: Iterable[Frame]) -> Check:
     figure = max(off.values(), default=float("nan"))
     return Check("centre", "note" if photos else "fits", f"{len(off)} cameras", said, figure, CENTRED, photos)
 
-
+# %% ../../nbs/scenes/fit.ipynb #47004bd4
 def exif_orientation(
     path: Path,
 ) -> int:
@@ -389,7 +389,7 @@ def depth_ratios(scene: Scene, frame: Frame) -> np.ndarray:
     ratios = sample_nearest(laser, to_original(pixels, frame.K, original), np.inf) / z
     return ratios[np.isfinite(ratios)]
 
-
+# %% ../../nbs/scenes/fit.ipynb #b9cd471e
 def check_depth(frames: Iterable[Frame], scene: Scene) -> Check:
     """Judge whether the laser measured the depth at which the points lie."""
     frames = [frame for frame in frames if frame.depth_path is not None and scene.jpg_cameras is not None]
@@ -427,7 +427,7 @@ def masked_share(scene: Scene, frame: Frame) -> float:
     pixels, _ = project_points(scene.points.xyz[frame.point_rows], frame.world_to_cam, frame.K)
     return float((mask_at(scene, frame, pixels) > 0).mean())
 
-
+# %% ../../nbs/scenes/fit.ipynb #54d0abb7
 def check_masks(frames: Iterable[Frame], scene: Scene) -> Check:
     """Judge whether masks leave most of the points."""
     frames = [frame for frame in frames if frame.mask_path is not None or frame.photo_mask_path is not None]
@@ -496,7 +496,7 @@ def check_scene(
     checks = check_fit(scene.frames, scene.points, most, scene.metric)
     return *checks, check_depth(chosen, scene), check_masks(chosen, scene)
 
-
+# %% ../../nbs/scenes/fit.ipynb #c2432f54
 def refuse_misfit(
     checks: Iterable[Check],
     where: str,  # for the message
