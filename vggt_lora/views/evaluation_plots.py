@@ -107,7 +107,7 @@ def change_bars(
     ax.axvline(0, color="0.4", linewidth=1)
     ax.set(yticks=range(len(effects)), yticklabels=[f"{n} ({e.frames})" for n, e in effects.items()],
            ylim=(len(effects) - 0.4, -0.6),
-           xlabel="change of MAE against base (%), with interval; left is better; in brackets: frames")
+           xlabel="change of MAE against base (%), with interval; left is better\nin brackets: frames")
     ax.grid(axis="x", alpha=0.3)
     return figure
 
