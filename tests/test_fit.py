@@ -190,6 +190,15 @@ def test_twins_of_one_instant_are_counted(source, tmp_path):
     assert instant_twins(dataclasses.replace(rig, frames=frames)) == instant_twins(rig)
 
 
+def test_the_report_says_that_judged_frames_have_a_twin(source, tmp_path):
+    from vggt_lora.train import train
+
+    cases.eth3d_rig(source, tmp_path / "rig")
+    run = train(settings(tmp_path / "rig", tmp_path / "run", supervision="sparse"))
+    assert "2 of 2 judged frames were taken at the same instant" in run.results["warnings"][0]
+    assert "taken at the same instant" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_folders_with_the_same_numbers_are_no_rig(source, tmp_path):
     """Two floors with the same file names: far apart, so no instant is shared."""
     from vggt_lora.datasets.splits import instant_twins

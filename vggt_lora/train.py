@@ -215,7 +215,8 @@ def conclude(
     with working("measuring base and saved adapter"):
         results, maps = measure(folder, ready.held_out, ready.truth, config, min(chunks, default=None))
     results["held_out_loss"] = loss = losses_of(run.records, config)
-    results["warnings"] = [*next_tries(results["effects"], config), *results["warnings"]]
+    of_split = ready.beginning.audit["notes"]
+    results["warnings"] = [*of_split, *next_tries(results["effects"], config), *results["warnings"]]
     if loss["after"] is None:
         results["warnings"] = [without_loss(run.records, config), *results["warnings"]]
         run.log(f"WARNING: {results['warnings'][0]}")
