@@ -11,7 +11,6 @@ from vggt_lora.adapters.targets import STRATEGIES, matches, resolve_targets
 from vggt_lora.core import WeightsError
 from vggt_lora.efficiency.feature_store import feature_fingerprint
 from vggt_lora.efficiency.frozen_prefix import find_frozen_prefix, free_prefix
-from vggt_lora.model.aggregator import AggregatorState
 from vggt_lora.model.vggt import VGGT, VGGTConfig
 
 FAMILIES = {"vggt": VGGTConfig.golden, "omega": VGGTConfig.omega_golden}
@@ -50,7 +49,7 @@ def test_stop_and_go_from_every_layer(model):
     with torch.no_grad():
         straight = model(photos(model, batch=2))
         for layer in range(-1, model.config.depth):
-            state = AggregatorState.from_tensors(model.encode(photos(model, batch=2), stop_after=layer).to_tensors())
+            state = model.encode(photos(model, batch=2), stop_after=layer)
             again = model(state=state)
             assert all(
                 torch.equal(again[name], straight[name])

@@ -70,27 +70,6 @@ class AggregatorState:
         """Return the state on another device or in another dtype, as `Tensor.to`."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
-    def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Return a flat dict of detached, contiguous tensors, fit for safetensors or torch.save."""
-        tensors = {f"output.{layer}": output.detach().contiguous() for layer, output in self.outputs.items()}
-        tensors["tokens"] = self.tokens.detach().contiguous()
-        tensors["layer_height_width"] = torch.tensor([self.last_layer, *self.image_size])
-        return tensors
-
-    @classmethod
-    def from_tensors(
-        cls,
-        tensors: dict[str, torch.Tensor],  # from `to_tensors`
-    ) -> "AggregatorState":
-        """Rebuild a state; raises ConfigError if tensors are missing."""
-        if not {"tokens", "layer_height_width"} <= set(tensors):
-            raise ConfigError("not an aggregator state: expected 'tokens' and 'layer_height_width', got "
-                              f"{sorted(tensors)}")
-        layer, height, width = tensors["layer_height_width"].tolist()
-        outputs = {int(name.removeprefix("output.")): tensor
-                   for name, tensor in tensors.items() if name.startswith("output.")}
-        return cls(tensors["tokens"], layer, dict(sorted(outputs.items())), (height, width))
-
 # %% ../../nbs/model/aggregator.ipynb #5872045e
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # per channel, of the ImageNet photographs that DINOv2 was trained on
 IMAGE_DEVIATION = (0.229, 0.224, 0.225)
