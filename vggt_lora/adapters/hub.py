@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .adapter import _read_json
 from .export import Trained, export_adapter, export_merged, portable, public_name, trained
-from ..core import METRIC_NAMES, ConfigError, VggtLoraError
+from ..core import METRIC_NAMES, ConfigError, VggtLoraError, markdown_table
 from ..files.atomic import write_text
 from ..model.weights import REPOSITORY
 from ..model.config import FAMILIES, RANDOM
@@ -101,18 +101,17 @@ def _about_training(source: Trained, record: dict) -> list[str]:
     settings = portable(source.config)
     if not settings:
         return ["How it was trained is not recorded."]
-    lines = ["| setting | value |", "|---|---|"]
-    for name, value in settings.items():
-        lines.append(f"| {plain(name)} | {plain(value) if value != '' else '(default)'} |")
+    rows = [(plain(name), "(default)" if value == "" else plain(value)) for name, value in settings.items()]
+    lines = [markdown_table(("setting", "value"), rows)]
     split, scenes = record.get("split") or {}, record.get("scenes") or []
     counts = split.get("scenes") or {}
-    if scenes:
-        lines += ["", "| scene | photos | trained on | held out | in metres |", "|---|---|---|---|---|"]
-        for scene in scenes:
-            name, metric = scene.get("name"), "yes" if scene.get("metric") else "no"
-            count = counts.get(name, {})
-            cells = [_number(scene.get("frames")), _number(count.get("train")), _number(count.get("val"))]
-            lines.append(f"| {plain(name)} | {' | '.join(cells)} | {metric} |")
+    rows = []
+    for scene in scenes:
+        name, metric = scene.get("name"), "yes" if scene.get("metric") else "no"
+        numbers = (scene.get("frames"), counts.get(name, {}).get("train"), counts.get(name, {}).get("val"))
+        rows.append((plain(name), *map(_number, numbers), metric))
+    if rows:
+        lines += ["", markdown_table(("scene", "photos", "trained on", "held out", "in metres"), rows)]
     packages = (record.get("environment") or {}).get("packages") or {}
     if packages:
         lines += ["", "Made with " + ", ".join(f"{plain(n)} {plain(v)}" for n, v in packages.items()) + "."]
@@ -126,8 +125,8 @@ def _about_results(results: dict) -> list[str]:
         return ["No evaluation is recorded for this run."]
     keys = [k for k in ("model", "protocol", "alignment", "frames", *SHOWN) if any(k in r for r in rows)]
     lines = [f"- {plain(effect['sentence'])}" for effect in results.get("effects") or [] if effect.get("sentence")]
-    lines += ["", "| " + " | ".join(METRIC_NAMES.get(k, k) for k in keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(_number(r.get(k)) for k in keys) + " |" for r in rows]
+    header = tuple(METRIC_NAMES.get(k, k) for k in keys)
+    lines += ["", markdown_table(header, [tuple(_number(row.get(k)) for k in keys) for row in rows])]
     protocol = results.get("protocol")
     if protocol and not isinstance(protocol, dict):
         protocol = {"protocol": protocol}

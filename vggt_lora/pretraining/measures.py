@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['depth_edges', 'f1', 'depth_numbers', 'pose_angles', 'motions', 'auc30', 'patch_accuracy', 'judge_window', 'mean',
-           'judge', 'one_and_six']
+           'windows_of', 'judge', 'one_and_six']
 
 # %% ../../nbs/pretraining/measures.ipynb #f29e8eb6
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -105,12 +107,16 @@ def mean(rows: list[dict]) -> dict:
     return {name: float(np.nanmean([row[name] for row in rows if name in row])) for name in names}
 
 
+def windows_of(worlds: list, size: tuple[int, int], photos: int) -> Iterator[dict]:
+    """Yield one window of each world: every second photo from the first."""
+    for world in worlds:
+        yield window_of(world, [2 * k for k in range(photos)], size)
+
+
 def judge(
     model: VGGT,
     worlds: list,  # of World
     size: tuple[int, int] = (154, 224),
-    frames: int = 4,
-    stride: int = 2,
     layers: tuple = (1, 2),  # whose heads were asked to point
 ) -> dict:
     """Measure depth, poses and patches on worlds, beside what a flat picture, "no motion" and "same place" would get.
@@ -119,12 +125,12 @@ def judge(
     """
     model.eval()
     photos, patches, found = [], [], []
-    for world in worlds:
-        depth, pairs, shares = judge_window(model, window_of(world, [stride * k for k in range(frames)], size), layers)
+    for window in windows_of(worlds, size, 4):
+        depth, pairs, shares = judge_window(model, window, layers)
         photos, patches = [*photos, *depth], [*patches, shares]
         found.append([*pose_angles(*pairs), pose_angles(torch.eye(4).double().expand_as(pairs[1]), pairs[1])[0]])
     turns, ways, still = (np.stack(column) for column in zip(*found))  # (worlds, pairs of a window)
-    first = slice(frames - 1)
+    first = slice(3)
     return mean(photos) | mean(patches) | {
         "rotation_deg": float(np.median(turns[:, first])), "direction_deg": float(np.median(ways[:, first])),
         "rotation_deg_still": float(np.median(still[:, first])), "auc30": auc30(turns, ways),
@@ -137,14 +143,12 @@ def one_and_six(
     worlds: list,  # of World
     size: tuple[int, int] = (154, 224),
     photos: int = 6,
-    stride: int = 2,
 ) -> dict:
     """Return the AbsRel of photos that the network sees alone, `absrel_one`, and together, `absrel_six`."""
     model.eval()
     device = next(model.parameters()).device
     alone, together = [], []
-    for world in worlds:
-        window = window_of(world, [stride * k for k in range(photos)], size)
+    for window in windows_of(worlds, size, photos):
         images = window["images"].to(device)
         for batch, rows in ((images[:, None], alone), (images[None], together)):
             depth = model(batch, heads=("depth",))["depth"].float().cpu().view(photos, *size)
