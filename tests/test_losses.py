@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from vggt_lora.geometry.cameras import centre_to_corner_intrinsics
 from vggt_lora.reference_data import reference
 from vggt_lora.training.losses import (
-    WINDOW_LABEL, LossConfig, camera_loss, depth_loss, normalise_batch, point_loss, prepare_batch, training_loss,
+    LossConfig, camera_loss, depth_loss, normalise_batch, point_loss, prepare_batch, training_loss,
 )
 from vggt_lora.training.loss_terms import difference_term, normal_term, quantile_filter
 
@@ -286,9 +286,9 @@ CONFIGS = {
     "points": LossConfig(point_conf=1, point_reg=1, point_grad=1),
     "official": LossConfig.official(point=True),
     "grad_conf": LossConfig(gradient="grad_conf", point_grad=1, point_gradient="normal_conf"),
-    "more": LossConfig(depth_normal=1, window=2, confidence_error="relative", scale="base"),
+    "scale": LossConfig(scale="base"),
 }
-KEEP = LossConfig(base_consistency=2, depth_normal=1, scale="base")
+KEEP = LossConfig(base_consistency=2, scale="base")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -337,7 +337,7 @@ def test_weights():
 def test_a_target_without_trust_moves_no_term():
     outputs, batch = scene(0.9)
     # the filter looks at values, whatever their weight
-    config = LossConfig(point_conf=1, point_reg=1, point_grad=1, depth_normal=1, window=3, quantile=0)
+    config = LossConfig(point_conf=1, point_reg=1, point_grad=1, quantile=0)
     trust = torch.where(torch.arange(42) < 21, 1.0, 1e-9).expand(batch["depth"].shape)
     wrong = torch.where(trust < 1, batch["depth"] * 1.3, batch["depth"])
     sound, spoilt = (
@@ -351,21 +351,6 @@ def test_a_target_without_trust_moves_no_term():
 def test_a_pair_counts_as_its_worse_end():
     pred, truth, mask = torch.tensor([[[[0.0], [1.0]]]]), torch.zeros(1, 1, 2, 1), torch.ones(1, 1, 2, dtype=torch.bool)
     assert difference_term(pred, truth, mask, trust=torch.tensor([[[1.0, 3.0]]]))[0].item() == pytest.approx(1 * 1 / 4)
-
-
-def test_window_pixels_count_more_by_the_stated_factor():
-    outputs, batch = scene()
-    parts = {
-        w: training_loss(
-            outputs, batch, LossConfig(camera=0, depth_conf=0, depth_grad=0, depth_normal=0, window=w, quantile=0)
-        ).terms["depth_reg"]
-        for w in (0, 1, 3)
-    }
-    assert (parts[3] - parts[0]).item() == pytest.approx(3 * (parts[1] - parts[0]).item(), rel=1e-4)
-    truth, _ = prepare_batch(batch, LossConfig())
-    error = (outputs["depth"][..., 0] - truth["depth"]).abs()
-    inside, valid = batch["labels"] == WINDOW_LABEL, truth["valid"]
-    assert (parts[1] - parts[0]).item() == pytest.approx((error[valid & inside].sum() / valid.sum()).item(), rel=1e-4)
 
 
 def test_the_base_holds_pixels_without_truth_and_no_others():

@@ -76,7 +76,7 @@ def single(values: dict) -> dict:
 
 @pytest.mark.parametrize("kind", HARD)
 def test_losses_and_gradients_agree_with_their_twins_in_double(kind):
-    config = LossConfig(point_conf=1, point_reg=1, point_grad=1, depth_normal=1, depth_range=None)
+    config = LossConfig(point_conf=1, point_reg=1, point_grad=1, depth_range=None)
     outputs, batch = hard_scene(kind)
     results = []
     for change in (dict, single):

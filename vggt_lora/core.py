@@ -61,11 +61,9 @@ RENAMED = {  # setting of version 0.1 -> its name today
     "warmup": "warmup_ratio", "checkpointing": "gradient_checkpointing", "explode": "skip_grad_factor",
     "max_bad": "max_skipped_steps", "keep": "adapter_weights", "keep_last": "keep_checkpoints",
     "keep_base": "base_consistency_weight", "metric": "units_are_metres", "windows": "window_selection",
-    "window_weight": "glass_weight", "store": "frame_cache", "cache": "feature_cache",
-    "cache_limit_gb": "feature_cache_gb", "truth": "eval_supervision", "normalise": "scale_normalization",
-    "camera_view_weight": "camera_fov_weight", "camera_kind": "camera_loss",
-    "depth_gradient": "depth_grad_loss", "variants": "distinct_epochs", "train_share": "train_fraction",
-    "crop_share": "crop_min_scale", "mix_share": "mix_probability",
+    "store": "frame_cache", "cache": "feature_cache", "cache_limit_gb": "feature_cache_gb",
+    "truth": "eval_supervision", "normalise": "scale_normalization", "variants": "distinct_epochs",
+    "train_share": "train_fraction",
 }
 
 
