@@ -107,7 +107,7 @@ class Stepper:
         if kind != "plain" and self.precision == "bf16":
             cast_frozen_to_bf16(self.model)
         self.losses = loss_config(TrainConfig(strategy=strategy))
-        self.optimizer = make_optimizer(self.model, TrainConfig(strategy=strategy))
+        self.optimizer = make_optimizer(self.model, TrainConfig(strategy=strategy).optim)
         if kind in ("cache", "half", "small"):
             layer = find_frozen_prefix(self.model).layer
             self.store = FeatureStore(self.model, layer, self.precision, precision=self.precision, folder=folder)

@@ -36,7 +36,6 @@ from vggt_lora.training.checkpoint import (
     set_random_state,
 )
 from vggt_lora.training.oom_recovery import OomRecovery
-from vggt_lora.training.replay import replay
 from vggt_lora.training.run import without_wall
 from vggt_lora.training.schedule import learning_rate
 
@@ -178,12 +177,6 @@ def no_disk(patch, rank, folder) -> None:
         at_call(patch, "save_step", 2, raises(OSError(errno.ENOSPC, "No space left on device", "step-00000003.pt")))
 
 
-def no_place_for_what_was_bad(patch, rank, folder) -> None:
-    """The second process cannot keep what it saw in a step that was skipped."""
-    if rank == 1:
-        at_call(patch, "save_bad", 1, raises(OSError(errno.ENOSPC, "No space left on device", "step-000002-1.pt")))
-
-
 def raises(error: BaseException):
     def work(*arguments, **more):
         raise error
@@ -231,7 +224,6 @@ def as_rank(scene: str, folder: str) -> None:
     found["scenes"] = command(config("no scenes"), rank, no_scenes)
     for name, happen in ENDS.items():
         found[f"no {name}"] = attempt(config(f"no {name}"), rank, happen)
-    found["no place"] = attempt(config("no place"), rank, no_place_for_what_was_bad, spoil={order[3]: math.nan})
     if rank == 1:
         on_another_machine([str(Path(folder) / name) for name in ("whole command", "command")])
     sure = {"preflight": "off", "adapter_weights": "best"}
@@ -361,7 +353,6 @@ def test_processes_that_have_not_the_same_in_hand_end_before_any_work(pair):
         ("no memory", "TrainingError: out of memory even with one frame at once", 2),
         ("no validation", "TrainingError: out of memory even with", 2),
         ("no disk", "DiskError: no space to write", 1),
-        ("no place", "DiskError: no space to write", 2),
     ],
 )
 def test_an_error_of_one_process_is_the_others_end_too(pair, name, words, whose):
@@ -403,23 +394,15 @@ def test_the_command_line_says_that_one_process_was_stopped(pair):
 
 
 def test_a_step_that_is_not_finite_in_one_process_is_skipped_in_both(pair, scene):
-    """Weights, moments and schedule stay in step; what each process saw is kept, and the second one's file has the
-    fault.
-    """
+    """Weights, moments and schedule stay in step."""
     folder, *found = pair
     ours = found[0]["one bad"]
     assert ours == found[1]["one bad"] and not ours["raised"] and ours["learned"] != found[0]["whole"]["learned"]
     assert [step for step, _, skipped in ours["steps"] if skipped] == [2] and "(depth head)" in ours["steps"][1][2]
-    assert [rate for _, rate, _ in ours["steps"]] == [learning_rate(s, 6, settings(scene, folder)) for s in range(6)]
+    optim = settings(scene, folder).optim
+    assert [rate for _, rate, _ in ours["steps"]] == [learning_rate(s, 6, optim) for s in range(6)]
     last = read_checkpoint(folder / "one bad" / "checkpoints" / "last.pt")
     assert {float(s["step"]) for s in last["optimizer"]["state"].values()} == {5}
-    good, bad = (replay(folder / "one bad", folder / "one bad" / "bad" / f"step-000002{of}.pt") for of in ("", "-1"))
-    assert (
-        not good[0]["faults"]
-        and math.isfinite(good[0]["loss"])
-        and bad[0]["faults"]
-        and all(f in ours["steps"][1][2] for f in bad[0]["faults"])
-    )
 
 
 def test_bad_steps_of_one_process_end_both_and_name_head_and_term(pair):
@@ -431,9 +414,6 @@ def test_bad_steps_of_one_process_end_both_and_name_head_and_term(pair):
         ".JPG", "a higher max_skipped_steps",
     ):
         assert word in ours["raised"], word
-    assert sorted(p.name for p in (folder / "two bad" / "bad").iterdir()) == [
-        f"step-00000{step}{of}.pt" for step in (4, 5) for of in ("-1", "")
-    ]
 
 
 def test_processes_wait_for_each_other_for_a_day(monkeypatch):

@@ -34,6 +34,7 @@ from .training.config import TrainConfig, read_config
 from .training.distributed import Distributed
 from .training.feature_cache import cached_source
 from .training.loop import fit
+from .training.losses import loss_config
 from .training.oom_recovery import memory_errors
 from .training.preview import HeldOutPreview, begin
 from .training.run import RunFolder, code_fingerprint, run_path
@@ -145,7 +146,7 @@ def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Rea
     width = model.config.embed_dim
     cache = distributed.main_process_first(lambda: make_frame_cache(config, model, items=[*train_on, *choosing]))
     truth = distributed.main_process_first(lambda: truth_cache(config, model, scenes, split))
-    coverage, blind = distributed.on_all(lambda: look_for_depth(train_on, cache, config))
+    coverage, blind = distributed.on_all(lambda: look_for_depth(train_on, cache, loss_config(config)))
     with working("checking the adapter against the base"):
         checked = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
     adapted, targets, base_check, options = checked

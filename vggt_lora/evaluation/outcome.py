@@ -31,14 +31,14 @@ def losses_of(
 ) -> dict[str, float | None]:
     """Return the held-out losses of the base, the kept weights and the best saved ones; None if not finite."""
     found = [r for r in records if r["split"] == "val"]
-    best = _best_saved(found, config)["loss"]
+    best = _best_saved(found, config.metric_for_best_model)["loss"]
     after = best if config.adapter_weights == "best" else found[-1]["loss"]
     return {"before": found[0]["loss"], "after": after, "best": best if after is None else min(best, after)}
 
 
-def _best_saved(found: list[dict], config: TrainConfig) -> dict:
+def _best_saved(found: list[dict], metric: str) -> dict:
     """Return the record of best.pt; the first record is finite, or the run would not have begun."""
-    return min((r for r in found if not r.get("stopped")), key=lambda r: held_out_score(r, config))
+    return min((r for r in found if not r.get("stopped")), key=lambda r: held_out_score(r, metric))
 
 
 def without_loss(
@@ -47,7 +47,7 @@ def without_loss(
 ) -> str:
     """Warn that the held-out loss of the saved weights is not finite: why, and where better weights are."""
     found = [r for r in records if r["split"] == "val"]
-    best = _best_saved(found, config)
+    best = _best_saved(found, config.metric_for_best_model)
     return (
         f"the held-out loss of the saved weights is not finite: {found[-1]['not_finite']}; "
         f"checkpoints/best.pt has those after epoch {best['epoch']}, "

@@ -20,7 +20,7 @@ from ..datasets.base_depth import BaseDepth
 from ..supervision.laser import has_laser
 from ..supervision.sources import measured_part, resolve_supervision, source_names
 from .advice import without_choice
-from .config import TrainConfig
+from .config import SupervisionSettings, TrainConfig
 from .distributed import resolve_device, resolve_precision
 
 # %% ../../nbs/training/build.ipynb #7d4dfd1c
@@ -180,19 +180,19 @@ def make_frame_cache(
 
 # %% ../../nbs/training/build.ipynb #9a41d7ce
 def truth_source(
-    config: TrainConfig,
+    settings: SupervisionSettings,
     scenes: list[Scene],
     split: Split,
 ) -> str:
     """Return the name of the depth source that held-out frames are evaluated against."""
-    if config.eval_supervision != "auto":
-        return config.eval_supervision
+    if settings.eval_supervision != "auto":
+        return settings.eval_supervision
     judged = {w.scene for w in split.val}
     held_out = [scene for scene in scenes if scene.name in judged]
     if all(has_laser(scene) for scene in held_out):
         return "laser"
     without = next(scene for scene in held_out if not has_laser(scene))
-    measured = source_names(measured_part(resolve_supervision(without, config.supervision)))
+    measured = source_names(measured_part(resolve_supervision(without, settings.supervision)))
     if not any(has_laser(scene) for scene in held_out):
         measured = [name for name in measured if name != "laser"] or measured  # name what the scenes have
     return "+".join(measured)

@@ -127,7 +127,7 @@ def asked(
     for number, (scene, window) in enumerate(train):
         index, firsts = window_number(scene, window), len(window.frames) if config.shuffle_frames else 1
         for epoch in range(rounds if augmented else min(rounds, firsts)):
-            side = drawn_side(config, sizes, epoch, index) if sizes else 0
+            side = drawn_side(config.sampling, sizes, epoch, index) if sizes else 0
             draw = (number, epoch) if augmented and not by_size else None
             found.add(one(scene, window, (number, epoch % firsts), side, draw))
     return found
@@ -218,7 +218,7 @@ def fill(
     rounds = min(config.distinct_epochs or 0, config.epochs)
     seen = set()
     for epoch in range(rounds):
-        for i, order in epoch_order(len(train), [len(window.frames) for _, window in train], config, epoch):
+        for i, order in epoch_order(len(train), [len(window.frames) for _, window in train], config.sampling, epoch):
             if sample_source.augmented or (i, tuple(order)) not in seen:
                 seen.add((i, tuple(order)))
                 wanted.append((*train[i], order, epoch))
@@ -241,7 +241,7 @@ def cached_source(
     folder=None,  # default: feature_folder()
 ) -> SampleSource:
     """Return a sample source with cached states, as far as configured and as the disk allows."""
-    sample_source = sample_source_of(sample_source, config, train)
+    sample_source = sample_source_of(sample_source, config.sampling, train)
     augmented = augmented or sample_source.variation is not None
     plan, store = plan_cache(model, train, held_out, sample_source.cache, config, augmented, folder)
     log(str(plan))

@@ -29,7 +29,7 @@ from .run import RunFolder
 from .run_state import Hook, Progress, Stopped, held_out_score, stop_signals
 from .sample_source import SampleSource, sample_source_of
 from .schedule import epoch_order, learning_rate
-from .step_guard import MOST_FILES, StepGuard, nonfinite_terms, save_bad
+from .step_guard import StepGuard, nonfinite_terms
 
 # %% ../../nbs/training/loop.ipynb #dd84c5b8
 Item = tuple[Scene, Window]
@@ -114,8 +114,8 @@ def _backward(loop: Loop, chunk) -> list[WindowResult]:
 # %% ../../nbs/training/loop.ipynb #ff34ec2f
 def _step(loop: Loop, chunk) -> None:
     """Take one optimiser step on a group of windows, or skip it, and record it."""
-    progress, started, randoms = loop.progress, time.perf_counter(), random_state()
-    rate = learning_rate(progress.step, progress.total_steps, loop.config)
+    progress, started = loop.progress, time.perf_counter()
+    rate = learning_rate(progress.step, progress.total_steps, loop.config.optim)
     set_rate(loop.optimizer, rate)
     found = loop.distributed.collect(lambda: loop.oom_recovery.attempt(lambda: _backward(loop, chunk)))
     found.sort(key=lambda window: window.number)
@@ -132,7 +132,7 @@ def _step(loop: Loop, chunk) -> None:
     wall = _wall(loop, len(chunk), time.perf_counter() - started)
     about = {"step": progress.step, "epoch": progress.epoch + 1, "split": "train", "lr": rate}
     if reason:
-        _skip(loop, chunk, found, reason, randoms, about | {"skipped": reason, "wall": wall})
+        _skip(loop, found, reason, about | {"skipped": reason, "wall": wall})
         return
     numbers, left_out = _summed(found, len(chunk))
     progress.loss = numbers["loss"]
@@ -161,29 +161,16 @@ def _wall(loop: Loop, windows: int, seconds: float) -> dict:
     return wall | {"resident_gb": round(psutil.Process().memory_info().rss / 1e9, 3)}
 
 # %% ../../nbs/training/loop.ipynb #28e5deb5
-def _skip(loop: Loop, chunk, found: list[WindowResult], reason: str, randoms: dict, record: dict) -> None:
-    """Record a skipped step, save its input, and end the run after too many in a row; raises TrainingError."""
+def _skip(loop: Loop, found: list[WindowResult], reason: str, record: dict) -> None:
+    """Record a skipped step, and end the run after too many in a row; raises TrainingError."""
     step, guard, folder = loop.progress.step, loop.guard, loop.run.folder
     where = "; ".join(window.where for window in found)
     loop.run.record(**record)
-    process = f"-{loop.distributed.rank}" if loop.distributed.rank else ""
-    name = f"step-{step:06d}{process}.pt"
-
-    def save_input() -> None:
-        source, epoch, batches = loop.sample_source, loop.progress.epoch, []
-        for _, ((scene, window), order) in loop.distributed.shard(chunk):
-            batches.append(source.load(scene, window, order, epoch))
-        save_bad(folder / "bad" / name, loop.model, batches, randoms, {"step": step, "reason": reason, "where": where})
-
-    kept = guard.skipped <= MOST_FILES
-    if kept:
-        loop.distributed.on_all(save_input)
-    file = f"what it saw is in bad/{name}" if kept else f"bad/ has {MOST_FILES} files, this one was not kept"
-    loop.run.log(f"step {step} was skipped: {reason} ({where}); {file}")
+    loop.run.log(f"step {step} was skipped: {reason} ({where})")
     if guard.in_row >= guard.most:
         raise TrainingError(
             f"{guard.in_row} steps in a row were skipped, the last at step {step}: {reason}, on {where}; look at these"
-            f" photos in notebook 01 and replay {folder / 'bad'}; to pass them, continue with resume=True,"
+            " photos in notebook 01; to pass them, continue with resume=True,"
             f" output={str(folder)!r} and a higher max_skipped_steps, or skip_grad_factor=None if the gradient is only"
             " large; another lr needs a run of its own"
         )
@@ -192,7 +179,7 @@ def _skip(loop: Loop, chunk, found: list[WindowResult], reason: str, randoms: di
 def _chunks(loop: Loop) -> list:
     """Return groups of (item, frame order) that share one optimiser step; all processes together take one group."""
     lengths = [len(window.frames) for _, window in loop.train]
-    order = epoch_order(len(loop.train), lengths, loop.config, loop.progress.epoch)
+    order = epoch_order(len(loop.train), lengths, loop.config.sampling, loop.progress.epoch)
     items = [(loop.train[i], frames) for i, frames in order]
     size = loop.config.gradient_accumulation_steps * loop.distributed.size
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -370,7 +357,7 @@ def _validate(loop: Loop, **more) -> float:
         run.log(f"{found}; these weights cannot be the best")
         numbers = {"loss": None, "not_finite": str(fault)}
     run.record(step=progress.step, epoch=progress.epoch, split="val", **numbers, **more)
-    value = held_out_score(numbers, loop.config)
+    value = held_out_score(numbers, loop.config.metric_for_best_model)
     if not more:
         progress.held_out = value
     return value
@@ -468,9 +455,11 @@ def _prepare(model, train, held_out, config: TrainConfig, run: RunFolder, sample
     notes = []
     recovery = OomRecovery(model, frames, run.log if distributed.main else notes.append)
     units = None if config.varies else {}
+    optim = config.optim
+    guard = StepGuard(optim.skip_grad_factor, optim.max_skipped_steps)
     loop = Loop(
-        distributed, prepared, make_optimizer(prepared, config), train, held_out, config, run, sample_source,
-        loss_config(config), Progress(), StepGuard.of(config), recovery, tuple(hooks), notes, units,
+        distributed, prepared, make_optimizer(prepared, optim), train, held_out, config, run, sample_source,
+        loss_config(config), Progress(), guard, recovery, tuple(hooks), notes, units,
     )
     loop.progress.total_steps = config.epochs * loop.per_epoch
     return loop
@@ -490,7 +479,7 @@ def fit(
     The model ends with the weights of the last step, or with the best ones if adapter_weights is "best".
     Raises TrainingError, Stopped, DiskError.
     """
-    loop = _prepare(model, train, held_out, config, run, sample_source_of(sample_source, config, train), hooks)
+    loop = _prepare(model, train, held_out, config, run, sample_source_of(sample_source, config.sampling, train), hooks)
     progress = loop.progress
     with disk_errors(run.folder), stop_signals(progress):
         _begin(loop)

@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'trained_parameters', 'make_optimizer', 'set_rate', 'part_of
 # %% ../../nbs/training/optimizer.ipynb #08f57e59
 import torch
 
-from .config import TrainConfig
+from .config import OptimizerSettings
 
 # %% ../../nbs/training/optimizer.ipynb #4dc579ca
 def trained_parameters(model) -> list:
@@ -18,16 +18,16 @@ def trained_parameters(model) -> list:
 
 def make_optimizer(
     model,  # from apply_lora, on its device
-    config: TrainConfig,
+    optim: OptimizerSettings,
 ) -> torch.optim.Optimizer:
     """Build AdamW; with loraplus_lr_ratio every B gets a group with a rate that much higher."""
     fused = all(p.device.type in ("cuda", "cpu") for p in trained_parameters(model)) or None  # one pass per step
-    settings = {"lr": config.peak_lr, "weight_decay": config.weight_decay, "fused": fused}
-    if not config.loraplus_lr_ratio:
+    settings = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": fused}
+    if not optim.loraplus_lr_ratio:
         return torch.optim.AdamW(trained_parameters(model), **settings)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = []
-    for fast, ratio in ((False, 1.0), (True, config.loraplus_lr_ratio)):
+    for fast, ratio in ((False, 1.0), (True, optim.loraplus_lr_ratio)):
         groups.append({"params": [p for n, p in named if (".lora_B." in n) is fast], "ratio": ratio})
     return torch.optim.AdamW(groups, **settings)
 

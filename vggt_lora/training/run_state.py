@@ -14,12 +14,11 @@ import threading
 from collections.abc import Callable
 
 from ..core import TrainingError
-from .config import TrainConfig
 
 # %% ../../nbs/training/run_state.ipynb #547ed281
 def held_out_score(
     record: dict,  # of held_out_loss, or of metrics.jsonl
-    config: TrainConfig,
+    metric: str,  # metric_for_best_model: absrel or loss
 ) -> float:
     """Return the value that selects the best weights: the aligned depth error, or the loss.
 
@@ -27,7 +26,7 @@ def held_out_score(
     """
     if record["loss"] is None:
         return math.inf
-    return record.get("absrel", record["loss"]) if config.metric_for_best_model == "absrel" else record["loss"]
+    return record.get("absrel", record["loss"]) if metric == "absrel" else record["loss"]
 
 # %% ../../nbs/training/run_state.ipynb #03c8731d
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from ..datasets.windows import Window
 from ..model.aggregator import AggregatorState
 from ..scenes.scene import Scene
 from .augment import Variation, variation_of
-from .config import TrainConfig
+from .config import SamplingSettings
 
 # %% ../../nbs/training/sample_source.ipynb #b44ef4b1
 class SampleSource:
@@ -40,17 +40,17 @@ class SampleSource:
 # %% ../../nbs/training/sample_source.ipynb #ac2bd22e
 def sample_source_of(
     source: SampleSource | FrameCache,
-    config: TrainConfig | None = None,  # says how training windows vary; None: not at all
+    sampling: SamplingSettings | None = None,  # says how training windows vary; None: not at all
     train=(),  # (scene, window) pairs that are trained on
 ) -> SampleSource:
     """Return a sample source unchanged, or a frame cache as the plain sample source.
 
-    A frame cache gets the variation that the configuration asks for. Raises ConfigError for a
-    sample source without variation if the configuration needs one.
+    A frame cache gets the variation that the settings ask for. Raises ConfigError for a
+    sample source without variation if the settings need one.
     """
     if not isinstance(source, SampleSource):
-        return SampleSource(source, variation_of(source, config, train) if config else None)
-    if config and config.varies and getattr(source, "variation", None) is None:
+        return SampleSource(source, variation_of(source, sampling, train) if sampling else None)
+    if sampling and sampling.varies and getattr(source, "variation", None) is None:
         raise ConfigError("augment and image_sizes change training windows, but this sample source does not change "
                           "them; give it a Variation, or leave both empty")
     return source

@@ -10,38 +10,38 @@ import math
 
 import torch
 
-from .config import TrainConfig
+from .config import OptimizerSettings, SamplingSettings
 
 # %% ../../nbs/training/schedule.ipynb #12403240
 def learning_rate(
     step: int,  # optimiser steps done so far, from 0
     total: int,  # optimiser steps in the whole run
-    config: TrainConfig,
+    optim: OptimizerSettings,
 ) -> float:
     """Return the learning rate of the next step: warm-up, then cosine to min_lr."""
-    warm = max(1, math.ceil(config.warmup_ratio * total)) if config.warmup_ratio else 0
+    warm = max(1, math.ceil(optim.warmup_ratio * total)) if optim.warmup_ratio else 0
     if step < warm:
-        return config.peak_lr * (step + 1) / warm
+        return optim.lr * (step + 1) / warm
     progress = (step - warm + 1) / max(1, total - warm)
-    return config.min_lr + (config.peak_lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
+    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
 
 # %% ../../nbs/training/schedule.ipynb #442be13b
 def epoch_order(
     windows: int,  # number of training windows
     lengths: list[int],  # frames per window
-    config: TrainConfig,
+    sampling: SamplingSettings,
     epoch: int,
 ) -> list[tuple[int, list[int]]]:
     """Return (window index, frame order) of one epoch, from seed and epoch number."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + epoch)
     order = torch.randperm(windows, generator=generator).tolist()
-    return [(i, frame_order(i, lengths[i], config, epoch, generator)) for i in order]
+    return [(i, frame_order(i, lengths[i], sampling, epoch, generator)) for i in order]
 
 
 def frame_order(
     window: int,  # its number
     frames: int,  # in it
-    config: TrainConfig,
+    sampling: SamplingSettings,
     epoch: int,
     generator: torch.Generator,  # of this epoch
 ) -> list[int]:
@@ -49,10 +49,10 @@ def frame_order(
 
     The first repeats every `distinct_epochs` epochs; without a number the whole order is drawn.
     """
-    if not config.shuffle_frames:
+    if not sampling.shuffle_frames:
         return list(range(frames))
-    if not config.distinct_epochs:
+    if not sampling.distinct_epochs:
         return torch.randperm(frames, generator=generator).tolist()
-    own = torch.Generator().manual_seed((config.seed * 1_000_003 + window) * 65_537 + 1)
-    first = torch.randperm(frames, generator=own).tolist()[epoch % config.distinct_epochs % frames]
+    own = torch.Generator().manual_seed((sampling.seed * 1_000_003 + window) * 65_537 + 1)
+    first = torch.randperm(frames, generator=own).tolist()[epoch % sampling.distinct_epochs % frames]
     return [first, *(i for i in range(frames) if i != first)]

@@ -21,7 +21,7 @@ from .build import items_of, make_frame_cache, open_scenes, photos_of, split_sce
 from .checkpoint import newest_checkpoint
 from .config import TrainConfig
 from .distributed import Distributed, resolve_device
-from .losses import heads_read, loss_config
+from .losses import LossConfig, heads_read
 from .run import RunFolder, environment, reproducible
 
 # %% ../../nbs/training/start.ipynb #ee6ce537
@@ -37,17 +37,17 @@ def load_scenes(
 def look_for_depth(
     items: list[tuple[Scene, Window]],  # that train
     cache: FrameCache,
-    config: TrainConfig,
+    losses: LossConfig,
 ) -> tuple[list[dict], list[str]]:
     """Return what supervises the training photos, and notes on scenes without a pixel that the loss would take.
 
     Raises ConfigError if no scene has one and depth is to be learnt.
     """
     coverage = supervision_coverage(items, cache)
-    if not set(heads_read(loss_config(config))) - {"camera"}:
+    if not set(heads_read(losses)) - {"camera"}:
         return coverage, []
     metric = {scene.name for scene, _ in items if scene.metric}
-    return coverage, check_learnable(coverage, metric, (config.depth_min, config.depth_max))
+    return coverage, check_learnable(coverage, metric, losses.depth_range)
 
 # %% ../../nbs/training/start.ipynb #b81c7b6c
 def first_frames(
