@@ -25,31 +25,26 @@ from ..files.atomic import escapes_folder, read_json, system_errors, write_json,
 # %% ../../nbs/adapters/adapter.ipynb #50a194fb
 def fingerprint(
     model,  # a VGGT without adapters
-    samples: int = 256,  # values hashed per tensor, evenly spread
 ) -> str:
-    """Hash all weights: names, shapes, dtypes, sampled values and sums of bit patterns.
+    """Hash all weights: names, shapes, dtypes, 256 sampled values and sums of bit patterns.
 
     Equal for equal weights; different if any one value differs. Two changes between the samples can cancel.
     Empty on the meta device.
-
-    Equal for equal weights; different if any one value differs. Two changes between the samples can cancel.
     """
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         return ""  # tensors without values
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
-        spread = torch.linspace(0, max(flat.numel() - 1, 0), min(samples, flat.numel()), dtype=torch.float64).long()
+        spread = torch.linspace(0, max(flat.numel() - 1, 0), min(256, flat.numel()), dtype=torch.float64).long()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(flat[spread.to(flat.device)].float().cpu().numpy().tobytes())
-        if _sums is None:
-            digest.update(str(bit_sum(flat)).encode())
-            continue
-        state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, tensor.device,
-                 flat[spread.to(flat.device)].float().cpu().numpy().tobytes())
-        if state not in _sums:
-            _sums[state] = bit_sum(flat)
-        digest.update(str(_sums[state]).encode())
+        sampled = flat[spread.to(flat.device)].float().cpu().numpy().tobytes()
+        digest.update(sampled)
+        known = {} if _sums is None else _sums
+        state = (tensor.data_ptr(), tensor._version, tensor.shape, tensor.dtype, tensor.device, sampled)
+        if state not in known:
+            known[state] = bit_sum(flat)
+        digest.update(str(known[state]).encode())
     return digest.hexdigest()
 
 

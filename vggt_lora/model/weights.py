@@ -298,8 +298,6 @@ class LoadReport:
     sha256: str | None  # of the file; None above 1 GiB, where it would take longer than loading
     n_loaded: int  # tensors now in the model
     dropped: dict[str, int]  # head -> tensors in the file that belong to a head that was not built
-    missing: tuple[str, ...] = ()  # always empty: a missing tensor stops the load
-    unexpected: tuple[str, ...] = ()  # always empty likewise
     absent: tuple[str, ...] = ()  # heads of a full VGGT that the file does not hold
     converted: int = 0  # tensors that the file holds in float16
 
