@@ -144,7 +144,7 @@ SPARING = {"gradient_checkpointing": True, "frames_chunk": 1, "head_precision": 
         },
         {
             "strategy": "c", "dropout": 0.1, "augment": "crop,colour,flip,turn,tilt,mixup,cutmix",
-            "image_sizes": "42,56", "distinct_epochs": 2, "epochs": 2,
+            "distinct_epochs": 2, "epochs": 2,
         },
         {
             "strategy": "custom", "target_modules": "aggregator.global_blocks.3, depth_head.scratch",

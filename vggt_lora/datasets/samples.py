@@ -143,9 +143,9 @@ class FrameCache:
                     made[name] = made.get(name, 0) + PREPARED[name](scene, list(frames.values()), device=device)
         return made
 
-    def size(self, scene: Scene, index: int, long_side: int = 0) -> tuple[int, int]:
-        """The (height, width) that frame `index` would have on its own; 0: at the cache's long side."""
-        return plan_image(scene.frames[index].size, long_side or self.long_side, self.mode, self.patch).size
+    def size(self, scene: Scene, index: int) -> tuple[int, int]:
+        """The (height, width) that frame `index` would have on its own."""
+        return plan_image(scene.frames[index].size, self.long_side, self.mode, self.patch).size
 
     def about(self) -> str:
         """Return in one line where frames come from."""

@@ -33,7 +33,7 @@ from .memory_profile import settle, untouched
 from ..progress import working
 from ..threads import machine_is_busy
 from ..training.build import build_model, make_frame_cache, items_of, open_scenes, add_adapter, split_scenes
-from ..training.config import TrainConfig, drawn_sizes
+from ..training.config import TrainConfig
 from ..training.distributed import resolve_device, resolve_precision
 from ..training.feature_cache import CachePlan, plan_cache
 
@@ -206,41 +206,24 @@ def _choose(model, config: TrainConfig) -> None:
         head.frames_chunk = config.frames_chunk
 
 # %% ../../nbs/preflight/preflight.ipynb #85b43fb0
-def _largest(train, held_out, frames: FrameCache, config: TrainConfig) -> Sample:
-    """Return the window with most pixels, at its largest size."""
+def _largest(train, held_out, frames: FrameCache) -> Sample:
+    """Return the window with most pixels."""
     def pixels(item) -> int:
         return len(item[1].frames) * math.prod(frames.size(item[0], item[1].frames[0]))
 
-    scene, window = max([*train, *held_out], key=pixels)
-    sample, patch = load_sample(scene, window, frames), frames.patch
-    sizes = drawn_sizes(config.image_sizes, frames.long_side, frames.patch)
-    ratio = max(sizes, default=frames.long_side) / frames.long_side
-    if ratio <= 1:
-        return sample
-    size = tuple(max(patch, round(side * ratio / patch) * patch) for side in sample.images.shape[-2:])
-    change = {"images": torch.nn.functional.interpolate(sample.images, size)}
-    for name in ("depth", "valid", "weight", "labels"):
-        tensor = getattr(sample, name)
-        change[name] = torch.nn.functional.interpolate(tensor[:, None].float(), size)[:, 0].to(tensor.dtype)
-    return dataclasses.replace(sample, **change)
+    return load_sample(*max([*train, *held_out], key=pixels), frames)
 
 
-def _seconds(points: list[Point], phase: str, windows, frames: FrameCache, config: TrainConfig, pixels: int,
-             drawn: bool = False) -> float:
-    """Return the seconds of a phase, summed over windows.
-
-    `pixels` are those of a measured photo; `drawn` takes the mean over the sizes of image_sizes.
-    """
+def _seconds(points: list[Point], phase: str, windows, frames: FrameCache, pixels: int) -> float:
+    """Return the seconds of a phase, summed over windows; `pixels` are those of a measured photo."""
     if not points:
         return math.nan
     counts, seconds = [p.frames for p in points], [p.seconds.get(phase, 0.0) for p in points]
-    sizes = drawn and drawn_sizes(config.image_sizes, frames.long_side, frames.patch) or (frames.long_side,)
-    ratios, total = [(size / frames.long_side) ** 2 for size in sizes], 0
+    total = 0
     for scene, window in windows:
         whole = len(window.frames) * math.prod(frames.size(scene, window.frames[0]))
-        for ratio in ratios:
-            total += extrapolate(counts, seconds, whole * ratio / pixels)
-    return total / len(ratios)
+        total += extrapolate(counts, seconds, whole / pixels)
+    return total
 
 # %% ../../nbs/preflight/preflight.ipynb #b212d32d
 def _team() -> tuple[int, int]:
@@ -287,7 +270,7 @@ def preflight(
     device = resolve_device(config.device)
     plan, store = plan_cache(model, train, held_out, frames, config, config.varies, folder)
     began = time.perf_counter()
-    sample = _largest(train, held_out, frames, config)
+    sample = _largest(train, held_out, frames)
     loading = (time.perf_counter() - began) * (len(train) + len(held_out))
     size, precision = tuple(sample.images.shape[-2:]), resolve_precision(config.precision, device)
     later = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -318,13 +301,13 @@ def _times(points: list[Point], plan: CachePlan, train, held_out, frames: FrameC
            loading: float) -> dict:
     """Return the fields of a report about seconds, steps and processes."""
     processes = _team()[0]
-    training = _seconds(points, "train", train, frames, config, pixels, True) / processes
-    validation = _seconds(points, "validate", held_out, frames, config, pixels) / processes
+    training = _seconds(points, "train", train, frames, pixels) / processes
+    validation = _seconds(points, "validate", held_out, frames, pixels) / processes
     steps = math.ceil(len(train) / (config.gradient_accumulation_steps * processes))
     filling = 0.0
     if plan.entries:
         windows = plan.entries / max(1, len(train))
-        filling = windows * _seconds(points, "fill", train, frames, config, pixels, True)
+        filling = windows * _seconds(points, "fill", train, frames, pixels)
     epoch = training + validation
     return {"step": training / max(1, steps), "epoch": epoch, "first": epoch + loading + validation + filling,
             "steps": steps, "processes": processes}

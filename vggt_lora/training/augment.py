@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAPS', 'ONE_SURFACE', 'MIX_PROBABILITY', 'TILT_DEGREES', 'CROP_MIN_SCALE', 'with_maps', 'crop', 'flip', 'turn',
            'tilt_camera', 'resample_depth', 'tilt', 'recoloured', 'draw_colours', 'colour', 'mixup', 'mean_distance',
-           'cutmix', 'window_number', 'generator', 'drawn_side', 'augment', 'mixed', 'Variation', 'variation_of']
+           'cutmix', 'window_number', 'generator', 'augment', 'mixed', 'Variation', 'variation_of']
 
 # %% ../../nbs/training/augment.ipynb #b477465e
 import dataclasses
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..core import LUMINANCE, ConfigError
 from ..datasets.samples import FrameCache, Sample, load_sample
 from ..datasets.windows import Window
-from .config import SamplingSettings, drawn_sizes
+from .config import SamplingSettings
 from .normalization import normalise_batch
 from ..scenes.images import PATCH
 
@@ -283,16 +283,6 @@ def generator(
         epoch %= sampling.distinct_epochs
     return np.random.default_rng([sampling.seed, purpose, epoch, index])
 
-# %% ../../nbs/training/augment.ipynb #127c2005
-def drawn_side(
-    sampling: SamplingSettings,
-    sizes: tuple[int, ...],  # long sides to draw from, px
-    epoch: int,
-    index: int,  # number of the window
-) -> int:
-    """Draw the long side, px, at which a window is loaded in an epoch."""
-    return sizes[int(generator(sampling, epoch, index, 2).integers(len(sizes)))]
-
 # %% ../../nbs/training/augment.ipynb #cf131c3f
 MIX_PROBABILITY = 0.3  # of a training window that mixup or cutmix may change
 TILT_DEGREES = 5.0  # largest roll
@@ -345,7 +335,7 @@ def mixed(sample: Sample, other: Sample, way: str, rng: np.random.Generator) -> 
 
 # %% ../../nbs/training/augment.ipynb #d15ed745
 class Variation:
-    """Load training windows at a drawn size and change them, as a configuration says."""
+    """Load training windows and change them, as the settings say."""
 
     def __init__(
         self,
@@ -353,16 +343,7 @@ class Variation:
         sampling: SamplingSettings,
         items,  # (scene, window) pairs of the training side: the only ones that mixup and cutmix take from
     ):
-        self.sampling, self.items = sampling, list(items)
-        self.sizes = drawn_sizes(sampling.image_sizes, cache.long_side, cache.patch) or (cache.long_side,)
-        self.caches = {}
-        for size in self.sizes:
-            if size == cache.long_side:
-                self.caches[size] = cache
-                continue
-            made = type(cache)(size, cache.mode, cache.supervision, base=cache.base, patch=cache.patch)
-            self.caches[size] = made
-            (made.prepare if hasattr(made, "prepare") else made.work_ahead)(self.items)
+        self.cache, self.sampling, self.items = cache, sampling, list(items)
 
     def __call__(
         self,
@@ -372,13 +353,11 @@ class Variation:
         epoch: int,
     ) -> Sample:
         """Return the window as this epoch sees it."""
-        index = window_number(scene, window)
-        cache = self.caches[drawn_side(self.sampling, self.sizes, epoch, index)]
-
         def another(r: float) -> Sample:
-            return load_sample(*self.items[int(r * len(self.items))], cache)
+            return load_sample(*self.items[int(r * len(self.items))], self.cache)
 
-        return augment(load_sample(scene, window, cache, order), self.sampling, epoch, index, another, cache.patch)
+        sample, index = load_sample(scene, window, self.cache, order), window_number(scene, window)
+        return augment(sample, self.sampling, epoch, index, another, self.cache.patch)
 
 # %% ../../nbs/training/augment.ipynb #8ab249d7
 def variation_of(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHT', 'AUGMENTS', 'SettingsPart', 'ScopeSettings', 'RunSettings', 'WindowSettings', 'SupervisionSettings',
            'AdapterSettings', 'OptimizerSettings', 'SamplingSettings', 'LossSettings', 'MachineSettings', 'TrainConfig',
-           'check_image_size', 'drawn_sizes', 'read_config']
+           'check_image_size', 'read_config']
 
 # %% ../../nbs/training/config.ipynb #eff1e463
 import dataclasses
@@ -171,9 +171,6 @@ class SamplingSettings(SettingsPart):
     window_selection: str = setting(
         "order", "windows by capture order, or of photos that share many points", choices=("order", "covisible")
     )
-    image_sizes: str = setting(
-        "", 'long sides to draw from, in px or as factors of image_size, such as "0.8,1,1.2"; empty: one size'
-    )
     augment: str = setting(
         "", "changes to training windows, separated by commas: crop, colour, flip, turn, tilt, mixup, cutmix"
     )
@@ -184,7 +181,7 @@ class SamplingSettings(SettingsPart):
     @property
     def varies(self) -> bool:
         """Tell whether training windows are changed on their way to the network."""
-        return bool(self.augment.strip() or self.image_sizes.strip())
+        return bool(self.augment.strip())
 
 # %% ../../nbs/training/config.ipynb #210f08e6
 WEIGHT = (0, 10_000)  # range of every loss weight
@@ -322,38 +319,6 @@ def check_image_size(
         expected = "image_size must be a multiple of the network's patch size"
         raise ConfigError(f"{expected}, got {size}; {'; '.join(remedies)}")
 
-# %% ../../nbs/training/config.ipynb #92a3b401
-def drawn_sizes(
-    text: str,  # long sides in px, or factors (at most 4) of the run's own, separated by commas
-    own: int,  # the run's long side, px
-    patch: int,  # px, of the network
-) -> tuple[int, ...]:
-    """Read `image_sizes` as long sides in px, multiples of the patch; raises ConfigError for other values."""
-    sizes = []
-    for part in filter(None, map(str.strip, text.split(","))):
-        try:
-            value = float(part)
-        except ValueError:
-            value = 0.0
-        size = max(patch, round(value * own / patch) * patch) if 0 < value <= 4 else value
-        if not 0 < size <= 8_400 or size % patch:
-            expected = f"a multiple of {patch} px nor a factor of at most 4 of the image size"
-            raise ConfigError(f"image_sizes: {part!r} is neither {expected}")
-        sizes.append(int(size))
-    return tuple(dict.fromkeys(sizes))
-
-# %% ../../nbs/training/config.ipynb #5036dd7f
-def _check_drawn(text: str) -> None:
-    """Refuse `image_sizes` that fit no network; raises ConfigError."""
-    faults = []
-    for family in FAMILIES.values():
-        try:
-            drawn_sizes(text, 512, family.patch_size)
-        except ConfigError as fault:
-            faults.append(fault)
-    if len(faults) == len(FAMILIES):
-        raise faults[0]
-
 # %% ../../nbs/training/config.ipynb #1b767f59
 AUGMENTS = ("crop", "colour", "flip", "turn", "tilt", "mixup", "cutmix")  # of `augment`, see training.augment
 
@@ -361,7 +326,6 @@ AUGMENTS = ("crop", "colour", "flip", "turn", "tilt", "mixup", "cutmix")  # of `
 def _check_together(config: TrainConfig) -> None:
     """Check what must hold between settings; raises ConfigError."""
     check_image_size(config.image_size)
-    _check_drawn(config.image_sizes)
     for name in config.names("augment"):
         if name not in AUGMENTS:
             raise ConfigError(unknown_name_message("augment", name, AUGMENTS))

@@ -23,8 +23,7 @@ from ..efficiency.feature_store import FeatureStore, folder_files
 from ..efficiency.frozen_prefix import EMBEDDING, find_frozen_prefix, free_prefix, network, state_bytes
 from ..model.aggregator import AggregatorState
 from ..scenes.scene import Scene
-from .augment import drawn_side, window_number
-from .config import TrainConfig, drawn_sizes
+from .config import TrainConfig
 from .distributed import resolve_device, resolve_precision
 from .sample_source import SampleSource, sample_source_of
 from .schedule import epoch_order
@@ -116,20 +115,16 @@ def asked(
 
     An entry is (scene, photos of the window, first photo, (height, width) in px, other random choices).
     """
-    sizes = drawn_sizes(config.image_sizes, frames.long_side, frames.patch)
     rounds = min(config.distinct_epochs or math.inf, config.epochs)
-    by_size = bool(sizes) and not config.names("augment")  # nothing else changes pixels
 
-    def one(scene: Scene, window: Window, first, side: int = 0, draw=None) -> tuple:
-        return (str(scene.root), scene.name), window.frames, first, frames.size(scene, window.frames[0], side), draw
+    def one(scene: Scene, window: Window, first, draw=None) -> tuple:
+        return (str(scene.root), scene.name), window.frames, first, frames.size(scene, window.frames[0]), draw
 
     found = {one(scene, window, -1) for scene, window in held_out}
     for number, (scene, window) in enumerate(train):
-        index, firsts = window_number(scene, window), len(window.frames) if config.shuffle_frames else 1
+        firsts = len(window.frames) if config.shuffle_frames else 1
         for epoch in range(rounds if augmented else min(rounds, firsts)):
-            side = drawn_side(config.sampling, sizes, epoch, index) if sizes else 0
-            draw = (number, epoch) if augmented and not by_size else None
-            found.add(one(scene, window, (number, epoch % firsts), side, draw))
+            found.add(one(scene, window, (number, epoch % firsts), (number, epoch) if augmented else None))
     return found
 
 # %% ../../nbs/training/feature_cache.ipynb #0c23aa02
@@ -237,12 +232,11 @@ def cached_source(
     held_out,  # (scene, window) pairs
     log: Callable[[str], None] = print,
     reload: Callable[[], dict[str, torch.Tensor]] | None = None,  # reads the base again; None: hold it in RAM
-    augmented: bool = False,  # the sample source changes pixels at random
     folder=None,  # default: feature_folder()
 ) -> SampleSource:
     """Return a sample source with cached states, as far as configured and as the disk allows."""
     sample_source = sample_source_of(sample_source, config.sampling, train)
-    augmented = augmented or sample_source.variation is not None
+    augmented = sample_source.variation is not None
     plan, store = plan_cache(model, train, held_out, sample_source.cache, config, augmented, folder)
     log(str(plan))
     if store is None:

@@ -51,6 +51,6 @@ def sample_source_of(
     if not isinstance(source, SampleSource):
         return SampleSource(source, variation_of(source, sampling, train) if sampling else None)
     if sampling and sampling.varies and getattr(source, "variation", None) is None:
-        raise ConfigError("augment and image_sizes change training windows, but this sample source does not change "
-                          "them; give it a Variation, or leave both empty")
+        raise ConfigError("augment changes training windows, but this sample source does not change them; give it a "
+                          "Variation, or leave augment empty")
     return source
