@@ -215,8 +215,13 @@ def test_every_loss_setting_reaches_the_loss(scene, tmp_path):
     config = settings(scene, tmp_path)
     wanted = dataclasses.replace(LossConfig(), **WEIGHTS, depth_range=(0.2, 9.0))
     assert dataclasses.asdict(loss_config(config)) == dataclasses.asdict(wanted)
-    more = settings(scene, tmp_path, point_conf_weight=0.7, point_reg_weight=0.8, point_grad_weight=0.9)
-    wanted = dataclasses.replace(wanted, point_conf=0.7, point_reg=0.8, point_grad=0.9)
+    more = settings(
+        scene, tmp_path, point_conf_weight=0.7, point_reg_weight=0.8, point_grad_weight=0.9,
+        point_gradient="normal_conf",
+    )
+    wanted = dataclasses.replace(
+        wanted, point_conf=0.7, point_reg=0.8, point_grad=0.9, point_gradient="normal_conf"
+    )
     assert dataclasses.asdict(loss_config(more)) == dataclasses.asdict(wanted)
 
 

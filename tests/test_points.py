@@ -20,7 +20,7 @@ from vggt_lora.training.losses import LossConfig, prepare_batch
 from vggt_lora.training.run import without_wall
 
 # all different: no two can be swapped unseen
-POINTS = {"point_conf_weight": 0.5, "point_reg_weight": 3.0, "point_grad_weight": 2.0}
+POINTS = {"point_conf_weight": 0.5, "point_reg_weight": 3.0, "point_grad_weight": 2.0, "point_gradient": "grad"}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_points_alone_teach_the_layers_of_the_aggregator(scene, weights, tmp_pat
     found = train(
         settings(
             scene, weights, tmp_path / "run", strategy="b", heads="camera", supervision="completed", **alone,
-            **POINTS,
+            **POINTS | {"point_gradient": "normal_conf"},
         )
     )
     assert {n for n in steps(found)[0] if n.startswith("loss_")} == {
@@ -163,7 +163,7 @@ def test_out_of_memory_makes_both_dense_heads_take_smaller_pieces(scene, weights
 
 
 def test_a_run_from_before_the_weights_is_resumed(plain, tmp_path):
-    new = {f"point_{n}" for n in ("conf_weight", "reg_weight", "grad_weight")}
+    new = {f"point_{n}" for n in ("conf_weight", "reg_weight", "grad_weight", "gradient")}
     about = json.loads((plain.folder / "config.json").read_text())
     about["config"] = {n: v for n, v in about["config"].items() if n not in new}
     (tmp_path / "config.json").write_text(json.dumps(about))
@@ -190,6 +190,7 @@ def test_weights_without_a_point_head_and_unknown_weights_are_refused_by_name(sc
         ({"point_grad_weight": -1.0}, "point_grad_weight must lie between 0"),
         ({"point_reg_weight": float("nan")}, "point_reg_weight must lie"),
         ({"points_weight": 1.0}, "unknown parameter 'points_weight'"),
+        ({"point_gradient": "edges"}, "point_gradient"),
     ]:
         with pytest.raises(ConfigError, match=words):
             TrainConfig.from_parameters(wrong)

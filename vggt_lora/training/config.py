@@ -200,6 +200,10 @@ class LossSettings:
     )
     point_reg_weight: float = setting(0.0, "as depth_reg_weight, for points", range=WEIGHT)
     point_grad_weight: float = setting(0.0, "as depth_grad_weight, for points", range=WEIGHT)
+    point_gradient: str = setting(
+        "normal", "edges of points: normals or differences, plain or weighted by the confidence",
+        choices=("normal", "normal_conf", "grad", "grad_conf"),
+    )
     base_consistency_weight: float = setting(
         0.0, "weight of staying near the base where nothing supervises", range=WEIGHT
     )

@@ -204,6 +204,7 @@ def loss_config(
         point_conf=config.point_conf_weight,
         point_reg=config.point_reg_weight,
         point_grad=config.point_grad_weight,
+        point_gradient=config.point_gradient,
         base_consistency=depth * config.base_consistency_weight,
         depth_range=(config.depth_min, config.depth_max),
         scale=config.scale_normalization if depth else "points",
