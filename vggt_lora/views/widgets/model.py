@@ -196,15 +196,16 @@ class TreePage(TargetPicker):
             row = [inputs[part]]
             if f"{part} blocks" in inputs:
                 blocks = inputs[f"{part} blocks"]
-                blocks.description, blocks.style.description_width, blocks.layout.width = "blocks", "40px", "190px"
-                inputs[part].layout.width = "145px"
+                blocks.description, blocks.style.description_width, blocks.layout.width = "blocks", "45px", "180px"
+                inputs[part].layout.width = "155px"
                 row.append(blocks)
             indented = ipywidgets.Layout(margin="0 0 0 18px", overflow="visible")
             tree.append(ipywidgets.HBox(row, layout=indented))
         box = ipywidgets.Layout(width="380px", min_width="380px", height="520px", overflow="auto")
         for name in ("strategy", "rank"):
             inputs[name].layout.width = "175px"
-        left = ipywidgets.VBox([ipywidgets.HBox([inputs["strategy"], inputs["rank"]]), *tree], layout=box)
+        top = ipywidgets.HBox([inputs["strategy"], inputs["rank"]], layout=ipywidgets.Layout(overflow="visible"))
+        left = ipywidgets.VBox([top, *tree], layout=box)
         right = ipywidgets.VBox([screen, words], layout=ipywidgets.Layout(flex="1 1 0", min_width="300px"))
         return ipywidgets.VBox([ipywidgets.HBox([left, right]), self._copy, self._python])
 
