@@ -181,6 +181,7 @@ def _make(folder):
     demo_scenes(folder, progress=False, **SMALL)
 
 
+@pytest.mark.slow
 def test_two_processes_that_want_the_demo_at_once_get_one_whole_set(tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_make, args=(tmp_path / "demo",)) for _ in range(2)]

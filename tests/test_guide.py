@@ -274,10 +274,15 @@ def test_the_guides_commands_run(command, request, tmp_path):
 
 
 def python_blocks() -> list:
-    """Every fenced Python block of the README and the guide."""
+    """Every fenced Python block of the README and the guide; those that need a finished run are slow."""
     pages = [ROOT / "README.md", *sorted((ROOT / "nbs" / "guide").glob("*.ipynb"))]
-    return [pytest.param(block, id=f"{page.stem}-{number}") for page in pages
-            for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", markdown_of(page), re.M | re.S))]
+    found = []
+    for page in pages:
+        blocks = re.findall(r"^```python\n(.*?)^```", markdown_of(page), re.M | re.S)
+        for number, block in enumerate(blocks):
+            marks = [pytest.mark.slow] if "my_run" in block else []
+            found.append(pytest.param(block, id=f"{page.stem}-{number}", marks=marks))
+    return found
 
 
 @pytest.mark.parametrize("block", python_blocks())

@@ -254,6 +254,7 @@ def test_a_prediction_goes_on_after_a_kill_and_is_not_overwritten(photos, tmp_pa
     assert predict(dataclasses.replace(config, replace=True), quiet).page.is_file()
 
 
+@pytest.mark.slow
 def test_memory_is_predicted(tmp_path):
     """Against what the process really takes, for the largest window that is quick."""
     import subprocess

@@ -327,6 +327,7 @@ def test_window_masks_of_the_user(window, tmp_path):
 
 # --- a base alone, as the guide says -------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_the_guides_command_for_a_base_alone_runs_on_demo_data(folder, tmp_path):
     """The very command that the guide gives for the real weights, with the tiny network and a demo scene."""
     cells = json.loads((ROOT / "nbs" / "guide" / "measurements.ipynb").read_text(encoding="utf-8"))["cells"]
