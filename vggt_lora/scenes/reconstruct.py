@@ -122,10 +122,12 @@ def counting(
     ) as bar:
         def follow():
             while not over.wait(0.5):
+                # immutable: without a lock, which would end COLMAP's process; so rows that wait in its log are not seen
                 with contextlib.suppress(sqlite3.Error), contextlib.closing(
-                    sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=0.2)
+                    sqlite3.connect(f"file:{database}?mode=ro&immutable=1", uri=True)
                 ) as rows:
-                    bar.update(min(total, rows.execute(f"select count(*) from {table}").fetchone()[0]) - bar.n)
+                    done = rows.execute(f"select count(*) from {table}").fetchone()[0]
+                    bar.update(max(0, min(total, done) - bar.n))
         watcher = threading.Thread(target=follow, daemon=True)
         watcher.start()
         try:
