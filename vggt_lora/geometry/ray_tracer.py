@@ -25,8 +25,7 @@ class Open3DTracer:
         triangles: np.ndarray,  # (m, 3) into vertices
         threads: int = 1,  # that one call may use
     ) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # in a notebook it prints three lines
-            import open3d
+        import open3d
 
         self._core, self.threads = open3d.core, threads
         self._scene = open3d.t.geometry.RaycastingScene(nthreads=threads)
@@ -104,7 +103,8 @@ def usable_tracer() -> str:
     faults = []
     for name in TRACERS:
         try:
-            __import__(name)
+            with contextlib.redirect_stdout(io.StringIO()):  # in a notebook Open3D prints three lines
+                __import__(name)
         except (ImportError, OSError) as fault:  # a missing system library raises either
             faults.append(f"{name} ({fault})")
             continue
