@@ -528,15 +528,15 @@ def test_audit_fails_when_a_frame_is_shared(scene_folder, tmp_path):
         audit_split(replace(split, val=split.val + (Window("house", (0,)),)), scene)
     shutil.copytree(scene_folder, tmp_path / "copy")  # the same building under another name
     both = [scene, open_scene(tmp_path / "copy")]
-    with pytest.raises(LeakError, match="3 photos are in training and in validation"):
+    with pytest.raises(LeakError, match="3 photos are on both sides, training and judging"):
         audit_split(split_windows(both, frames=2, hold_out="copy"), both)
 
 
 @pytest.mark.parametrize(
     "hold_out, torn",
     [
-        ("entry", "entry validates while castle, fountain of the same group train"),
-        ("castle,fountain", "castle, fountain validate while entry of the same group trains"),
+        ("entry", "entry judges while castle, fountain of the same group train"),
+        ("castle,fountain", "castle, fountain judge while entry of the same group trains"),
         ("castle,entry,fountain", None),
         ("barn", None),
         ("", None),

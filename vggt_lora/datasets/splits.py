@@ -28,7 +28,7 @@ from ..scenes.scene import Frame, Scene
 
 # %% ../../nbs/datasets/splits.ipynb #a08a5c59
 class LeakError(SceneError):
-    """The same photo is in training and in validation; the message names the files."""
+    """The same photo is on both sides, training and judging; the message names the files."""
 
 # %% ../../nbs/datasets/splits.ipynb #c46d3e57
 def validation_count(
@@ -68,7 +68,7 @@ def scene_groups(
 def torn_groups(
     groups,  # of scene_groups
     train,  # names of scenes with frames in training
-    val,  # names of scenes with frames in validation
+    val,  # names of scenes with frames that judge
 ) -> list[str]:
     """Return a sentence for each group of which one scene is held out while another trains."""
     faults = []
@@ -76,7 +76,7 @@ def torn_groups(
         held, trained = [n for n in group if n in val and n not in train], [n for n in group if n in train]
         if held and trained:
             faults.append(
-                f"{', '.join(held)} validate{'s' if len(held) == 1 else ''} while {', '.join(trained)} of the same"
+                f"{', '.join(held)} judge{'s' if len(held) == 1 else ''} while {', '.join(trained)} of the same"
                 f" group train{'s' if len(trained) == 1 else ''}"
             )
     return faults
@@ -112,14 +112,14 @@ class Split:
         for scene in dict.fromkeys([*train, *choose, *val]):
             chosen_by = f"{len(choose[scene])} choose, " if scene in choose else ""
             lines.append(
-                f"{scene}: {len(train.get(scene, ()))} frames train, {chosen_by}{len(val.get(scene, ()))} validate"
+                f"{scene}: {len(train.get(scene, ()))} frames train, {chosen_by}{len(val.get(scene, ()))} judge"
             )
         chosen_by = f"{len(self.choose)} choose, " if self.choose else ""
         return "\n".join(
             [
                 *lines,
                 (
-                    f"{len(self.train)} windows of {self.frames} train, {chosen_by}{len(self.val)} validate;"
+                    f"{len(self.train)} windows of {self.frames} train, {chosen_by}{len(self.val)} judge;"
                     f" {len(self.dropped_windows)} crossed a border and were dropped, {len(self.shortened_windows)} are"
                     f" shorter than {self.frames}, {self.unused_frames} frames are in no window"
                 ),
@@ -131,8 +131,8 @@ def split_windows(
     scenes,  # list of Scene, or one
     frames: int = 8,  # per window
     overlap: float = 0.5,  # share of a window that the next one repeats
-    train_fraction: float = 0.85,  # of each scene's frames; the rest, at the end of the sequence, validates
-    hold_out=(),  # names of scenes that validate as a whole; all others then train as a whole
+    train_fraction: float = 0.85,  # of each scene's frames; the rest, at the end of the sequence, judges
+    hold_out=(),  # names of scenes that judge as a whole; all others then train as a whole
     groups=(),  # scenes that show one place and are not held out apart, see scene_groups
     by: str = "order",  # windows by capture order, or of photos that share many points (covisible)
     choose_fraction: float = 0.0,  # of the frames of each training scene, from its end; they choose the best weights
@@ -201,7 +201,7 @@ def scene_blocks(
         return {"val": range(count)}
     if not hold_out and count < 2:
         raise SceneError(
-            f"scene {scene.name} has one photo, which cannot both train and validate; add photos, leave it out, or hold"
+            f"scene {scene.name} has one photo, which cannot both train and judge; add photos, leave it out, or hold"
             " out a whole scene"
         )
     judging = 0 if hold_out else validation_count(count, train_fraction)
@@ -383,14 +383,14 @@ def refuse_shared_photos(
             for a, b in leaks[:5]
         )
         raise LeakError(
-            f"{len(leaks)} photos are in training and in validation: {named}{' ...' if len(leaks) > 5 else ''}"
+            f"{len(leaks)} photos are on both sides, training and judging: {named}{' ...' if len(leaks) > 5 else ''}"
         )
     copies = near_copies([*sides["train"], *sides["choose"]], sides["val"])
     copies += near_copies(sides["train"], sides["choose"])
     if copies:
         named = "; ".join(f"{a.image_path} ~ {b.image_path}" for a, b in copies[:5])
         raise LeakError(
-            f"{len(copies)} photos are in training and in validation as copies (resized, re-encoded or brightened):"
+            f"{len(copies)} photos are on both sides, training and judging as copies (resized, re-encoded or brightened):"
             f" {named}{' ...' if len(copies) > 5 else ''}; leave one of each pair out, or hold out both scenes together"
             " (groups)"
         )
@@ -412,7 +412,7 @@ def audit_split(
     torn = torn_groups(groups, {**split.frame_sets("train"), **split.frame_sets("choose")}, split.frame_sets("val"))
     if torn:
         raise LeakError(
-            f"one place is in training and in validation: {'; '.join(torn)}; hold out all of a group or none of it"
+            f"one place is on both sides, training and judging: {'; '.join(torn)}; hold out all of a group or none of it"
         )
     twins = split_twins(split, scenes)
     notes = []

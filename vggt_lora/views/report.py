@@ -71,7 +71,7 @@ def split_part(split: dict):
     for key, value in split.items():
         if key not in ("scenes", "shared") and isinstance(value, (int, str)):
             rest[key.replace("_", " ")] = value
-    scenes = table(["scene", "photos", "train", "validate"], rows, (1, 2, 3)) if rows else None
+    scenes = table(["scene", "photos", "train", "judge"], rows, (1, 2, 3)) if rows else None
     return section("Split audit", audit, scenes, facts(rest) if rest else None)
 
 # %% ../../nbs/views/report.ipynb #063cdbb0

@@ -163,7 +163,7 @@ class SceneBrowser(Panel):
         index = self.state["photo"]
         frame, held = self.scene.frames[index], windows_with(self.split, self.scene.name, index)
         role = frame_roles(self.split, self.scene.name, len(self.scene.frames))[index] if self.split else "no split"
-        words = {"train": "trains", "val": "validates", "unused": "unused"}.get(role, role)
+        words = {"train": "trains", "val": "judges", "unused": "unused"}.get(role, role)
         windows = "; ".join([f"{len(held)} window{'s' if len(held) != 1 else ''}",
                              *[f"{kind} {min(frames)} to {max(frames)}" for kind, frames in held]])
         x, y, z = -frame.world_to_cam[:3, :3].T @ frame.world_to_cam[:3, 3]
