@@ -541,7 +541,7 @@ def photos_answer(folder: Path) -> tuple[str, str]:
     return ("note" if any(said) else "fits"), "; ".join(filter(None, said))
 
 
-@case("refuse", "8 photos are on both sides, training and judging as copies", ask=split_answer)
+@case("refuse", "8 photos both train and judge as copies", ask=split_answer)
 def copies(source, out):
     """Two scenes: the second holds the first's photos, smaller, re-encoded, under other names."""
     as_it_is(source, out / "one")

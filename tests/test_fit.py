@@ -166,7 +166,7 @@ def test_the_audit_knows_a_photo_again(source, tmp_path):
     cases.as_it_is(source, tmp_path / "one")
     cases.renamed_copies(source, tmp_path / "two")
     both = [open_scene(tmp_path / name) for name in ("one", "two")]
-    with pytest.raises(LeakError, match="8 photos are on both sides, training and judging as copies"):
+    with pytest.raises(LeakError, match="8 photos both train and judge as copies"):
         audit_split(split_windows(both, frames=2, hold_out="two"), both)
     assert audit_split(split_windows(both[0], frames=2), both[0])["shared"] == 0  # neighbours are no copies
 

@@ -528,7 +528,7 @@ def test_audit_fails_when_a_frame_is_shared(scene_folder, tmp_path):
         audit_split(replace(split, val=split.val + (Window("house", (0,)),)), scene)
     shutil.copytree(scene_folder, tmp_path / "copy")  # the same building under another name
     both = [scene, open_scene(tmp_path / "copy")]
-    with pytest.raises(LeakError, match="3 photos are on both sides, training and judging"):
+    with pytest.raises(LeakError, match="3 photos both train and judge"):
         audit_split(split_windows(both, frames=2, hold_out="copy"), both)
 
 

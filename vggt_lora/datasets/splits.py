@@ -28,7 +28,7 @@ from ..scenes.scene import Frame, Scene
 
 # %% ../../nbs/datasets/splits.ipynb #a08a5c59
 class LeakError(SceneError):
-    """The same photo is on both sides, training and judging; the message names the files."""
+    """The same photo both trains and judges; the message names the files."""
 
 # %% ../../nbs/datasets/splits.ipynb #c46d3e57
 def validation_count(
@@ -383,14 +383,14 @@ def refuse_shared_photos(
             for a, b in leaks[:5]
         )
         raise LeakError(
-            f"{len(leaks)} photos are on both sides, training and judging: {named}{' ...' if len(leaks) > 5 else ''}"
+            f"{len(leaks)} photos both train and judge: {named}{' ...' if len(leaks) > 5 else ''}"
         )
     copies = near_copies([*sides["train"], *sides["choose"]], sides["val"])
     copies += near_copies(sides["train"], sides["choose"])
     if copies:
         named = "; ".join(f"{a.image_path} ~ {b.image_path}" for a, b in copies[:5])
         raise LeakError(
-            f"{len(copies)} photos are on both sides, training and judging as copies (resized, re-encoded or brightened):"
+            f"{len(copies)} photos both train and judge as copies (resized, re-encoded or brightened):"
             f" {named}{' ...' if len(copies) > 5 else ''}; leave one of each pair out, or hold out both scenes together"
             " (groups)"
         )
@@ -412,7 +412,7 @@ def audit_split(
     torn = torn_groups(groups, {**split.frame_sets("train"), **split.frame_sets("choose")}, split.frame_sets("val"))
     if torn:
         raise LeakError(
-            f"one place is on both sides, training and judging: {'; '.join(torn)}; hold out all of a group or none of it"
+            f"one place both trains and judges: {'; '.join(torn)}; hold out all of a group or none of it"
         )
     twins = split_twins(split, scenes)
     notes = []
