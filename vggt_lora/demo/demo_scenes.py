@@ -28,7 +28,7 @@ from ..files.atomic import file_lock, write_json, temporary_folder
 from ..files.cache import cache_folder
 
 # %% ../../nbs/demo/demo_scenes.ipynb #ecbb9e88
-GENERATOR = 4  # raise it whenever equal settings give other files; cached scenes are then made again
+GENERATOR = 5  # raise it whenever equal settings give other files; cached scenes are then made again
 STYLES = {
     "plaster": BuildingStyle(),
     "brick": BuildingStyle(wall="brick", wing="plaster", bays=4, window=(1.0, 1.7), wing_angle=94.0, door_bay=2,
