@@ -63,12 +63,12 @@ def frustum_lines(
     cameras,  # (world_to_cam (S,4,4), K (S,3,3), (height, width)), or None
     points: np.ndarray,  # (n, 3): pyramids are a twentieth of its extent
 ):
-    """Return the cameras' pyramids as lines (8 S, 2, 3); None without cameras, or for a cloud without extent."""
+    """Return the cameras' pyramids as lines (8 S, 2, 3); none without cameras, or for a cloud without extent."""
     if cameras is None or not len(points):
-        return None
+        return ()
     low, high = np.percentile(points, [5, 95], axis=0)
     length = float(np.linalg.norm(high - low)) / 20
-    return camera_segments(*cameras, length=length) if length else None  # Open3D crashes on lines without length
+    return camera_segments(*cameras, length=length) if length else ()  # Open3D crashes on lines without length
 
 # %% ../../../nbs/views/clouds/cloud_views.ipynb #5f3ef637
 def _draw_legend(

@@ -12,8 +12,7 @@ import sys
 import numpy as np
 
 from ...geometry.cameras import unproject_depth
-from .renderer import REMEDY, CloudStage, clean_cloud, open3d_fault, scatter_cloud
-from .renderer import see_cloud, show_cloud
+from .renderer import REMEDY, clean_cloud, open3d_fault, render_points, scatter_cloud
 from ..figures import known_pixels, to_numpy, to_photo
 
 # %% ../../../nbs/views/clouds/clouds3d.ipynb #c5430c8c
@@ -60,7 +59,7 @@ def render_cloud(
     world_to_cam,  # (4,4) or (3,4), OpenCV axes
     size: tuple[int, int],  # (height, width) of the picture, pixels
     point_size: float = 3.0,  # pixels
-    segments=None,  # (M,2,3) world: lines, e.g. from camera_segments
+    segments=(),  # (M,2,3) world: lines, e.g. from camera_segments
 ):
     """Render a cloud to a PIL.Image, by Open3D or else by matplotlib.
 
@@ -72,9 +71,7 @@ def render_cloud(
     note = open3d_fault()
     if note is None:
         try:
-            with CloudStage(size) as stage:
-                show_cloud(stage, points, colours, point_size, segments)
-                picture = Image.fromarray(see_cloud(stage, K, world_to_cam))
+            picture = Image.fromarray(render_points(points, colours, K, world_to_cam, size, point_size, segments))
         except Exception as error:  # any fault of a graphics driver: a view must not stop an evaluation
             note = f"{type(error).__name__}: {error}"
     if note is not None:
