@@ -19,9 +19,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from IPython.display import Markdown, display
 from vggt_lora.scenes.scene import Frame, Points, Scene
-from vggt_lora.views.audits import photo_slider
 from vggt_lora.views.clouds.cloud_viewer import ViewedCameras, ViewedCloud
 from vggt_lora.views.clouds.cloud_views import show_clouds
+from vggt_lora.views.widgets.base import photo_slider
 from vggt_lora.views.widgets.depth import depth_browser
 from vggt_lora.views.widgets.evaluation import evaluation_viewer
 from vggt_lora.views.widgets.run import LiveView

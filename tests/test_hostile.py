@@ -140,7 +140,7 @@ def test_figures_draw_names_as_they_are(tmp_path):
 
     one = np.ones((8, 12))
     frame = {
-        "photo": np.full((8, 12, 3), 0.5), "truth": one, "valid": one > 0, "base": one, "adapted": one,
+        "photo": np.full((8, 12, 3), 0.5), "truth": one, "valid": one > 0, "predictions": {"base": one, EVIL: one},
         "name": "$\\frac{1$ " + EVIL,
     }
     for figure in (
@@ -345,8 +345,7 @@ def test_widgets_show_names_as_text():
     ipywidgets = pytest.importorskip("ipywidgets")
     import numpy as np
 
-    from vggt_lora.views.audits import PhotoSlider
-    from vggt_lora.views.widgets.base import Choice, Panel, Tick
+    from vggt_lora.views.widgets.base import Choice, Panel, PhotoSlider, Tick
     from vggt_lora.views.widgets.model import TreePage
     from vggt_lora.views.widgets.run import MonitorPage
 

@@ -247,25 +247,3 @@ def test_gradients(golden, checkpointing):
         assert share <= 1, f"{name}: off by {share:.2f} of what is allowed"
         worst = max(worst, share)
     print(f"313 gradients, worst at {worst:.4f} of its tolerance")
-
-
-def test_preprocessing():
-    """Pictures and target sizes are met exactly."""
-    from vggt_lora.scenes.images import omega_crop, omega_size, preprocess_omega
-
-    numbers = load_file(reference("omega_preprocess.safetensors"))
-    pictures = {
-        name.removeprefix("src."): tensor.numpy() for name, tensor in numbers.items() if name.startswith("src.")
-    }
-    results = {name: tensor for name, tensor in numbers.items() if name.startswith("out.")}
-    assert len(results) > 10
-    for name, truth in results.items():
-        _, mode, resolution, names = name.split(".")
-        got = preprocess_omega([pictures[one] for one in names.split("+")], mode, int(resolution))
-        assert torch.equal(torch.from_numpy(got), truth.float() / 255), name
-    for width, height, left, top, right, bottom, *targets in numbers["target_shapes"].tolist():
-        assert omega_crop((height, width)) == (left, top, right, bottom)
-        cut, got = (bottom - top, right - left), []
-        for resolution in (96, 256, 416, 512):
-            got += [*omega_size(cut, "balanced", resolution), *omega_size(cut, "max_size", resolution)]
-        assert got == targets, (width, height)

@@ -104,7 +104,7 @@ def side_by_side(comparison: Comparison, photos: int = 3):
 
     Returns (figure or None, reasons for what is missing).
     """
-    from vggt_lora.views.comparison_plots import frames_side_by_side
+    from vggt_lora.views.plots import depth_comparison
 
     how = comparison.alignment.split()[0]
     kept, missing = {}, []
@@ -133,7 +133,7 @@ def side_by_side(comparison: Comparison, photos: int = 3):
         frames.append({"photo": frame["photo"], "truth": frame["truth"], "valid": frame["valid"], "name": name,
                        "predictions": predictions})
     unit = "m" if first[names[0]]["metric"] else "scene units"
-    return frames_side_by_side(frames, comparison.alignment, unit), missing
+    return depth_comparison(frames, comparison.alignment, unit), missing
 
 # %% ../../nbs/comparison/page.ipynb #787201cd
 def failures_part(states: dict[str, dict], folder: Path | None):

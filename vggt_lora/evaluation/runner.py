@@ -370,6 +370,6 @@ def comparison_rows(
     rows = []
     for frame in maps:
         aligned = {model: frame.aligned(model, how) for model in models}
-        rows.append({"photo": frame.photo, "truth": frame.truth, "valid": frame.valid, **aligned,
-                     "name": frame.name.rsplit("/", 1)[-1]})
+        rows.append({"photo": frame.photo, "truth": frame.truth, "valid": frame.valid, "predictions": aligned,
+                     "name": frame.name})
     return rows

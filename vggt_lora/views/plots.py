@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['DEPTH_COLOURS', 'ERROR_COLOURS', 'DENSE_SHARE', 'SPLIT_COLOURS', 'dot_side', 'draw_map', 'depth_overlay',
-           'relative_error', 'comparison_panels', 'depth_comparison', 'frame_roles', 'window_lanes', 'split_timeline',
-           'thumbnail', 'contact_sheet']
+           'relative_error', 'depth_comparison', 'frame_roles', 'window_lanes', 'split_timeline', 'thumbnail',
+           'contact_sheet']
 
 # %% ../../nbs/views/plots.ipynb #c29627ca
 import math
 
 import numpy as np
 
-from ..core import unknown_name_message
 from .charts import loss_curves, target_tree
 from .figures import axes_or_new, faded, known_pixels, new_figure, robust_range, to_photo
 from .plan import scene_topdown, up_direction
@@ -95,71 +94,50 @@ def relative_error(
     error[mask] = 100 * (prediction[mask] - truth[mask]) / truth[mask]
     return error
 
-# %% ../../nbs/views/plots.ipynb #36e369b3
-def comparison_panels(
-    row: dict,  # photo, truth, base and/or adapted, optionally valid and name
-    limit: float,  # end of the error scale, per cent
-) -> list[tuple]:
-    """Return the panels of one row as (title, kind, values, mask, limits, background).
-
-    The kind is "photo", "depth" or "error".
-    """
-    fields = ("photo", "base", "adapted", "truth", "valid", "name")
-    for key in row:
-        if key not in fields:
-            raise ValueError(unknown_name_message("entry of a row", key, fields))
-    names = [name for name in ("base", "adapted") if row.get(name) is not None]
-    if not names:
-        raise ValueError("a row needs a prediction under 'base' or 'adapted'")
-    photo = to_photo(row["photo"])
-    truth, mask = known_pixels(row["truth"], row.get("valid"), photo)
-    predictions = {name: known_pixels(row[name], None, photo) for name in names}
-    scaling = truth[mask] if mask.any() else np.concatenate([values[known] for values, known in predictions.values()])
-    scale = robust_range(scaling)
-    pale = faded(photo) if mask.mean() < DENSE_SHARE else None  # dots need the photo behind them
-    panels = [("photo", "photo", photo, None, None, None),
-              ("truth", "depth", truth, mask, scale, pale)]
-    panels += [(name, "depth", values, known, scale, None) for name, (values, known) in predictions.items()]
-    for name, (values, known) in predictions.items():
-        both = mask & known
-        panels.append((f"error of {name}", "error", relative_error(values, truth, both), both, (-limit, limit),
-                       None if pale is None else pale // 2))  # darker: a small error is nearly white
-    return panels
-
 # %% ../../nbs/views/plots.ipynb #107e16f4
 def depth_comparison(
-    rows: list[dict] | dict,  # each: photo, truth, base and/or adapted (H,W), optionally valid (H,W) bool and name
+    frames: list[dict],  # photo (H,W,3), truth (H,W), valid (H,W) bool, name, predictions: name -> (H,W) aligned depth
     alignment: str,  # how the predictions were aligned with the truth, e.g. "median"
     unit: str = "m",  # unit of the depths
     limit: float = 20.0,  # end of the error scale, per cent
 ):
-    """Draw photo | truth | base | adapted | error of each, one frame per row; return the figure.
+    """Draw photo, truth and every prediction, and below it its error; return the figure.
 
-    Raises ValueError if sizes differ, an entry is unknown or a row has no prediction.
+    Raises ValueError if sizes differ or the frames do not have the same predictions.
     """
-    rows = [rows] if isinstance(rows, dict) else list(rows)
-    panels = [comparison_panels(row, limit) for row in rows]
-    columns = max(len(row) for row in panels)
-    shape = panels[0][0][2].shape
-    figure = new_figure(2.35 * columns + 0.9, (2.2 * shape[0] / shape[1] + 0.25) * len(rows) + 0.6)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for number, (row, drawn) in enumerate(zip(rows, panels)):
-        last = {}
-        for ax, (title, kind, values, mask, limits, background) in zip(grid[number], drawn):
-            ax.set(xticks=[], yticks=[], title=title if number == 0 else "")
-            if kind == "photo":
-                ax.imshow(values)
-                ax.set_ylabel(str(row.get("name", "")), fontsize=8)
-            else:
-                colours = DEPTH_COLOURS if kind == "depth" else ERROR_COLOURS
-                last[kind] = (ax, draw_map(ax, values, mask, colours, limits, background))
-        for ax in grid[number][len(drawn):]:
+    names = list(frames[0]["predictions"])
+    for frame in frames:
+        if list(frame["predictions"]) != names:
+            raise ValueError(f"{frame['name']} has predictions {list(frame['predictions'])}, "
+                             f"{frames[0]['name']} has {names}: give every frame the same")
+    shape, columns = to_photo(frames[0]["photo"]).shape, 2 + len(names)
+    figure = new_figure(2.35 * columns + 0.9, 2 * len(frames) * (2.2 * shape[0] / shape[1] + 0.22) + 0.6)
+    grid = figure.subplots(2 * len(frames), columns, squeeze=False)
+    for ax in grid.flat:
+        ax.set(xticks=[], yticks=[])
+    for ax, title in zip(grid[0], ("photo", "truth", *names)):
+        ax.set_title(title, fontsize=9)
+    for frame, upper, lower in zip(frames, grid[::2], grid[1::2]):
+        for ax in lower[:2]:
             ax.set_axis_off()
-        for kind, label in (("depth", f"z ({unit})"), ("error", "error (%)")):
-            ax, artist = last[kind]
-            figure.colorbar(artist, ax=ax, extend="both", label=label, fraction=0.05)
-    figure.suptitle(f"depth; alignment with the truth: {alignment}", fontsize=10)
+        photo = to_photo(frame["photo"])
+        truth, mask = known_pixels(frame["truth"], frame["valid"], photo)
+        pale = faded(photo) if mask.mean() < DENSE_SHARE else None  # dots need the photo behind them
+        dark = None if pale is None else pale // 2  # a small error is nearly white
+        scale = robust_range(truth[mask])
+        upper[0].imshow(photo)
+        upper[0].set_ylabel(str(frame["name"]).rsplit("/", 1)[-1], fontsize=8)
+        depth = draw_map(upper[1], truth, mask, DEPTH_COLOURS, scale, pale)
+        for name, above, below in zip(names, upper[2:], lower[2:]):
+            values, known = known_pixels(frame["predictions"][name], None, photo)
+            draw_map(above, values, known, DEPTH_COLOURS, scale)
+            both = mask & known
+            error = draw_map(below, relative_error(values, truth, both), both, ERROR_COLOURS, (-limit, limit), dark)
+        figure.colorbar(depth, ax=upper[-1], extend="both", label=f"z ({unit})", fraction=0.05)
+        figure.colorbar(error, ax=lower[-1], extend="both", label="error (%)", fraction=0.05)
+    figure.suptitle(f"depth, and below it the error; alignment with the truth: {alignment}", fontsize=10)
     return figure
+
 
 # %% ../../nbs/views/plots.ipynb #33ae9d8a
 SPLIT_COLOURS = {"train": "#0072b2", "val": "#e69f00", "unused": "#d9d9d9", "LEAK": "#d40000"}
