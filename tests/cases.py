@@ -170,6 +170,23 @@ def stale_poses(source, out):
     map_lines(write(source, out) / "images.txt", turn)
 
 
+def invert(number: int, words: list[str]) -> list[str]:
+    """Write a pose as camera-to-world."""
+    from scipy.spatial.transform import Rotation
+
+    w, x, y, z, *shift = map(float, words[1:8])
+    back = Rotation.from_quat([x, y, z, w]).inv()
+    x, y, z, w = back.as_quat()
+    words[1:8] = [repr(float(v)) for v in (w, x, y, z, *-back.apply(shift))]
+    return words
+
+
+@case("refuse", "the poses look like camera-to-world")
+def inverted_poses(source, out):
+    """Every pose is written as camera-to-world."""
+    map_lines(write(source, out) / "images.txt", invert)
+
+
 @case("refuse", "principal point")
 def principal_point_zero(source, out):
     """The principal point is (0, 0)."""

@@ -62,6 +62,7 @@ SILENT = {
     "camera_hint": lambda *_: "",
     "keypoint_fit": lambda *_: None,
     "far_points": lambda *_: np.zeros(0, np.int64),
+    "check_convention": lambda *_: None,
     "refuse_misfit": lambda *_: None,
 }
 NEEDED_BY = {
@@ -77,6 +78,7 @@ NEEDED_BY = {
     "camera_hint": ("principal_point_zero", "focal_too_short", "stale_poses"),
     "keypoint_fit": ("keypoints_of_another_size",),
     "far_points": ("far_points",),
+    "check_convention": ("inverted_poses",),
     "refuse_misfit": ("swapped_photos", "stale_poses"),
 }
 

@@ -50,7 +50,7 @@ class Trap:
 KNOWN_PITFALLS = (
     Trap(
         "swapped camera convention",
-        "a scene whose keypoints fit only with inverted poses is refused (`scenes.colmap_checks`); an evaluation "
+        "a scene whose keypoints fit only with inverted poses is refused (`scenes.fit`); an evaluation "
         "warns if predicted and true cameras fit only inverted; identity has 0°, not 180°",
         ("test_traps.py::test_a_scene_with_camera_to_world_poses_is_refused",
          "test_protocols.py::test_swapped_cameras_are_reported",

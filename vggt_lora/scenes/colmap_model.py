@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_FOLDERS', 'MODEL_FILES', 'PINHOLE_FAMILY', 'STRAIGHT', 'WORKSPACES', 'find_model', 'ColmapCamera',
-           'ColmapImage', 'ColmapModel', 'pinhole_matrix', 'rough_matrix', 'distortion_px', 'nearly_pinholes',
-           'photo_count', 'distorts', 'choose_model', 'rig_poses', 'keypoint_distance', 'choose_poses', 'scan_model',
-           'points_of', 'rows_by_id', 'pose_of', 'observed_points', 'read_model']
+           'ColmapImage', 'ColmapModel', 'pinhole_matrix', 'rough_matrix', 'distortion_px', 'pinholes', 'rig_poses',
+           'keypoint_distance', 'choose_poses', 'scan_model', 'points_of', 'rows_by_id', 'pose_of', 'observed_points',
+           'read_model', 'photo_count', 'straight', 'choose_model']
 
 # %% ../../nbs/scenes/colmap_model.ipynb #4254fa49
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from .colmap_binary import scan_cameras_binary, scan_images_binary, scan_points_
 from .colmap_checks import TrackCheck, check_cameras, check_images, check_points, check_tracks
 from .colmap_text import CameraTable, ImageTable, PointTable, camera_models
 from .colmap_text import scan_cameras_text, scan_images_text, is_pose_line, read_lines, scan_points_text
-from ..geometry.cameras import camera_centre, project_points, quaternion_to_matrix
+from ..geometry.cameras import project_points, quaternion_to_matrix
 from .scene import Points
 
 # %% ../../nbs/scenes/colmap_model.ipynb #211a33ef
@@ -143,77 +143,18 @@ def distortion_px(camera: ColmapCamera) -> float:
     return float(moved.max()) if np.isfinite(moved).all() else float("inf")
 
 
-def nearly_pinholes(model: ColmapModel) -> list[str]:
-    """Say which cameras have distortion that moves no pixel, and are taken as pinholes."""
-    moved = {
-        camera.id: distortion_px(camera)
-        for camera in model.cameras.values()
-        if camera.params[list(camera_models()[camera.model].extra)].any()
-    }
-    return (
-        [
-            f"the distortion of {len(moved)} cameras moves no pixel by more than {max(moved.values()):.1g} px; they are"
-            " taken as pinholes"
-        ]
-        if moved
-        else []
-    )
-
-# %% ../../nbs/scenes/colmap_model.ipynb #1d07bb15
-WORKSPACES = ("dense/0", "dense")  # below a scene: where COLMAP puts undistorted photos and their model
-
-
-def photo_count(folder: Path) -> int:
-    """Count the photos of a model without reading it; 0 where there is none."""
-    if (folder / "images.bin").is_file():
-        head = (folder / "images.bin").read_bytes()[:8]
-        return int.from_bytes(head, "little") if len(head) == 8 else 0
-    return sum(map(is_pose_line, read_lines(folder / "images.txt"))) if (folder / "images.txt").is_file() else 0
-
-
-def distorts(folder: Path, form: str) -> bool:
-    """Say whether a camera of a model moves pixels; a file that cannot be read is named later."""
-    try:
-        cameras = (scan_cameras_text if form == ".txt" else scan_cameras_binary)(folder / f"cameras{form}")
-        check_cameras(cameras)
-    except SceneError:
-        return False
-    table = zip(cameras.ids, cameras.models, cameras.sizes, cameras.params)
-    return any(
-        distortion_px(ColmapCamera(int(i), model, (int(size[1]), int(size[0])), params)) > STRAIGHT
-        for i, model, size, params in table
-    )
-
-
-def choose_model(
-    path: Path,  # a scene's folder, or a model's
-) -> tuple[Path, list[str]]:
-    """Return the folder of the model to open, and what was passed over; raises SceneError where there is none."""
-    folder, form = find_model(path)
-    named = folder.resolve() == Path(path).resolve()
-    if not named and distorts(folder, form):
-        for place in WORKSPACES:
-            try:
-                other, its_form = find_model(Path(path) / place)
-            except SceneError:
-                continue
-            if not distorts(other, its_form):
-                return other, [f"the cameras of {folder} distort; {other} is opened, which COLMAP undistorted"]
-    numbered = (
-        [f for f in folder.parent.iterdir() if f.name.isdigit()]
-        if folder.name.isdigit() and folder.parent.name == "sparse"
-        else []
-    )
-    counts = {f: photo_count(f) for f in numbered}
-    largest = max(counts, key=counts.get, default=folder)
-    if counts.get(largest, 0) <= counts.get(folder, 0):
-        return folder, []
-    said = f"sparse/{largest.name} holds {counts[largest]} photos, sparse/{folder.name} {counts[folder]}"
-    return (
-        (folder, [f"{said}; this is sparse/{folder.name}"])
-        if named
-        else (largest, [f"{said}; the larger one is opened"])
-    )
+def pinholes(
+    model: ColmapModel,
+    remedy: str,  # command for the message about a lens
+) -> tuple[dict[int, np.ndarray], list[str]]:
+    """Return K (3, 3) of each camera that took a photo, and what was neglected; raises SceneError for a lens."""
+    cameras = [model.cameras[number] for number in dict.fromkeys(image.camera_id for image in model.images)]
+    matrices = {camera.id: pinhole_matrix(camera, str(model.folder), remedy) for camera in cameras}
+    moved = [distortion_px(c) for c in cameras if c.params[list(camera_models()[c.model].extra)].any()]
+    if not moved:
+        return matrices, []
+    note = f"the distortion of {len(moved)} cameras moves no pixel by more than {max(moved):.1g} px"
+    return matrices, [f"{note}; they are taken as pinholes"]
 
 # %% ../../nbs/scenes/colmap_model.ipynb #74a736e9
 def rig_poses(folder: Path, form: str) -> dict[int, np.ndarray]:
@@ -247,7 +188,7 @@ def choose_poses(
     points: Points,
 ) -> tuple[list[ColmapImage], list[str]]:
     """Take the record of the poses that the keypoints confirm; return it with a note where the two differ."""
-    centres = np.array([camera_centre(image.world_to_cam) for image in posed]).reshape(-1, 3)
+    centres = np.linalg.inv([image.world_to_cam for image in posed])[:, :3, 3] if posed else np.zeros((0, 3))
     reach = (
         max(float(np.median(np.linalg.norm(centres - np.median(centres, axis=0), axis=1))), 1e-12)
         if len(posed)
@@ -259,7 +200,7 @@ def choose_poses(
         if image.id in rigs
         and (
             np.abs(rigs[image.id] - image.world_to_cam)[:3, :3].max() > 2e-3
-            or np.linalg.norm(camera_centre(rigs[image.id]) - centre) > 0.01 * reach
+            or np.linalg.norm(np.linalg.inv(rigs[image.id])[:3, 3] - centre) > 0.01 * reach
         )
     ]
     if not differ:
@@ -363,3 +304,45 @@ def read_model(
     found = points_of(points)
     posed, notes = choose_poses(posed, rig_poses(folder, form), readable, found)
     return ColmapModel(folder, form, readable, tuple(posed), found, (*check.notes, *notes))
+
+# %% ../../nbs/scenes/colmap_model.ipynb #1d07bb15
+WORKSPACES = ("dense/0", "dense")  # below a scene: where COLMAP puts undistorted photos and their model
+
+
+def photo_count(folder: Path) -> int:
+    """Count the photos of a model without reading it; 0 where there is none."""
+    if (folder / "images.bin").is_file():
+        head = (folder / "images.bin").read_bytes()[:8]
+        return int.from_bytes(head, "little") if len(head) == 8 else 0
+    return sum(map(is_pose_line, read_lines(folder / "images.txt"))) if (folder / "images.txt").is_file() else 0
+
+
+def straight(model: ColmapModel) -> bool:
+    """Say whether no camera of a model moves pixels."""
+    return all(distortion_px(camera) <= STRAIGHT for camera in model.cameras.values())
+
+
+def choose_model(
+    path: Path,  # a scene's folder, or a model's
+) -> tuple[ColmapModel, list[str]]:
+    """Read the model to open, and say what was passed over; raises SceneError where there is none."""
+    folder, _ = find_model(path)
+    named, notes = folder.resolve() == Path(path).resolve(), []
+    numbered = folder.name.isdigit() and folder.parent.name == "sparse"
+    counts = {f: photo_count(f) for f in (folder.parent.iterdir() if numbered else ()) if f.name.isdigit()}
+    largest = max(counts, key=counts.get, default=folder)
+    if counts.get(largest, 0) > counts.get(folder, 0):
+        said = f"sparse/{largest.name} holds {counts[largest]} photos, sparse/{folder.name} {counts[folder]}"
+        notes = [f"{said}; " + (f"this is sparse/{folder.name}" if named else "the larger one is opened")]
+        folder = folder if named else largest
+    model = read_model(folder)
+    if named or straight(model):
+        return model, notes
+    for place in WORKSPACES:
+        try:
+            other = read_model(Path(path) / place)
+        except SceneError:  # none there, or a damaged one
+            continue
+        if straight(other):
+            return other, [f"the cameras of {folder} distort; {other.folder} is opened, which COLMAP undistorted"]
+    return model, notes

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'NEAR', 'LEAST_SHARE', 'FEWEST', 'OFF', 'LEAST_COLOUR', 'USUAL_COLOUR', 'AGREED', 'SIDE', 'LUMA', 'FAR',
            'PULL', 'FEW', 'LONG', 'METRES', 'CENTRED', 'EXIF_ORIENTATION', 'NEAR_DEPTH', 'WRONG_DEPTH', 'LEAST_DEPTH',
-           'MOST_MASKED', 'MOST_MASKS', 'MOST_PHOTOS', 'Check', 'lower_median', 'listed', 'KeypointFit', 'spans',
-           'keypoint_fit', 'camera_hint', 'keypoints_said', 'check_keypoints', 'brightness', 'seen_brightness',
-           'correlation', 'among_photos', 'check_colours', 'depths_of', 'far_points', 'drop_points', 'mean_over_median',
-           'check_lengths', 'check_unit', 'check_centre', 'exif_orientation', 'check_upright', 'depth_ratios',
-           'check_depth', 'masked_share', 'check_masks', 'photo_figures', 'spread', 'check_fit', 'check_scene',
-           'refuse_misfit']
+           'MOST_MASKED', 'MOST_MASKS', 'MOST_PHOTOS', 'CONVENTION_PHOTOS', 'Check', 'lower_median', 'listed',
+           'KeypointFit', 'spans', 'keypoint_fit', 'camera_hint', 'keypoints_said', 'check_keypoints', 'brightness',
+           'seen_brightness', 'correlation', 'among_photos', 'check_colours', 'depths_of', 'far_points', 'drop_points',
+           'mean_over_median', 'check_lengths', 'check_unit', 'check_centre', 'exif_orientation', 'check_upright',
+           'depth_ratios', 'check_depth', 'masked_share', 'check_masks', 'photo_figures', 'spread', 'check_fit',
+           'check_scene', 'keypoints_on_points', 'check_convention', 'refuse_misfit', 'settled']
 
 # %% ../../nbs/scenes/fit.ipynb #86822a67
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..core import SceneError
-from ..geometry.cameras import project_points, sample_nearest
+from ..geometry.cameras import invert_pose, project_points, sample_nearest
 from .images import _flatten, open_photo
 from .masks import mask_at
 from .scene import Frame, Points, Scene
@@ -496,6 +496,38 @@ def check_scene(
     checks = check_fit(scene.frames, scene.points, most, scene.metric)
     return *checks, check_depth(chosen, scene), check_masks(chosen, scene)
 
+# %% ../../nbs/scenes/fit.ipynb #bf18fec5
+CONVENTION_PHOTOS = 12  # photos that are asked for the direction of poses
+
+
+def keypoints_on_points(frames: Iterable[Frame], points: Points) -> tuple[float, float, int]:
+    """Return the share of keypoints on their projected points, as it is and with inverted poses, and their number."""
+    hits, count = np.zeros(2), 0
+    for frame in spread(tuple(frames), CONVENTION_PHOTOS):
+        known = np.isfinite(frame.observations).all(1)
+        places, xyz = frame.observations[known], points.xyz[frame.point_rows[known]]
+        count += len(places)
+        for way, pose in enumerate((frame.world_to_cam, invert_pose(frame.world_to_cam))):
+            with np.errstate(all="ignore"):
+                pixels, z = project_points(xyz, pose, frame.K)
+                hits[way] += ((z > 0) & (np.linalg.norm(pixels - places, axis=1) < NEAR * max(frame.size))).sum()
+    return (*(float(h / count) if count else float("nan") for h in hits), count)
+
+
+def check_convention(
+    frames: Iterable[Frame],
+    points: Points,
+    where: str,  # for the message
+) -> None:
+    """Refuse poses if nearly all keypoints fit with inverted poses and nearly none as it is; raises SceneError."""
+    fit, inverted, count = keypoints_on_points(frames, points)
+    if count >= FEWEST and fit < 0.2 and inverted > 0.8:
+        raise SceneError(
+            f"{where}: the poses look like camera-to-world: {100 * inverted:.0f} % of {count:,} keypoints lie on their"
+            f" points if every pose is inverted, {100 * fit:.0f} % as it is; expected world-to-camera, as COLMAP writes"
+            " them"
+        )
+
 # %% ../../nbs/scenes/fit.ipynb #c2432f54
 def refuse_misfit(
     checks: Iterable[Check],
@@ -506,3 +538,23 @@ def refuse_misfit(
         if check.verdict == "refuse":
             files = "ground_truth_depth" if check.name == "depth" else "cameras, images, points3D.txt or .bin"
             raise SceneError(f"{where} ({files}): {check.said} [{check.name}: {check.looked_at}]")
+
+# %% ../../nbs/scenes/fit.ipynb #2f6b7d18
+def settled(
+    scene: Scene,  # as its files have it
+    where: str,  # for messages
+) -> Scene:
+    """Leave far points out, and judge whether all parts belong together; raises SceneError where they cannot."""
+    check_convention(scene.frames, scene.points, where)
+    notes, far = list(scene.notes), far_points(scene.frames, scene.points)
+    if len(far):
+        notes.append(
+            f"{len(far)} of {len(scene.points):,} points lie so far away that they alone would decide the mean depth of"
+            " their photos; they are left out"
+        )
+        frames, points = drop_points(scene.frames, scene.points, far)
+        scene = replace(scene, frames=frames, points=points)
+    checks = check_scene(scene)
+    refuse_misfit(checks, where)
+    notes += [check.said for check in checks if check.verdict == "note"]
+    return replace(scene, notes=tuple(notes), fit=checks)

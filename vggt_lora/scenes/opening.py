@@ -13,7 +13,6 @@ __all__ = ['LASER_PARTS', 'ETH3D_PHOTOS', 'MANY_PHOTOS', 'PHOTOS', 'scene_root',
 import json
 import shlex
 import unicodedata
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -23,11 +22,10 @@ from natsort import natsort_keygen
 from ..core import ConfigError, SceneError, unknown_name_message, user_path
 from ..demo.demo_scenes import demo_scenes
 from ..files.atomic import read_json
-from .colmap_checks import check_convention
 from ..progress import progress_bar
-from .fit import check_scene, drop_points, far_points, refuse_misfit
+from .fit import settled
 from .colmap_model import MODEL_FOLDERS, ColmapImage, ColmapModel
-from .colmap_model import choose_model, nearly_pinholes, pinhole_matrix, read_model
+from .colmap_model import choose_model, pinholes
 from .scene import Frame, Scene
 
 # %% ../../nbs/scenes/opening.ipynb #8ce1455c
@@ -332,21 +330,20 @@ def frame_of(
     model: ColmapModel,
     photo: Path,  # resolved
     folders: list[Path],  # of the scene
+    K: np.ndarray,  # (3, 3) of its camera, at the camera's size
     masks: Path | None = None,  # folder of COLMAP masks
-    undistort: str = "",  # command for the message about a lens
 ) -> tuple[Frame, bool]:
     """Build a frame at the size of its photo, and say whether K had to be scaled."""
     camera = model.cameras[image.camera_id]
     size = photo_size(photo)
     factors = size_factors(size, camera.size, photo)
-    K = np.diag([*factors, 1.0]) @ pinhole_matrix(camera, str(model.folder), undistort)
     inner = image.name.replace("_undistorted/", "/", 1) if "/" in image.name else f"dslr_images/{image.name}"
     mask = masks / f"{image.name}.png" if masks is not None else None
     frame = Frame(
         image.name,
         photo,
         size,
-        K,
+        np.diag([*factors, 1.0]) @ K,
         image.world_to_cam,
         image.camera_id,
         image.id,
@@ -390,10 +387,9 @@ def scene_model(
     )
     if calibration is None and inside:
         raise SceneError(f"{path}: holds {len(inside)} scenes; expected one of them: {', '.join(inside)}")
-    chosen, notes = choose_model(
+    model, notes = choose_model(
         calibration if calibration is not None and root in (path.resolve(), calibration.parent) else path
     )
-    model = read_model(chosen)
     if not model.images:
         raise SceneError(f"{model.folder}: the model holds no posed image; expected at least one in images{model.form}")
     return model, notes
@@ -440,12 +436,12 @@ def open_scene(
     folder = photo_folder(model, folders, given_images(root, images) if images else said_images(folders))
     ordered = sorted(model.images, key=lambda i: (natsort_keygen()(i.name), i.name))
     masks = mask_folder(folder, folders)
-    undistort = undistort_command(model.folder, folder, root)
+    matrices, nearly = pinholes(model, undistort_command(model.folder, folder, root))
     pairs = [
-        frame_of(i, model, photo_path(folder, i.name, root), folders, masks, undistort)
+        frame_of(i, model, photo_path(folder, i.name, root), folders, matrices[i.camera_id], masks)
         for i in progress_bar(ordered, desc=f"opening {root.name}", unit="photo", disable=len(ordered) < MANY_PHOTOS)
     ]
-    notes += [*model.notes, *nearly_pinholes(model)]
+    notes += [*model.notes, *nearly]
     if unused := unused_models(model.folder):
         notes.append(
             f"{unused} further model{'s' if unused > 1 else ''} in sparse/ not used; this is sparse/{model.folder.name}"
@@ -460,19 +456,9 @@ def open_scene(
             "unit unknown: no laser data and no scene.json beside the photos; give units_are_metres=yes (open_scene:"
             " metric=True) if it is the metre"
         )
-    check_convention(list(frames), model.points, str(model.folder))
-    points, far = model.points, far_points(frames, model.points)
-    if len(far):
-        frames, points = drop_points(frames, points, far)
-        notes.append(
-            f"{len(far)} of {len(model.points):,} points lie so far away that they alone would decide the mean depth of"
-            " their photos; they are left out"
-        )
-    scene = Scene(root.name, root, frames, points, known, (), find_part(folders, "dslr_calibration_jpg"))
-    fit = check_scene(scene)
-    refuse_misfit(fit, str(model.folder))
-    notes += [check.said for check in fit if check.verdict == "note"]
-    return replace(scene, notes=tuple(notes), fit=fit)
+    jpg_cameras = find_part(folders, "dslr_calibration_jpg")
+    scene = Scene(root.name, root, frames, model.points, known, tuple(notes), jpg_cameras)
+    return settled(scene, str(model.folder))
 
 # %% ../../nbs/scenes/opening.ipynb #7ffb80aa
 def is_scene(
