@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'OOM_TEXTS', 'REFUSED_TEXTS', 'STOP', 'LUMINANCE', 'METRIC_NAMES', 'VggtLoraError', 'SceneError',
-           'WeightsError', 'ConfigError', 'TrainingError', 'clear_tracebacks', 'unknown_name_message',
+           'WeightsError', 'ConfigError', 'TrainingError', 'clear_tracebacks', 'unknown_name_message', 'check_name',
            'escape_markdown', 'markdown_table', 'set_names', 'parameter_cells', 'notebook_parameters', 'project_root',
            'user_path', 'amount', 'is_oom_error', 'short_of_memory']
 
@@ -79,6 +79,16 @@ def unknown_name_message(
     if RENAMED.get(str(name)) in known:
         hint = f". It is called {RENAMED[str(name)]!r} now; "
     return f"unknown {kind} {str(name)!r}{hint}choose one of: {', '.join(known)}."
+
+
+def check_name(
+    kind: str,  # what the name stands for, e.g. "strategy"
+    name: object,  # the name that was given
+    choices,  # the names that exist
+) -> None:
+    """Raise ConfigError for a name that does not exist; it offers the nearest that does."""
+    if name not in choices:
+        raise ConfigError(unknown_name_message(kind, name, choices))
 
 # %% ../nbs/core.ipynb #9101c8a9
 def escape_markdown(

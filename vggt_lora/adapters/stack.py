@@ -16,7 +16,7 @@ import torch
 
 from .adapter import _read_adapter, _read_lora_config, _rehearse, _without_adapters, fingerprint
 from .export import touched
-from ..core import ConfigError, WeightsError, unknown_name_message
+from ..core import ConfigError, WeightsError, check_name, unknown_name_message
 
 # %% ../../nbs/adapters/stack.ipynb #cb14cdfa
 def _adapter_layers(adapted):
@@ -115,8 +115,7 @@ def stack_adapters(
                    bool(config.use_dora or other_config.use_dora))
         loaded[name] = folder, config, tensors
     for name in scales or {}:
-        if name not in loaded:
-            raise ConfigError(unknown_name_message("adapter", name, loaded))
+        check_name("adapter", name, loaded)
         _check_scale(scales[name])
     adapted = None
     for name, (folder, config, tensors) in loaded.items():

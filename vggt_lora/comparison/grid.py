@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import re
 
-from ..core import ConfigError, unknown_name_message
+from ..core import ConfigError, check_name
 from ..settings import from_text, settings_of
 from ..training.config import TrainConfig
 
@@ -26,8 +26,7 @@ def typed(
 ):
     """Parse text as a value of the field's type; raises ConfigError for other text or fields."""
     known = {s.name: s for s in settings_of(TrainConfig) if s.name not in PLACE}
-    if field not in known:
-        raise ConfigError(unknown_name_message("field", field, known))
+    check_name("field", field, known)
     return from_text(known[field], text)
 
 # %% ../../nbs/comparison/grid.ipynb #fb710f2c

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from .grid import PLACE, Point
-from ..core import ConfigError, unknown_name_message
+from ..core import ConfigError, check_name
 from ..files.atomic import write_json, file_lock
 from ..threads import cpu_share
 from ..preflight.resource_usage import free_memory
@@ -155,8 +155,7 @@ def executor_for(
     **options,  # of submitit's update_parameters
 ):
     """Make submitit's executor; raises ConfigError if it, the cluster or an option is unknown."""
-    if cluster not in CLUSTERS:
-        raise ConfigError(unknown_name_message("cluster", cluster, CLUSTERS))
+    check_name("cluster", cluster, CLUSTERS)
     try:
         import submitit
     except ImportError as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import ConfigError, SceneError, unknown_name_message
+from ..core import ConfigError, SceneError, check_name, unknown_name_message
 from .windows import GROUPINGS, Window, block_windows, covisible_windows, make_windows, shared_points
 from ..geometry.cameras import camera_centre
 from ..scenes.fit import brightness, depths_of
@@ -52,8 +52,7 @@ def scene_groups(
     found = tuple(group for group in found if group)
     given = [name for group in found for name in group]
     for name in given:
-        if name not in names:
-            raise ConfigError(unknown_name_message("scene in a group", name, names))
+        check_name("scene in a group", name, names)
         if given.count(name) > 1:
             raise ConfigError(f"groups name scene {name!r} twice; expected each scene in one group, once")
     for group in found:
@@ -152,8 +151,7 @@ def split_windows(
             " per scene"
         )
     for name in hold_out:
-        if name not in names:
-            raise ConfigError(unknown_name_message("scene to hold out", name, names))
+        check_name("scene to hold out", name, names)
     if set(hold_out) == set(names):
         raise ConfigError(f"all scenes are held out ({', '.join(names)}); expected at least one to train on")
     torn = torn_groups(scene_groups(groups, names), set(names) - set(hold_out), hold_out)
@@ -162,8 +160,7 @@ def split_windows(
             f"hold_out tears a group apart: {'; '.join(torn)}. They show one place: hold out all of a group or none"
             " of it"
         )
-    if by not in GROUPINGS:
-        raise ConfigError(unknown_name_message("window_selection", by, GROUPINGS))
+    check_name("window_selection", by, GROUPINGS)
     if not 0 < train_fraction < 1:
         raise ConfigError(f"train_fraction is {train_fraction}; expected a share between 0 and 1, both excluded")
     if not 0 <= choose_fraction < 1:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, unknown_name_message
+from ..core import ConfigError, check_name
 from ..datasets.samples import FrameCache, load_sample
 from .cloud_files import write_cloud
 from .cloud_metrics import (
@@ -197,8 +197,7 @@ def align_window(
     The distance is that of all pairs of points. Raises ConfigError for an unknown protocol, a window without
     truth, or centres that determine no similarity.
     """
-    if protocol not in CLOUD_PROTOCOLS:
-        raise ConfigError(unknown_name_message("cloud protocol", protocol, CLOUD_PROTOCOLS))
+    check_name("cloud protocol", protocol, CLOUD_PROTOCOLS)
     truth, K, pose = (getattr(sample, f).numpy().astype(np.float64) for f in ("depth", "K", "world_to_cam"))
     depth = predicted[0]
     pairs = np.flatnonzero(trusted & (depth > 0) & np.isfinite(depth))
@@ -290,8 +289,7 @@ def evaluate_clouds(
     """
     from vggt_lora.progress import progress_bar
     for name in protocols:
-        if name not in CLOUD_PROTOCOLS:
-            raise ConfigError(unknown_name_message("cloud protocol", name, CLOUD_PROTOCOLS))
+        check_name("cloud protocol", name, CLOUD_PROTOCOLS)
     for model in models.values():
         if hasattr(model, "eval"):
             model.eval()

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from ..core import ConfigError, unknown_name_message
+from ..core import ConfigError, check_name
 
 # %% ../../nbs/evaluation/metrics.ipynb #5617f8ca
 def counted_pixels(
@@ -40,8 +40,7 @@ def alignment_parameters(
 
     Raises ConfigError for an unknown name.
     """
-    if how not in ALIGNMENTS:
-        raise ConfigError(unknown_name_message("alignment", how, ALIGNMENTS))
+    check_name("alignment", how, ALIGNMENTS)
     undetermined = (float("nan"), float("nan"))
     if len(pred) < ALIGNMENTS[how] or not np.isfinite(pred).all():
         return undetermined
@@ -167,10 +166,8 @@ def alignment_name(
     scope: str = "image",  # image or sequence: what shares one alignment
 ) -> str:
     """Return the name of an alignment with its scope, as in rows; raises ConfigError."""
-    if how not in ALIGNMENTS:
-        raise ConfigError(unknown_name_message("alignment", how, ALIGNMENTS))
-    if scope not in SCOPES:
-        raise ConfigError(unknown_name_message("scope", scope, SCOPES))
+    check_name("alignment", how, ALIGNMENTS)
+    check_name("scope", scope, SCOPES)
     return how if how == "none" else f"{how} per {scope}"
 
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ..core import ConfigError, unknown_name_message
+from ..core import ConfigError, check_name
 from .metrics import MetricRow
 
 # %% ../../nbs/evaluation/statistics.ipynb #d28e7824
@@ -26,8 +26,7 @@ def draw_counts(
     random: np.random.Generator,
 ) -> np.ndarray:
     """Return how often each frame is in each draw, (draws, N); raises ConfigError for an unknown unit."""
-    if unit not in UNITS:
-        raise ConfigError(unknown_name_message("unit", unit, UNITS))
+    check_name("unit", unit, UNITS)
     frames = len(scenes)
     if unit == "frames":
         return _tally(random.integers(0, frames, (draws, frames)), frames)
@@ -171,8 +170,7 @@ def _check_request(base, adapted, labels, unit: str, level: float) -> None:
     if base.ndim != 2 or base.shape != adapted.shape or base.shape[1:] != labels.shape:
         raise ConfigError(f"base has shape {base.shape}, adapted {adapted.shape} and scenes {labels.shape}; expected "
                           "(runs, frames) and (frames,) of the same frames")
-    if unit not in UNITS:
-        raise ConfigError(unknown_name_message("unit", unit, UNITS))
+    check_name("unit", unit, UNITS)
     if not 0.5 <= level < 1:
         raise ConfigError(f"level must be at least 0.5 and below 1, got {level}")
 

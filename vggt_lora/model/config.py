@@ -9,7 +9,7 @@ __all__ = ['FAMILIES', 'RANDOM', 'Family', 'VGGTConfig']
 import dataclasses
 import math
 
-from ..core import ConfigError, unknown_name_message
+from ..core import ConfigError, check_name
 
 # %% ../../nbs/model/config.ipynb #88c92568
 def _positive_int(name: str, value: object) -> None:
@@ -140,8 +140,7 @@ class VGGTConfig:
         """Build a configuration from JSON values; raises ConfigError for an unknown field."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
-            if name not in names:
-                raise ConfigError(unknown_name_message("VGGTConfig field", name, names))
+            check_name("VGGTConfig field", name, names)
         return cls(**fields)
 
     @property
@@ -186,8 +185,7 @@ def _check_types(config: VGGTConfig) -> None:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
                 raise ConfigError(f"VGGTConfig.{field.name} must be a positive number, got {value!r}")
             object.__setattr__(config, field.name, float(value))
-    if config.family not in FAMILIES:
-        raise ConfigError(unknown_name_message("VGGTConfig.family", config.family, FAMILIES))
+    check_name("VGGTConfig.family", config.family, FAMILIES)
     object.__setattr__(config, "register_layers", tuple(config.register_layers))
     object.__setattr__(config, "dpt_out_channels", _four_ints("dpt_out_channels", config.dpt_out_channels, 1))
     object.__setattr__(config, "dpt_layers", _four_ints("dpt_layers", config.dpt_layers, 0))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..core import ConfigError, SceneError, unknown_name_message, amount
+from ..core import ConfigError, SceneError, amount, check_name, unknown_name_message
 from ..files.archive import unpack
 from ..files.atomic import write_json, file_lock
 from ..files.http import DownloadError, Part, check_room, fetch, probe
@@ -61,8 +61,7 @@ def read_kinds(
     given = [k.strip() for k in kinds.split(",")] if isinstance(kinds, str) else list(kinds)
     names = {**{k: k for k in KINDS}, **{kind.archive: k for k, kind in KINDS.items()}, "originals": "jpg"}
     for name in given:
-        if name not in names:
-            raise ConfigError(unknown_name_message("kind of archive", name, names))
+        check_name("kind of archive", name, names)
     return [k for k in KINDS if k in {names[name] for name in given}]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..core import ConfigError, SceneError, unknown_name_message
+from ..core import ConfigError, SceneError, check_name
 from ..geometry.cameras import crop_intrinsics, crop_pixels, resize_intrinsics, resize_pixels
 from ..model.config import FAMILIES
 
@@ -41,8 +41,7 @@ def target_size(
     patch: int = PATCH,  # px
 ) -> tuple[int, int]:  # (height, width)
     """Give the size that the network sees for a photo of this size."""
-    if mode not in MODES:
-        raise ConfigError(unknown_name_message("image mode", mode, MODES))
+    check_name("image mode", mode, MODES)
     _check_sides([long_side], patch)
     height, width = (int(side) for side in size)
     if min(height, width) < 1:

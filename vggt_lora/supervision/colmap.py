@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, SceneError, unknown_name_message
+from ..core import ConfigError, SceneError, check_name
 from ..files.cache import file_stamp
 from ..scenes.colmap_model import find_model, pinhole_matrix, read_model
 from ..scenes.masks import SPARSE_DROPS, photo_mask
@@ -61,8 +61,7 @@ def find_depth_map(
 
     Raises DepthAbsent if there is none, SceneError if several fit.
     """
-    if kind not in KINDS:
-        raise ConfigError(unknown_name_message("kind of depth map", kind, KINDS))
+    check_name("kind of depth map", kind, KINDS)
     folder = next((f for f in (Path(workspace) / "stereo" / "depth_maps", Path(workspace) / "depth_maps",
                                Path(workspace)) if f.is_dir()), None)
     if folder is None:

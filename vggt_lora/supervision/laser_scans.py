@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, SceneError, unknown_name_message
+from ..core import ConfigError, SceneError, check_name
 from ..files.cache import file_stamp
 from ..geometry.cameras import pinhole_rays
 from ..geometry.ray_tracer import EmbreexTracer, Open3DTracer, make_tracer
@@ -205,8 +205,7 @@ def scan_depth(
 
     Raises DepthAbsent without scans, ConfigError for an unknown `hide` or a missing mesh, SceneError for broken files.
     """
-    if hide not in ("auto", "mesh", "discs"):
-        raise ConfigError(unknown_name_message("way of hiding", hide, ("auto", "mesh", "discs")))
+    check_name("way of hiding", hide, ("auto", "mesh", "discs"))
     scans = load_scans(scene)
     if scans is None:
         raise DepthAbsent(f"scene {scene.name} has no laser scans: no scan_alignment.mlp in "

@@ -9,7 +9,7 @@ __all__ = ['RATED_WIDTH', 'open_scenes', 'split_scenes', 'items_of', 'photos_of'
 # %% ../../nbs/training/build.ipynb #c0419c34
 import dataclasses
 
-from ..core import ConfigError, unknown_name_message
+from ..core import ConfigError, check_name
 from ..datasets.frame_store import FrameStore
 from ..datasets.samples import FrameCache
 from ..datasets.splits import FEWEST_JUDGES, SIDES, LeakError, Split, audit_split, content_hash, split_windows
@@ -31,8 +31,7 @@ def open_scenes(
     folders = {p.name: p for p in find_scenes(config.data)}
     wanted = config.names("scenes") or tuple(folders)
     for name in wanted:
-        if name not in folders:
-            raise ConfigError(unknown_name_message("scene", name, folders))
+        check_name("scene", name, folders)
     metric = {"auto": None, "yes": True, "no": False}[config.units_are_metres]
     return [open_scene(folders[name], images=config.images or None, metric=metric) for name in wanted]
 

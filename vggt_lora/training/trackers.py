@@ -8,7 +8,7 @@ __all__ = ['tracker_names', 'open_trackers']
 # %% ../../nbs/training/trackers.ipynb #d144742f
 from pathlib import Path
 
-from ..core import ConfigError, unknown_name_message
+from ..core import ConfigError, check_name
 
 # %% ../../nbs/training/trackers.ipynb #d2392a10
 def tracker_names(
@@ -20,8 +20,7 @@ def tracker_names(
     names = tuple(dict.fromkeys(part.strip() for part in report_to.split(",") if part.strip()))
     there = {str(getattr(t, "value", t)) for t in get_available_trackers()}
     for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ConfigError(unknown_name_message("tracker in report_to", name, LOGGER_TYPE_TO_CLASS))
+        check_name("tracker in report_to", name, LOGGER_TYPE_TO_CLASS)
         if name not in there:
             raise ConfigError(f"report_to names {name!r}, whose package is not installed; pip install {name}, or "
                               "leave it out")
