@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from vggt_lora.evaluation.confidence import sparsification
 from vggt_lora.demo.demo_scenes import DEMO, demo_scenes
 from vggt_lora.geometry.cameras import project_points
 from vggt_lora.reference_data import real_scene
@@ -33,7 +34,7 @@ from vggt_lora.stereo.estimate import DenseSettings, neighbour_frame, estimate, 
 from vggt_lora.stereo.planesweep import depth_range
 from vggt_lora.stereo.view_selection import find_neighbours
 from vggt_lora.supervision.dense import (
-    confirmations, dense_depth, dense_estimate, prepare_dense, scene_down, sparsification,
+    confirmations, dense_depth, dense_estimate, prepare_dense, scene_down,
 )
 
 REAL = ("strecha_fountain_p11", "strecha_castle_p30", "strecha_entry_p10", "sceaux_castle", "eth3d_pipes")
@@ -71,7 +72,11 @@ def line(what: str, error: np.ndarray, candidates: int) -> str:
 
 def ranking(error: np.ndarray, confidence: np.ndarray) -> str:
     """Return what the sparsification curve says, of all pixels, kept or not."""
-    shares, curve, best, area = sparsification(error, confidence)
+    error = np.minimum(np.nan_to_num(error, nan=1.0), 1.0)
+    found = sparsification(error, confidence)
+    shares = 1 - found["removed"][::-1]
+    curve, best = (error.mean() * found[name][::-1] for name in ("confidence", "oracle"))
+    area = (curve - best).mean()
     points = ", ".join(
         f"{share:.0%}: {one:.2%} ({other:.2%})" for share, one, other in zip(shares[1::2], curve[1::2], best[1::2])
     )

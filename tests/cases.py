@@ -631,9 +631,25 @@ def sound_scenes() -> list[Path]:
     return [*(path for name in SOUND if (path := real_scene(name))), *demo_scenes()]
 
 
+def photo_figures(frames, points) -> dict[str, np.ndarray]:
+    """Return per photo what the limits are about; nan where it is not known."""
+    from vggt_lora.scenes import fit
+
+    fits, own = [fit.keypoint_fit(frame, points) for frame in frames], points.rgb @ np.array(fit.LUMA)
+    seen = [fit.seen_brightness(frame, points) for frame in frames]
+    depths = [fit.depths_of(frame, points) for frame in frames]
+    return {
+        "share": np.array([found.share if found else np.nan for found in fits]),
+        "offset": np.array([found.offset if found else np.nan for found in fits]),
+        "colours": np.array([fit.correlation(here, own[rows]) for rows, here in seen]),
+        "farthest": np.array([z.max() / np.median(z) if len(z) else np.nan for z in depths]),
+        "mean over median": np.array([fit.mean_over_median(frame, points) for frame in frames]),
+        "centre": np.array([np.abs(frame.K[:2, 2] / frame.size[::-1] - 0.5).max() for frame in frames]),
+    }
+
+
 def main() -> None:
     from vggt_lora.demo.demo_scenes import toy_scene
-    from vggt_lora.scenes.fit import photo_figures
     from vggt_lora.scenes.opening import open_scene
 
     with tempfile.TemporaryDirectory() as work:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vggt_lora.evaluation.confidence import sparsification
 from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.datasets.samples import FrameCache, collate, load_sample
 from vggt_lora.datasets.windows import Window, make_windows
@@ -27,7 +28,7 @@ from vggt_lora.stereo.refinement import plane_fit, refine
 from vggt_lora.stereo.view_selection import find_neighbours
 from vggt_lora.supervision.colmap import read_colmap_array
 from vggt_lora.supervision.dense import (
-    bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate, sparsification,
+    bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate,
 )
 from vggt_lora.supervision.depth_map import DepthAbsent
 from vggt_lora.supervision.sources import depth_source
@@ -570,12 +571,13 @@ def test_the_fountain_agrees_with_its_laser(tmp_path):
     )
     curves = dense_estimate(scene, frame, size, settings=DenseSettings(views=3, checks=3), cache=tmp_path, **QUICK)
     all_off = np.abs(curves.depth[row, column] / laser[rows, columns][inside] - 1)
-    _, curve, best, area = sparsification(all_off, curves.confidence[row, column])
+    found = sparsification(np.minimum(np.nan_to_num(all_off, nan=1.0), 1.0), curves.confidence[row, column])
+    curve, best = found["confidence"], found["oracle"]
     assert (
-        (np.diff(curve[3:]) > 0).all()
-        and curve[2] < 0.3 * curve[-1]
+        (np.diff(curve[:17]) < 0).all()
+        and curve[17] < 0.3
         and (best <= curve + 1e-9).all()
-        and area < 0.2 * (curve[-1] - best.mean())
+        and (curve - best).mean() < 0.2 * (1 - best.mean())
     )
 
 

@@ -20,11 +20,11 @@ from .cloud_files import write_cloud
 from .cloud_metrics import (
     BEAM_ANGLE, BEAM_START, THRESHOLDS, VOXEL, Beams, CloudScore, photo_scores, score_cloud)
 from .fusion import Cloud, Similarity, fit_similarity, fuse_depth, join_clouds, make_cloud
-from .runner import trusted_truth, window_scale
+from .runner import predict, trusted_truth, window_scale
 from .statistics import DRAWS, LEVEL, Effect, draw_counts, drawn_effect, in_words
 from ..files.atomic import write_json
 from ..geometry.cameras import (
-    camera_centre, decode_pose, pixel_centres, project_points, sample_nearest, transform_points, unproject_depth)
+    camera_centre, pixel_centres, project_points, sample_nearest, transform_points, unproject_depth)
 from ..scenes.masks import LASER_DROPS, mask_at, photo_mask
 from ..scenes.undistortion import grid_camera
 from ..supervision.laser_scans import angular_step, disc_surface, load_occluder, load_scans
@@ -249,24 +249,6 @@ class CloudEvaluation:
             table.append(line)
         return table
 
-# %% ../../nbs/evaluation/clouds.ipynb #23ff63f5
-def _predict(model, sample, device: str, autocast: str, cameras: bool) -> tuple[np.ndarray, np.ndarray | None, tuple]:
-    """Return depth (S, H, W), confidence and, if wanted, cameras, in network units."""
-    import contextlib
-
-    import torch
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16) if autocast == "bf16" else contextlib.nullcontext():
-        out = model(sample.images[None].to(device), heads=("camera", "depth") if cameras else ("depth",))
-
-    def to_numpy(value):
-        return value[0].float().cpu().numpy().astype(np.float64)
-
-    confidence = to_numpy(out["depth_conf"]) if "depth_conf" in out else None
-    if not cameras:
-        return to_numpy(out["depth"])[..., 0], confidence, ()
-    pose, K = decode_pose(to_numpy(out["pose_enc"]), sample.images.shape[-2:])
-    return to_numpy(out["depth"])[..., 0], confidence, (K, pose)
-
 # %% ../../nbs/evaluation/clouds.ipynb #68d39447
 def evaluate_clouds(
     models: dict,  # name -> model: images -> predictions
@@ -366,9 +348,12 @@ def _add_window(fused: _Fused, window, request: _Request) -> bool:
     photos, masked, labels = (np.stack([getattr(v, f) for v in views]) for f in ("image", "masked", "labels"))
     cameras = any(protocol in PREDICTED_CAMERAS for protocol in request.protocols)
     for name, model in request.models.items():
-        depth, confidence, own = _predict(model, sample, request.device, request.autocast, cameras)
+        heads = ("camera", "depth") if cameras else ("depth",)
+        found = predict(model, sample.images, heads, request.device, request.autocast)
+        predicted, confidence = (found.depth.astype(np.float64), found.K, found.world_to_cam), found.confidence
+        confidence = None if confidence is None else confidence.astype(np.float64)
         for protocol in request.protocols:
-            aligned, K, pose, fit, median = align_window(protocol, (depth, *own), sample, trusted)
+            aligned, K, pose, fit, median = align_window(protocol, predicted, sample, trusted)
             cloud = fuse_depth(aligned, K, pose, photos, sample.names, confidence, request.keep_confident,
                                request.agree, masked=masked, labels=labels, fresh=fresh)
             piece = _Piece(cloud, fit, median, pose[fresh], K[fresh])

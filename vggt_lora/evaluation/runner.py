@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Model', 'CAMERAS', 'AT_PHOTO_SIZE', 'CAMERA_ERRORS', 'UNIT_FACTOR', 'trusted_truth', 'window_scale', 'base_of',
-           'Evaluation', 'Prediction', 'heads_of', 'predict_window', 'at_photo_size', 'evaluate_windows',
+           'Evaluation', 'Prediction', 'heads_of', 'predict', 'predict_window', 'at_photo_size', 'evaluate_windows',
            'evaluate_samples', 'camera_effects', 'camera_sentence', 'unit_warnings', 'comparison_rows']
 
 # %% ../../nbs/evaluation/runner.ipynb #42804506
@@ -103,11 +103,12 @@ class Evaluation:
 # %% ../../nbs/evaluation/runner.ipynb #f31c8f3d
 @dataclasses.dataclass
 class Prediction:
-    """A model's prediction of a window, scaled to scene units by the window's own length."""
+    """A model's prediction of a window, in the network's unit or in scene units."""
 
     depth: np.ndarray  # (S, H, W)
     confidence: np.ndarray | None  # (S, H, W)
-    world_to_cam: np.ndarray | None  # (S, 4, 4), translation in scene units
+    world_to_cam: np.ndarray | None = None  # (S, 4, 4)
+    K: np.ndarray | None = None  # (S, 3, 3)
 
 
 def heads_of(
@@ -120,24 +121,40 @@ def heads_of(
     return tuple(head for head in ("camera", "depth") if head in there)
 
 
+@torch.no_grad()
+def predict(
+    model: Model,
+    images: torch.Tensor,  # (S, 3, H, W) in [0, 1]
+    heads: tuple[str, ...] = ("camera", "depth"),
+    device: str = "cpu",
+    autocast: str = "float32",  # or "bf16" for the network's pass
+) -> Prediction:
+    """Run a model on the photos of a window; depth and cameras are in the network's unit."""
+    with torch.autocast(device, torch.bfloat16) if autocast == "bf16" else contextlib.nullcontext():
+        out = model(images[None].to(device), heads=heads)
+    found = Prediction(out["depth"][0, ..., 0].float().cpu().numpy(), None)
+    if "depth_conf" in out:
+        found.confidence = out["depth_conf"][0].float().cpu().numpy()
+    if "pose_enc" in out:
+        pose = out["pose_enc"][0].double().cpu().numpy()
+        found.world_to_cam, found.K = map(np.array, decode_pose(pose, found.depth.shape[1:]))
+    return found
+
+
 def predict_window(
     model: Model,
     sample: Sample,
     unit: float,  # of window_scale
     device: str = "cpu",
-    autocast: str = "float32",  # or "bf16" for the network's pass
+    autocast: str = "float32",
 ) -> Prediction:
-    """Run a model on a window."""
-    context = torch.autocast(device, torch.bfloat16) if autocast == "bf16" else contextlib.nullcontext()
-    with context, torch.no_grad():
-        out = model(sample.images[None].to(device), heads=heads_of(model))
-    depth = out["depth"][0, ..., 0].float().cpu().numpy().astype(np.float64) * unit
-    confidence = out["depth_conf"][0].float().cpu().numpy() if "depth_conf" in out else None
-    poses = None
-    if "pose_enc" in out:
-        poses = np.array(decode_pose(out["pose_enc"][0].double().cpu().numpy(), depth.shape[1:])[0])
-        poses[:, :3, 3] *= unit
-    return Prediction(depth, confidence, poses)
+    """Run a model on a window, scaled to scene units by the window's own length."""
+    found = predict(model, sample.images, heads_of(model), device, autocast)
+    found.depth = found.depth.astype(np.float64) * unit
+    if found.world_to_cam is not None:
+        found.world_to_cam[:, :3, 3] *= unit
+    return found
+
 
 # %% ../../nbs/evaluation/runner.ipynb #d84b1ee5
 AT_PHOTO_SIZE = ("laser", "sparse")  # depth sources that can be read at any size in a moment

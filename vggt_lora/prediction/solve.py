@@ -6,7 +6,6 @@
 __all__ = ['predict_window', 'window_key', 'kept_window', 'Solved', 'solve', 'align_to']
 
 # %% ../../nbs/prediction/solve.ipynb #a3adeef0
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,17 +15,17 @@ import numpy as np
 import torch
 
 from ..evaluation.fusion import Similarity
+from ..evaluation.runner import predict
 from ..files.atomic import atomic_path
 from .files import Geometry
 from .join import (Link, WindowPrediction, chain, close_loop, closing_window, link_windows,
                                        owner_of, robust_similarity, sees_again, windows_of)
-from ..geometry.cameras import decode_pose, unproject_depth
+from ..geometry.cameras import unproject_depth
 from .known import ScaleFit, camera_differences, fit_scale
 from .photos import Photos
 from ..progress import progress_bar
 
 # %% ../../nbs/prediction/solve.ipynb #5caf08d1
-@torch.no_grad()
 def predict_window(
     model,  # images (1, S, 3, H, W) -> predictions
     photos: Photos,
@@ -36,11 +35,9 @@ def predict_window(
 ) -> WindowPrediction:
     """Run the network on the photos of one window."""
     images = torch.from_numpy(photos.images[list(frames)]).permute(0, 3, 1, 2).float() / 255
-    with torch.autocast(device, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
-        out = model(images[None].to(device), heads=("camera", "depth"))
-    pose, K = decode_pose(out["pose_enc"][0].double().cpu().numpy(), photos.images.shape[1:3])
-    depth, confidence = out["depth"][0, ..., 0].float().cpu().numpy(), out["depth_conf"][0].float().cpu().numpy()
-    return WindowPrediction(tuple(frames), depth, confidence, np.array(pose), np.array(K))
+    found = predict(model, images, ("camera", "depth"), device, precision)
+    return WindowPrediction(tuple(frames), found.depth, found.confidence, found.world_to_cam, found.K)
+
 
 # %% ../../nbs/prediction/solve.ipynb #ec087245
 def window_key(

@@ -12,7 +12,6 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from ..core import SceneError
 from .colmap_text import CameraTable, ImageTable, PointTable, camera_models
 
 # %% ../../nbs/scenes/colmap_checks.ipynb #030a18e7

@@ -9,8 +9,8 @@ __all__ = ['VERDICTS', 'NEAR', 'LEAST_SHARE', 'FEWEST', 'OFF', 'LEAST_COLOUR', '
            'KeypointFit', 'spans', 'keypoint_fit', 'camera_hint', 'keypoints_said', 'check_keypoints', 'brightness',
            'seen_brightness', 'correlation', 'among_photos', 'check_colours', 'depths_of', 'far_points', 'drop_points',
            'mean_over_median', 'check_lengths', 'check_unit', 'check_centre', 'exif_orientation', 'check_upright',
-           'depth_ratios', 'check_depth', 'masked_share', 'check_masks', 'photo_figures', 'spread', 'check_fit',
-           'check_scene', 'keypoints_on_points', 'check_convention', 'refuse_misfit', 'settled']
+           'depth_ratios', 'check_depth', 'masked_share', 'check_masks', 'spread', 'check_fit', 'check_scene',
+           'keypoints_on_points', 'check_convention', 'refuse_misfit', 'settled']
 
 # %% ../../nbs/scenes/fit.ipynb #86822a67
 from collections.abc import Iterable
@@ -447,21 +447,6 @@ def check_masks(frames: Iterable[Frame], scene: Scene) -> Check:
     )
     looked_at = f"{len(found)} of {len(frames)} masks"
     return Check("masks", "note" if said else "fits", looked_at, said, max(found.values()), MOST_MASKED, photos)
-
-# %% ../../nbs/scenes/fit.ipynb #b0e3b727
-def photo_figures(frames: Iterable[Frame], points: Points) -> dict[str, np.ndarray]:
-    """Return per photo what the limits are about, for the table of sound scenes; nan where it is not known."""
-    fits, own = [keypoint_fit(frame, points) for frame in frames], points.rgb @ np.array(LUMA)
-    colours = [correlation(here, own[rows]) for rows, here in (seen_brightness(frame, points) for frame in frames)]
-    depths = [depths_of(frame, points) for frame in frames]
-    return {
-        "share": np.array([fit.share if fit else np.nan for fit in fits]),
-        "offset": np.array([fit.offset if fit else np.nan for fit in fits]),
-        "colours": np.array(colours),
-        "farthest": np.array([z.max() / np.median(z) if len(z) else np.nan for z in depths]),
-        "mean over median": np.array([mean_over_median(frame, points) for frame in frames]),
-        "centre": np.array([np.abs(frame.K[:2, 2] / frame.size[::-1] - 0.5).max() for frame in frames]),
-    }
 
 # %% ../../nbs/scenes/fit.ipynb #41188c6c
 MOST_PHOTOS = 100  # photos that are looked at when a scene is opened, spread evenly; the doctor looks at all

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['confirmations', 'bends', 'confidence_of', 'DenseJob', 'scene_down', 'dense_jobs', 'cache_errors', 'compute_jobs',
            'DenseEstimate', 'cache_folder', 'dense_estimate', 'in_the_pane', 'dense_depth', 'prepare_dense',
-           'dense_depths', 'sparsification']
+           'dense_depths']
 
 # %% ../../nbs/supervision/dense.ipynb #8df17aa7
 import contextlib
@@ -304,17 +304,3 @@ def dense_depths(
               if plans is None or f.name in plans]
     prepare_dense(scene, wanted, **options)
     return {frame.name: dense_depth(scene, frame, plan.size, plan, **options) for frame, plan in wanted}
-
-# %% ../../nbs/supervision/dense.ipynb #a60b3f19
-def sparsification(
-    error: np.ndarray,  # (n,) relative errors; all that is above 1 counts as 1
-    confidence: np.ndarray,  # (n,)
-    steps: int = 20,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    """Return kept shares (steps,), the mean errors by confidence and by the best order, and AUSE."""
-    error = np.minimum(np.nan_to_num(error, nan=1.0), 1.0).astype(float)
-    shares = np.arange(1, steps + 1) / steps
-    count = np.maximum((shares * len(error)).astype(int), 1)
-    curve, best = (np.cumsum(one)[count - 1] / count
-                   for one in (error[np.argsort(-confidence, kind="stable")], np.sort(error)))
-    return shares, curve, best, float((curve - best).mean())
