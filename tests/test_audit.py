@@ -13,7 +13,8 @@ from PIL import Image
 from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.datasets.audit import mask_fault, outliers
 from vggt_lora.demo.demo_scenes import toy_scene
-from vggt_lora.depth import AuditLimits, audit_scene, sparse_depth
+from vggt_lora.depth import sparse_depth
+from vggt_lora.datasets.audit import AuditLimits, audit_scene
 from vggt_lora.scenes.images import plan_image
 from vggt_lora.scenes.masks import REGIONS, region_labels, photo_mask
 from vggt_lora.scenes.opening import open_scene

@@ -11,7 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import browser  # noqa: E402
 from vggt_lora.commands import EvaluateConfig
-from vggt_lora.compare import CompareConfig, compare_runs, comparison_page, read_record
+from vggt_lora.compare import CompareConfig, compare_runs, read_record
+from vggt_lora.comparison.page import comparison_page
 from vggt_lora.comparison.launch import executor_for, run_point
 from vggt_lora.core import ConfigError
 from vggt_lora.evaluation.metrics import EvaluatedFrame

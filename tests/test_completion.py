@@ -11,7 +11,8 @@ import pytest
 from vggt_lora.core import ConfigError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import toy_scene
-from vggt_lora.depth import completed_depth, sparse_depth
+from vggt_lora.depth import sparse_depth
+from vggt_lora.supervision.sources import completed_depth
 from vggt_lora.geometry.planes import Plane, find_planes
 from vggt_lora.scenes.images import plan_image
 from vggt_lora.scenes.opening import open_scene

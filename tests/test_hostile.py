@@ -108,7 +108,8 @@ def test_a_run_full_of_markup_gives_a_page_of_text(tmp_path):
 
 
 def test_a_comparison_of_such_runs_too(tmp_path):
-    from vggt_lora.compare import compare_runs, comparison_page, read_record
+    from vggt_lora.compare import compare_runs, read_record
+    from vggt_lora.comparison.page import comparison_page
 
     hostile_run(tmp_path / "run")
     (tmp_path / "run" / "resource_usage.json").write_text('{"trainable": 100, "seconds": 10.0}')

@@ -18,7 +18,9 @@ pycolmap = pytest.importorskip("pycolmap")
 from vggt_lora.core import ConfigError, SceneError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import demo_scene, toy_scene
-from vggt_lora.depth import laser_agreement, laser_depth, photo_mask, sparse_depth
+from vggt_lora.depth import sparse_depth
+from vggt_lora.supervision.laser import laser_agreement, laser_depth
+from vggt_lora.scenes.masks import photo_mask
 from vggt_lora.geometry import ray_tracer
 from vggt_lora.geometry.cameras import pinhole_pixels, pixel_centres, resize_intrinsics
 from vggt_lora.reference_data import real_scene

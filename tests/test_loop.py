@@ -15,7 +15,8 @@ from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.build import build_model, make_frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.loop import fit, held_out_loss
 from vggt_lora.training.losses import loss_config, window_loss, LossConfig
-from vggt_lora.training.run import RunFolder, read_checkpoint
+from vggt_lora.training.run import RunFolder
+from vggt_lora.training.checkpoint import read_checkpoint
 from vggt_lora.training.sample_source import SampleSource
 from vggt_lora.training.schedule import epoch_order, learning_rate
 

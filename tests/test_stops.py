@@ -28,7 +28,8 @@ from vggt_lora.core import STOP, ConfigError, VggtLoraError
 from vggt_lora.datasets.samples import FrameCache
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.model.vggt import VGGT, VGGTConfig
-from vggt_lora.train import first_frames, main, train, check_loss_reaches_adapter
+from vggt_lora.train import main, train
+from vggt_lora.preflight.adapter_check import first_frames, check_loss_reaches_adapter
 from vggt_lora.training import loop as loop_module, distributed as processes
 from vggt_lora.training.build import build_model, items_of, open_scenes, add_adapter, split_scenes
 from vggt_lora.training.checkpoint import (

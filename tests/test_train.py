@@ -13,7 +13,8 @@ from vggt_lora.datasets.splits import LeakError
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluate import evaluate, largest_difference
 from vggt_lora.reference_data import real_scene
-from vggt_lora.train import TrainConfig, read_config, small_photos, train
+from vggt_lora.train import TrainConfig, read_config, train
+from vggt_lora.preflight.adapter_check import small_photos
 from vggt_lora.training.build import build_model, make_frame_cache, items_of, open_scenes, split_scenes
 from vggt_lora.training.checkpoint import CheckpointError, DiskError, checkpoint_files
 from vggt_lora.training.loop import held_out_loss

@@ -17,7 +17,7 @@ from vggt_lora.evaluate import evaluate, newest_run
 from vggt_lora.evaluation.metrics import EvaluatedFrame
 from vggt_lora.views.clouds.clouds3d import depth_to_cloud, orbit_camera, render_cloud
 from vggt_lora.views.figures import new_figure
-from vggt_lora.views.plots import up_direction
+from vggt_lora.views.plan import up_direction
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 300_000  # bytes of the picture

@@ -15,7 +15,7 @@ from .adapters.export import MergedReport, export_adapter, export_merged
 from .adapters.hub import model_card, push_to_hub
 from .adapters.stack import adapter_names, scale_adapter, stack_adapters, without_adapter
 from .adapters.targets import STRATEGIES, Strategy, Targets, TargetRow, chosen_patterns, resolve_targets
-from .core import notebook_parameters
+
 
 # %% ../nbs/02_lora.ipynb #4606a852
 _all_ = [

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import ConfigError, VggtLoraError, notebook_parameters, project_root, user_path
+from .core import ConfigError, project_root, user_path
 from .efficiency.compute_options import prepare_for_eval
 from .evaluate import newest_run
 from .evaluation.fusion import Cloud

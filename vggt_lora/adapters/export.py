@@ -11,7 +11,6 @@ __all__ = ['PREFIX', 'TOLERANCE', 'UNFINISHED', 'OFFICIAL_CLASS', 'PATHS', 'Trai
 import contextlib
 import dataclasses
 import errno
-import json
 import re
 import shutil
 from collections.abc import Mapping

@@ -7,7 +7,6 @@ __all__ = ['adapter_names', 'stack_adapters', 'scale_adapter', 'without_adapter'
 
 # %% ../../nbs/adapters/stack.ipynb #814e4b0a
 import contextlib
-import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -11,7 +11,8 @@ import dataclasses
 import numpy as np
 
 from ..core import ConfigError
-from ..geometry.cameras import camera_centre, project_points, to_4x4, unproject_depth
+from ..geometry.cameras import project_points, to_4x4, unproject_depth
+
 
 # %% ../../nbs/evaluation/fusion.ipynb #d8ea2be5
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ __all__ = ['Geometry', 'output_names', 'camera_records', 'ModelPoints', 'model_p
 
 # %% ../../nbs/prediction/files.ipynb #41baca77
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np

@@ -20,7 +20,7 @@ from ..core import amount
 from ..datasets.samples import FrameCache, Sample
 from ..datasets.windows import Window
 from ..efficiency.feature_store import FeatureStore, folder_files
-from ..efficiency.frozen_prefix import EMBEDDING, find_frozen_prefix, free_prefix, network, state_bytes
+from ..efficiency.frozen_prefix import EMBEDDING, find_frozen_prefix, free_prefix, state_bytes
 from ..model.aggregator import AggregatorState
 from ..scenes.scene import Scene
 from .config import TrainConfig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_path', 'code_fingerprint', 'environment', 'reproducible', 'hold', 'remove_remainders', 'curve_name', 'RunFolder',
-           'without_wall', 'CheckpointError', 'load_checkpoint', 'read_checkpoint', 'save_checkpoint']
+           'without_wall']
 
 # %% ../../nbs/training/run.ipynb #5ee9ada3
 import contextlib
@@ -20,18 +20,9 @@ from pathlib import Path
 
 from ..core import STOP, ConfigError, project_root, user_path
 from ..files.atomic import write_json, write_text, file_lock
-from vggt_lora.training.checkpoint import (
-    CheckpointError,
-    checkpoint_files,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from .checkpoint import checkpoint_files
 from .config import TrainConfig
 from .trackers import open_trackers, tracker_names
-
-# %% ../../nbs/training/run.ipynb #dc485409
-_all_ = ["CheckpointError", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
 
 # %% ../../nbs/training/run.ipynb #d6d9368f
 def run_path(

@@ -12,9 +12,8 @@ import math
 
 import numpy as np
 
-from .charts import loss_curves, target_tree
 from .figures import axes_or_new, faded, known_pixels, new_figure, robust_range, to_photo
-from .plan import scene_topdown, up_direction
+
 
 # %% ../../nbs/views/plots.ipynb #af1d974d
 DEPTH_COLOURS = "viridis"
