@@ -139,7 +139,7 @@ SPARING = {"gradient_checkpointing": True, "frames_chunk": 1, "head_precision": 
     "changes",
     [
         {
-            "strategy": "a", **SPARING, "base_consistency_weight": 0.1,
+            "strategy": "a", **SPARING, "base_gradient_weight": 0.1, "agreement_weight": 0.1,
             "scale_normalization": "base",
         },
         {

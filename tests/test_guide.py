@@ -237,7 +237,7 @@ TO_RUN = [
     if os.environ.get("VGGT_LORA_GUIDE") == "all"
     and "05_compare" not in c
     or not any(step in c for step in ("00_data", "01_depth", "02_lora", "04_evaluate", "05_compare", "06_predict"))
-    and ("03_train" not in c or "base_consistency_weight" in c)
+    and ("03_train" not in c or "agreement_weight" in c)
 ]
 
 

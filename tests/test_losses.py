@@ -288,7 +288,7 @@ CONFIGS = {
     "grad_conf": LossConfig(gradient="grad_conf", point_grad=1, point_gradient="normal_conf"),
     "scale": LossConfig(scale="base"),
 }
-KEEP = LossConfig(base_consistency=2, scale="base")
+KEEP = LossConfig(base_gradient=2, agreement=2, scale="base")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -353,26 +353,76 @@ def test_a_pair_counts_as_its_worse_end():
     assert difference_term(pred, truth, mask, trust=torch.tensor([[[1.0, 3.0]]]))[0].item() == pytest.approx(1 * 1 / 4)
 
 
-def test_the_base_holds_pixels_without_truth_and_no_others():
+def test_the_edges_of_the_base_are_held_everywhere_and_its_scale_nowhere():
     outputs, batch = scene()
     leaves(outputs)
-    result = training_loss(
-        outputs, batch, LossConfig(camera=0, depth_conf=0, depth_reg=1e-9, depth_grad=0, base_consistency=1)
-    )
-    result.total.backward()
-    gradient = outputs["depth"].grad[..., 0]
-    assert (gradient[batch["valid"]].abs() < 1e-9).all() and (gradient[~batch["valid"]] != 0).all()
-    assert result.counts["pixels_kept_near_base"] == int((~batch["valid"]).sum())
-    # the base's shape, in the unit of a truth that is 0.3 times the base
-    right = {**outputs, "depth": batch["base_prediction"] * 0.3}
-    kept = training_loss(
-        right, batch | {"depth": batch["base_prediction"] * 6, "scale": 20.0}, LossConfig(base_consistency=1)
-    )
-    assert kept.terms["base_consistency"].item() == pytest.approx(0, abs=1e-5)
-    full = training_loss(
-        outputs, batch | {"valid": torch.ones_like(batch["valid"]), "depth": torch.full_like(batch["depth"], 5.0)}, KEEP
-    )
-    assert full.left_out == {"base_consistency": "every pixel is supervised"}
+    alone = {"camera": 0, "depth_conf": 0, "depth_reg": 1e-9, "depth_grad": 0}
+    training_loss(outputs, batch, LossConfig(**alone, base_gradient=1)).total.backward()
+    assert (outputs["depth"].grad[..., 0].abs() > 1e-9).float().mean() > 0.6  # a pixel between two others pulls evenly
+    for factor in (0.3, 1.0, 5.0):
+        scaled = {**outputs, "depth": batch["base_prediction"] * factor}
+        kept = training_loss(scaled, batch, LossConfig(base_gradient=1))
+        assert kept.terms["base_gradient"].item() == pytest.approx(0, abs=1e-5)
+    bent = {**outputs, "depth": batch["base_prediction"] ** 1.5}
+    assert training_loss(bent, batch, LossConfig(base_gradient=1)).terms["base_gradient"] > 0.01
+
+
+def facing_a_wall(scenes: int = 2) -> tuple[dict, dict]:
+    """Photos from three places, side by side, of a wall at depth 4: the exact depth as prediction, and the batch."""
+    outputs, batch = scene(1.0, scenes)
+    batch["world_to_cam"] = torch.eye(4).repeat(scenes, 3, 1, 1)
+    batch["world_to_cam"][:, :, 0, 3] = torch.tensor([0.0, -0.8, 0.5])
+    batch["world_to_cam"][:, :, 2, 3] = torch.tensor([0.0, 0.4, -0.6])  # steps towards the wall
+    batch["depth"] = (4 + batch["world_to_cam"][:, :, 2, 3])[..., None, None].expand(batch["depth"].shape).clone()
+    batch["base_prediction"] = batch["depth"] / 4
+    return {**outputs, "depth": batch["depth"][..., None] / 4}, batch
+
+
+def test_exact_depth_agrees_and_scaled_depth_does_not():
+    outputs, batch = facing_a_wall()
+    config = LossConfig(agreement=1, scale="base")
+    exact = training_loss(outputs, batch, config)
+    assert exact.terms["agreement"].item() == pytest.approx(0, abs=1e-6) and exact.counts["pixels_that_meet"] > 500
+    for factor in (0.8, 1.25):
+        scaled = training_loss({**outputs, "depth": outputs["depth"] * factor}, batch, config)
+        assert scaled.terms["agreement"].item() > 0.02
+    # the scene's own unit does not matter
+    larger = batch | {"depth": batch["depth"] * 7, "world_to_cam": batch["world_to_cam"].clone(), "metric": False}
+    larger["world_to_cam"][..., :3, 3] *= 7
+    assert training_loss(outputs, larger, config).terms["agreement"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_step_along_the_gradient_makes_photos_agree():
+    outputs, batch = facing_a_wall()
+    wrong = outputs["depth"].clone()
+    wrong[:, 1] *= 1.1  # one photo of three is off
+    config = LossConfig(camera=0, depth_conf=0, depth_reg=1e-9, depth_grad=0, agreement=1, scale="base")
+    outputs = {**outputs, "depth": wrong.requires_grad_()}
+    training_loss(outputs, batch, config).total.backward()
+    assert wrong.grad[:, 1].sum() > 0  # too far: descent brings it nearer
+    # what is hidden from the other photos moves nothing
+    hiding = outputs["depth"].detach().clone()
+    hiding[:, 1] = 0.3
+    hiding.requires_grad_()
+    training_loss({**outputs, "depth": hiding}, batch, config).total.backward()
+    assert (hiding.grad[:, 1].abs() < 1e-9).all() and (hiding.grad[:, 0].abs() > 1e-9).any()
+
+
+def test_photos_without_length_or_cameras_need_not_agree():
+    outputs, batch = facing_a_wall()
+    outputs["depth"] = outputs["depth"] * 1.25
+    config = LossConfig(agreement=1, scale="base")
+    both = training_loss(outputs, batch, config).counts["pixels_that_meet"]
+    for name, value in (("valid", False), ("world_to_cam", torch.nan), ("K", torch.nan)):
+        damaged = batch | {name: batch[name].clone()}
+        damaged[name][0] = value
+        tensors = leaves(outputs)
+        result = training_loss(outputs, damaged, config)
+        result.total.backward()
+        assert 0 < result.counts["pixels_that_meet"] < both
+        assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in tensors)
+        damaged[name][:] = value
+        assert "agreement" in training_loss(outputs, damaged, config).left_out
 
 
 def test_the_unit_of_the_base_does_not_depend_on_what_supervises():

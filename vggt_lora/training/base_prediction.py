@@ -24,7 +24,7 @@ def base_prediction(
     bare = getattr(model, "module", model)
     if not hasattr(bare, "disable_adapter"):
         raise ConfigError("the base's prediction needs a model with an adapter, and this model has none; use "
-                          "base_consistency_weight=0 and scale 'points'")
+                          "base_gradient_weight=0 and scale 'points'")
     modes = [(module, module.training) for module in bare.modules()]
     bare.eval()
     try:

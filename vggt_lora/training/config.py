@@ -204,8 +204,11 @@ class LossSettings:
         "normal", "edges of points: normals or differences, plain or weighted by the confidence",
         choices=("normal", "normal_conf", "grad", "grad_conf"),
     )
-    base_consistency_weight: float = setting(
-        0.0, "weight of staying near the base where nothing supervises", range=WEIGHT
+    base_gradient_weight: float = setting(
+        0.0, "weight of the difference from the edges of the base's depth", range=WEIGHT
+    )
+    agreement_weight: float = setting(
+        0.0, "weight of the difference of depth between the photos of a window", range=WEIGHT
     )
     scale_normalization: str = setting(
         "base", "unit of the truth: fit to the base's prediction, or mean distance of the points",
@@ -348,8 +351,6 @@ def _check_together(config: TrainConfig) -> None:
 # %% ../../nbs/training/config.ipynb #ebdb07d0
 def _check_losses(config: TrainConfig) -> None:
     """Check that the loss weights fit the heads; raises ConfigError."""
-    if "depth" not in config.names("heads") and config.base_consistency_weight:
-        raise ConfigError("base_consistency_weight needs the depth head; add it to heads, or leave it at 0")
     depth = (config.depth_conf_weight, config.depth_reg_weight, config.depth_grad_weight)
     learns = {"camera": config.camera_weight, "depth": any(depth), "point": True}
     if not any(learns[head] for head in config.trained_heads):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAMERA_RULES', 'CAMERA_KINDS', 'CAMERA_PARTS', 'GRADIENTS', 'quantile_filter', 'LossResult', 'scenes_with_scale',
            'camera_loss', 'difference_term', 'surface_normals', 'normal_term', 'gradient_term', 'trusted_pixels',
-           'dense_loss', 'depth_loss', 'point_loss', 'base_consistency_term', 'aligned_error']
+           'dense_loss', 'depth_loss', 'point_loss', 'base_gradient_term', 'agreement_term', 'aligned_error']
 
 # %% ../../nbs/training/loss_terms.ipynb #3aa6d8ae
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from ..core import ConfigError, unknown_name_message
-from ..geometry.cameras import encode_pose
-from .normalization import at_least_float32, connected_zero, fix_inf_nan, full_precision, log_shift
+from ..geometry.cameras import encode_pose, transform_points, unproject_depth
+from .normalization import at_least_float32, connected_zero, fix_inf_nan, full_precision
 
 # %% ../../nbs/training/loss_terms.ipynb #1d58091b
 def quantile_filter(
@@ -310,23 +310,47 @@ def point_loss(
 
 # %% ../../nbs/training/loss_terms.ipynb #c77b808e
 @full_precision
-def base_consistency_term(
+def base_gradient_term(
     pred: torch.Tensor,  # (B,S,H,W) or (B,S,H,W,1), above 0
     base: torch.Tensor,  # (B,S,H,W) the base's prediction for the same window
-    target: torch.Tensor,  # (B,S,H,W) true depth in normalised units
-    used: torch.Tensor,  # (B,S,H,W) bool, the supervised pixels
 ) -> tuple[torch.Tensor, int]:
-    """Return the mean |log pred - log base| on unsupervised pixels, and their number.
+    """Compare differences of log depth between neighbours with the base's; return the term and its pairs."""
+    base = at_least_float32(base).detach().flatten(0, 1)
+    pred = at_least_float32(pred).reshape(base.shape)
+    used = pred.isfinite() & (pred > 0) & base.isfinite() & (base > 0)
+    ours, theirs = (torch.where(used, depth, 1.0).log()[..., None] for depth in (pred, base))
+    return gradient_term("grad", ours, theirs, used, pred)
 
-    The base is converted to the truth's unit.
-    """
-    pred, base = at_least_float32(pred).reshape(used.shape), at_least_float32(base).detach()
-    shift = torch.nan_to_num(log_shift(at_least_float32(target), base, used), nan=0.0)
-    free = ~used & base.isfinite() & (base > 0) & pred.isfinite() & (pred > 0)
-    if not free.any():
-        return connected_zero(pred), 0
-    wanted = base.log() + shift[:, None, None, None]
-    return connected_zero(pred) + fix_inf_nan((pred[free].log() - wanted[free]).abs()).mean(), int(free.sum())
+# %% ../../nbs/training/loss_terms.ipynb #0e5d6407
+@full_precision
+def agreement_term(
+    pred: torch.Tensor,  # (B,S,H,W) or (B,S,H,W,1) normalised units, above 0
+    world_to_cam: torch.Tensor,  # (B,S,4,4) normalised
+    K: torch.Tensor,  # (B,S,3,3) pixels
+    counted: torch.Tensor,  # (B,) bool, scenes with cameras and a length
+    hidden: float = 0.2,  # difference of log depth beyond which a pixel is taken for hidden
+    stride: int = 4,  # every so many rows and columns are carried
+) -> tuple[torch.Tensor, int]:
+    """Return the mean difference of log depth between photos of a window, and the number of pixels that meet."""
+    total, met = connected_zero(pred), 0
+    pred = at_least_float32(pred).reshape(pred.shape[:4])[counted]
+    poses, K = world_to_cam[counted].to(pred), K[counted].to(pred)
+    places = slice(stride // 2, None, stride)
+    points = unproject_depth(pred, K, poses)[:, :, places, places].flatten(2, 3)
+    inverse = 1 / pred.clamp(min=1e-6)
+    size = pred.new_tensor([pred.shape[3], pred.shape[2]])
+    for step in range(1, pred.shape[1]):
+        pose, camera, there = (tensor.roll(-step, 1) for tensor in (poses, K, inverse))
+        seen = transform_points(pose, points)
+        z = torch.where(seen[..., 2] > 1e-6, seen[..., 2], 1.0)
+        pixels = (seen / z[..., None]) @ camera[..., :2, :].mT
+        inside = (seen[..., 2] > 1e-6) & (pixels > 0.5).all(-1) & (pixels < size - 0.5).all(-1)
+        grid = torch.where(inside[..., None], 2 * pixels / size - 1, 0.0).flatten(0, 1)[:, None]
+        there = F.grid_sample(there.flatten(0, 1)[:, None], grid, align_corners=False).view(z.shape)
+        error = (z.log() + there.log()).abs()
+        agrees = inside & (error < hidden)
+        total, met = total + error[agrees].sum(), met + int(agrees.sum())
+    return total / max(met, 1), met
 
 # %% ../../nbs/training/loss_terms.ipynb #fe2954e1
 @torch.no_grad()

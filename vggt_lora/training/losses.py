@@ -18,8 +18,8 @@ from ..datasets.samples import Sample, collate
 from .base_prediction import base_prediction
 from .config import TrainConfig
 from vggt_lora.training.loss_terms import (
-    CAMERA_KINDS, CAMERA_RULES, GRADIENTS, LossResult, aligned_error, base_consistency_term,
-    camera_loss, depth_loss, point_loss, trusted_pixels,
+    CAMERA_KINDS, CAMERA_RULES, GRADIENTS, LossResult, agreement_term, aligned_error, base_gradient_term,
+    camera_loss, depth_loss, point_loss, scenes_with_scale, trusted_pixels,
 )
 from .normalization import base_scale, full_precision, limit_depth, normalise_batch
 
@@ -42,7 +42,8 @@ class LossConfig:
     point_conf: float = 0.0  # the same for points, if the model has a point head
     point_reg: float = 0.0  # weight of the point error
     point_grad: float = 0.0  # weight of the gradient term of points
-    base_consistency: float = 0.0  # weight of the base's depth on pixels without truth; needs base_prediction
+    base_gradient: float = 0.0  # weight of the edges of the base's depth; needs base_prediction
+    agreement: float = 0.0  # weight of the agreement of depth between the photos of a window
     camera_loss: str = "l1"  # l1 or l2
     camera_rule: str = "any"  # which frame must have depth for a scene's cameras to count: any or first
     camera_weights: tuple[float, float, float] = (1.0, 1.0, 0.5)  # translation, rotation, field of view
@@ -58,7 +59,7 @@ class LossConfig:
     scale: str = "points"  # length that divides a scene: mean distance of its points, base (fitted to it), or none
 
     def __post_init__(self):
-        for name in ("camera", *DENSE_TERMS, "base_consistency"):
+        for name in ("camera", *DENSE_TERMS, "base_gradient", "agreement"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"loss weight {name} is {getattr(self, name)}; it must be 0 or more")
         if not any(getattr(self, name) for name in ("camera", *DENSE_TERMS)):
@@ -77,7 +78,7 @@ class LossConfig:
     @property
     def needs_base(self) -> bool:
         """Return whether the batch must hold the base's depth, as base_prediction."""
-        return self.base_consistency > 0 or self.scale == "base"
+        return self.base_gradient > 0 or self.scale == "base"
 
     @classmethod
     def official(cls, point: bool = False, **changes) -> "LossConfig":
@@ -110,8 +111,7 @@ def prepare_batch(
     counts |= {"pixels_without_weight": int(valid.sum() - trusted.sum()), "frames": depth.shape[0] * depth.shape[1],
                "frames_without_depth": int((~trusted.flatten(2).any(2)).sum())}
     if config.needs_base and base is None:
-        raise ConfigError("base_consistency and scale='base' need the base's depth, but the batch has no "
-                          "base_prediction")
+        raise ConfigError("base_gradient and scale='base' need the base's depth, but the batch has no base_prediction")
     scale = given_scale(batch.get("scale"), depth)
     if config.scale == "base":
         fitting = base_scale(depth, base, trusted).to(scale)
@@ -165,12 +165,17 @@ def training_loss(
         weighted += [weight * result.terms[name] for name, weight in weights.items() if weight]
         if kind == "depth":
             absrel = aligned_error(pred, truth["depth"], truth["valid"])
-    if config.base_consistency:
+    if config.base_gradient:
         pred = wanted_output(predictions, "depth", "depth")
-        term, used = base_consistency_term(pred, truth["base"], truth["depth"], truth["valid"])
-        terms["base_consistency"], counts["pixels_kept_near_base"] = term, used
-        left_out |= {} if used else {"base_consistency": "every pixel is supervised"}
-        weighted.append(config.base_consistency * term)
+        terms["base_gradient"], counts["base_gradient_pairs"] = base_gradient_term(pred, truth["base"])
+        weighted.append(config.base_gradient * terms["base_gradient"])
+    if config.agreement:
+        pred = wanted_output(predictions, "depth", "depth")
+        counted = scenes_with_scale(truth["valid"], config.camera_rule, config.min_valid)
+        term, met = agreement_term(pred, truth["world_to_cam"], truth["K"], counted)
+        terms["agreement"], counts["pixels_that_meet"] = term, met
+        left_out |= {} if met else {"agreement": "no pixel meets another photo of its window"}
+        weighted.append(config.agreement * term)
     counts["terms_left_out"] = len(left_out)
     return LossResult(sum(weighted), terms, counts, left_out, truth["scale"], absrel)
 
@@ -205,7 +210,8 @@ def loss_config(
         point_reg=config.point_reg_weight,
         point_grad=config.point_grad_weight,
         point_gradient=config.point_gradient,
-        base_consistency=depth * config.base_consistency_weight,
+        base_gradient=depth * config.base_gradient_weight,
+        agreement=depth * config.agreement_weight,
         depth_range=(config.depth_min, config.depth_max),
         scale=config.scale_normalization if depth else "points",
     )
@@ -215,7 +221,7 @@ def heads_read(
     losses: LossConfig,
 ) -> tuple[str, ...]:
     """Return the heads that a loss reads: those with a weight."""
-    depth = losses.depth_conf or losses.depth_reg or losses.depth_grad or losses.needs_base
+    depth = losses.depth_conf or losses.depth_reg or losses.depth_grad or losses.needs_base or losses.agreement
     read = {"camera": losses.camera, "depth": depth,
             "point": losses.point_conf or losses.point_reg or losses.point_grad}
     return tuple(h for h in HEADS if read[h])
