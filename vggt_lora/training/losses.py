@@ -238,7 +238,7 @@ def window_loss(
     """Run one window forward and compute its LossResult."""
     batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collate([sample]).items()}
     state, window = None if state is None else state.to(device), (sample.scene, sample.names)
-    remembers = units is not None and losses.scale == "base" and not losses.base_consistency
+    remembers = units is not None and losses.scale == "base" and not losses.base_gradient
     if remembers and window in units:
         batch["scale"], losses = [units[window]], dataclasses.replace(losses, scale="points")
     if losses.needs_base:
