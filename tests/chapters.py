@@ -1,5 +1,10 @@
-"""Parameters that make the numbered notebooks small: two buildings, small photos, one epoch."""
+"""Parameters that make the numbered notebooks small, and a way to run one without a kernel of its own."""
+import contextlib
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = {"epochs": 1, "frames": 4, "overlap": 0.0, "image_size": 112,
          "scenes": "demo_a,demo_held", "hold_out": "demo_held"}
@@ -20,3 +25,36 @@ def parameters(folder: Path) -> dict[str, dict]:
                        "settings": settings},
         "06_predict": {"model": "tiny", "image_size": 112, "output": str(folder / "predict")},
     }
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a notebook."""
+
+    fault: str  # class and message of the error that ended it; empty if it ran to its end
+    printed: str
+
+
+def run_here(name: str, **given) -> Ran:
+    """Run a notebook with parameters as papermill fills them in, in this process, which has torch loaded already."""
+    import matplotlib.pyplot as plt
+    from execnb.shell import CaptureShell
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    path, printed, fault = ROOT / "nbs" / f"{name}.ipynb", [], None
+    notebook = parameterize_notebook(load_notebook_node(str(path)), given)
+    main, backend = sys.modules["__main__"], plt.get_backend()
+    shell = CaptureShell(path, mpl_format="png")
+    try:
+        with contextlib.chdir(path.parent), plt.rc_context():
+            for cell in notebook.cells:
+                if cell.cell_type == "code" and fault is None:
+                    found = shell.run_cell(cell.source, store_history=True)  # `In` tells the cell of the parameters
+                    printed.append(found.stdout)
+                    fault = found.exception
+    finally:
+        sys.modules["__main__"] = main
+        plt.switch_backend(backend)
+        type(shell).clear_instance()
+    return Ran(f"{type(fault).__name__}: {fault}" if fault else "", "".join(printed))

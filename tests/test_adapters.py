@@ -1,12 +1,11 @@
 """What an adapter file or a choice of layers may do wrong, and that a refusal leaves the model as it was."""
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from chapters import run_here
 
 from vggt_lora.adapters.adapter import BASE_FILE, apply_lora, fingerprint, load_adapter, merge, save_adapter
 from vggt_lora.core import ConfigError, VggtLoraError, WeightsError
@@ -207,10 +206,7 @@ def test_blanks_between_patterns_do_not_matter(base, targets):
 
 # --- the notebook ---------------------------------------------------------------------------------------------------
 
-def test_notebook_02_stops_at_a_wrong_parameter(tmp_path):
+def test_notebook_02_stops_at_a_wrong_parameter():
     """A variable of the notebook that is no parameter."""
-    done = subprocess.run(
-        [sys.executable, "-m", "papermill", "nbs/02_lora.ipynb", str(tmp_path / "out.ipynb"), "-p", "STRATEGIES", "a"],
-        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-    )
-    assert done.returncode and "ConfigError" in done.stderr and "unknown parameter 'STRATEGIES'" in done.stderr
+    fault = run_here("02_lora", STRATEGIES="a").fault
+    assert fault.startswith("ConfigError") and "unknown parameter 'STRATEGIES'" in fault

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chapters import run_here
 
 from test_project import readme_commands
 
@@ -26,48 +27,51 @@ def papermill(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("parameter, messages", [
-    (("use_rsolra", "True"), ["unknown parameter 'use_rsolra'", "Did you mean 'use_rslora'?"]),
-    (("strategy", "z"), ["unknown strategy 'z'", "choose one of: a, b, c, custom"]),
-])
-def test_wrong_parameters_stop_before_any_work(tmp_path, parameter, messages):
+def test_a_wrong_parameter_stops_papermill_before_any_work(tmp_path):
     output = tmp_path / "run"
-    done = papermill("nbs/03_train.ipynb", str(tmp_path / "out.ipynb"), "-p", *parameter, "-p", "output", str(output))
-    assert done.returncode != 0
-    for message in messages:
-        assert message in done.stderr
-    assert not output.exists()
+    given = ["-p", "use_rsolra", "True", "-p", "output", str(output)]
+    done = papermill("nbs/03_train.ipynb", str(tmp_path / "out.ipynb"), *given)
+    assert done.returncode != 0 and "unknown parameter 'use_rsolra'" in done.stderr
+    assert "Did you mean 'use_rslora'?" in done.stderr and not output.exists()
+
+
+def test_a_wrong_value_stops_the_step_before_any_work(tmp_path):
+    fault = run_here("03_train", strategy="z", output=str(tmp_path / "run")).fault
+    assert "unknown strategy 'z'" in fault and "choose one of: a, b, c, custom" in fault
+    assert not (tmp_path / "run").exists()
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
-def command(*arguments: str):
-    return subprocess.run(
-        [sys.executable, "-m", "vggt_lora.train", *arguments], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ},
-    )
-
-
-def test_the_command_line_has_every_field_and_trains(tmp_path):
+def test_the_command_line_has_every_field_and_trains(tmp_path, capsys):
+    """In this process; test_guide.py calls it as a user does."""
     from vggt_lora.settings import settings_of
-    from vggt_lora.train import TrainConfig
+    from vggt_lora.train import TrainConfig, main
 
     assert [s.name for s in settings_of(TrainConfig)] == [f.name for f in dataclasses.fields(TrainConfig)]
     small = ["--scenes", "demo_a", "--epochs", "1", "--image-size", "56", "--frames", "4", "--preflight", "off"]
-    done = command("--model", "random", *small, "--output", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().splitlines()[-1] == str(tmp_path / "run")
+    assert main(["--model", "random", *small, "--output", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == str(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["image_size"] == 56
 
 
-@pytest.mark.parametrize("arguments, status, last", [
-    (("--strategie", "b"), 2, "unrecognized arguments: --strategie b"),
-    (("--strategy", "z"), 2, "unknown strategy 'z'; choose one of: a, b, c, custom."),
-    (("--data", "nowhere"), 1, "nowhere"),
+@pytest.mark.parametrize("arguments, last", [
+    (("--strategie", "b"), "unrecognized arguments: --strategie b"),
+    (("--strategy", "z"), "unknown strategy 'z'; choose one of: a, b, c, custom."),
 ])
-def test_the_command_line_fails_with_its_message_last(arguments, status, last):
-    done = command(*arguments)
-    assert done.returncode == status and last in done.stderr.strip().splitlines()[-1], done.stderr
+def test_a_wrong_command_line_fails_with_its_message_last(capsys, arguments, last):
+    from vggt_lora.train import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(list(arguments))
+    assert last in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_command_fails_with_its_message_last():
+    done = subprocess.run(
+        [sys.executable, "-m", "vggt_lora.train", "--data", "nowhere"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "nowhere" in done.stderr.strip().splitlines()[-1], done.stderr
 
 
 # --- README ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
 """Scenes from outside: malformed files, binary models, layouts, links that lead out, and splits that leak."""
-import json
 import re
 import shlex
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chapters import run_here
 from PIL import Image
 
 from vggt_lora.core import SceneError
@@ -577,23 +577,10 @@ def test_real_scenes_read_binary_alike(tmp_path):
 # --- the notebook of the first step, and of the second where scenes are poor -----------------------------------------
 
 
-def run_notebook(name, tmp_path, *parameters):
-    """Run a step as a user would; return the process and the text that its cells printed."""
-    written = tmp_path / "out.ipynb"
-    notebook = Path(__file__).parents[1] / "nbs" / name
-    done = subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(written), *parameters],
-                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    cells = json.loads(written.read_text(encoding="utf-8"))["cells"] if written.exists() else []
-    return done, "".join("".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
-
-
-@pytest.mark.parametrize(
-    "name, wrong, right", [("00_data.ipynb", "dat", "data"), ("01_depth.ipynb", "scene_nam", "scene_name")]
-)
-def test_a_misspelt_parameter_stops_the_step(tmp_path, name, wrong, right):
-    done, _ = run_notebook(name, tmp_path, "-p", wrong, "nowhere")
-    assert done.returncode != 0
-    assert f"unknown parameter '{wrong}'" in done.stderr and f"Did you mean '{right}'?" in done.stderr
+@pytest.mark.parametrize("name, wrong, right", [("00_data", "dat", "data"), ("01_depth", "scene_nam", "scene_name")])
+def test_a_misspelt_parameter_stops_the_step(name, wrong, right):
+    fault = run_here(name, **{wrong: "nowhere"}).fault
+    assert f"unknown parameter '{wrong}'" in fault and f"Did you mean '{right}'?" in fault
 
 
 CAMERAS_LARGER = ["0 PINHOLE 252 182 190 191 126 91", "4 SIMPLE_PINHOLE 252 182 190 126 91"]
@@ -602,14 +589,13 @@ NO_POINTS = [line if i % 2 or i == 0 else "" for i, line in enumerate(IMAGES)]
 
 
 @pytest.mark.parametrize("step, images, points, says", [
-    ("00_data.ipynb", IMAGES, ONE_BEHIND, "left out: 1 observations of points behind the camera, in 1 photos"),
-    ("00_data.ipynb", [*IMAGES[:2], "31 21 9"], ["9 1 2 30 10 20 30 0.5 12 0"], "no split: scene house has one photo"),
-    ("01_depth.ipynb", NO_POINTS, ["# none"], "No photo of this scene sees any point"),
-    ("01_depth.ipynb", [IMAGES[0], *IMAGES[1::2]], POINTS, "no point with a stored keypoint"),
+    ("00_data", IMAGES, ONE_BEHIND, "left out: 1 observations of points behind the camera, in 1 photos"),
+    ("00_data", [*IMAGES[:2], "31 21 9"], ["9 1 2 30 10 20 30 0.5 12 0"], "no split: scene house has one photo"),
+    ("01_depth", NO_POINTS, ["# none"], "No photo of this scene sees any point"),
+    ("01_depth", [IMAGES[0], *IMAGES[1::2]], POINTS, "no point with a stored keypoint"),
 ], ids=["behind the camera", "one photo", "no points", "lost keypoints"])
 def test_poor_scenes_are_shown_and_told_not_refused(tmp_path, step, images, points, says):
     write_text_model(tmp_path / "house" / "sparse" / "0", CAMERAS_LARGER, images, points)
     write_photos(tmp_path / "house" / "images", dict.fromkeys(SIZES, (252, 182)))
-    done, printed = run_notebook(step, tmp_path, "-p", "data", str(tmp_path / "house"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert says in printed
+    ran = run_here(step, data=str(tmp_path / "house"))
+    assert not ran.fault and says in ran.printed
