@@ -10,17 +10,21 @@ SMALL = {"epochs": 1, "frames": 4, "overlap": 0.0, "image_size": 112,
          "scenes": "demo_a,demo_held", "hold_out": "demo_held"}
 
 
-def parameters(folder: Path) -> dict[str, dict]:
-    """Return the parameters of each chapter; what they write goes below `folder`, and 04 reads the run of 03."""
+def parameters(folder: Path, house: str = "") -> dict[str, dict]:
+    """Return the parameters of each chapter; what they write goes below `folder`, and 04 reads the run of 03.
+
+    With a smaller `house`, a scene folder, 04 measures it and 05 trains on it, in place of the demo buildings.
+    """
     run = str(folder / "run")
-    words = {name: f'"{value}"' if "," in str(value) else value for name, value in SMALL.items()}
+    shared = {"data": house, "epochs": 1, "frames": 2, "overlap": 0.0, "image_size": 56} if house else SMALL
+    words = {name: f'"{value}"' if "," in str(value) else value for name, value in shared.items()}
     settings = "; ".join(f"{name}={word}" for name, word in words.items())
     return {
         "00_data": {},
         "01_depth": {"image_size": 252, "audit_photos": 6},
         "02_lora": {},
         "03_train": {**SMALL, "output": run},
-        "04_evaluate": {"run": run, "pictures": 1, "protocol": "median"},
+        "04_evaluate": {"run": run, "data": house, "pictures": 1, "protocol": "median"},
         "05_compare": {"output": str(folder / "compare"), "grid": "strategy=a", "jobs": 1, "pictures": 1,
                        "settings": settings},
         "06_predict": {"model": "tiny", "image_size": 112, "output": str(folder / "predict")},

@@ -8,6 +8,8 @@ import pytest
 from chapters import parameters
 from run_all import CHAPTERS, watched
 
+from vggt_lora.demo.demo_scenes import demo_scene
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -15,6 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def room(tmp_path_factory):
     """One folder for all chapters: 04 measures the run that 03 has trained."""
     return tmp_path_factory.mktemp("chapters")
+
+
+@pytest.fixture(scope="module")
+def house(room):
+    """A building of six small photos, with all that a demo building has."""
+    return str(demo_scene(room, "house", frames=6, size=(112, 168), seed=13, style="stone", layout="corner"))
 
 
 def papermill(name: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -28,12 +36,12 @@ def test_every_chapter_is_here(tmp_path):
 
 
 @pytest.mark.parametrize("name", parameters(Path()))
-def test_a_chapter_runs_to_its_end_and_asks_no_other_machine(name, room, monkeypatch):
+def test_a_chapter_runs_to_its_end_and_asks_no_other_machine(name, room, house, monkeypatch):
     asked = room / "asked.txt"
     for variable, value in watched(asked).items():
         monkeypatch.setenv(variable, value)
     before = (ROOT / "nbs" / f"{name}.ipynb").read_bytes()
-    given = [word for key, value in parameters(room)[name].items() for word in ("-p", key, str(value))]
+    given = [word for key, value in parameters(room, house)[name].items() for word in ("-p", key, str(value))]
     done = papermill(name, *given)  # without a path for the executed notebook, which is printed
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["nbformat"] == 4

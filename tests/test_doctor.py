@@ -50,15 +50,11 @@ def of(what: str, findings: list[Finding]) -> Finding:
     return max((f for f in findings if f.what == what), key=lambda f: doctor.STATES.index(f.status))
 
 
-def test_a_healthy_set_up_in_lines_and_as_json(scenes, tmp_path):
-    """In a process of its own, as `make train` calls it, with papermill's own arguments."""
-    command = [
-        sys.executable, "-m", "vggt_lora.doctor", "--json", "--papermill", "-p", "data", str(scenes), "-p", "output",
-        str(tmp_path / "run"), "-p", "epochs", "3", "-k", "python3",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = json.loads(done.stdout)
+def test_a_healthy_set_up_in_lines_and_as_json(scenes, tmp_path, capsys):
+    """With papermill's own arguments, as `make train` calls it; test_guide.py calls the command itself."""
+    words = ["-p", "data", str(scenes), "-p", "output", str(tmp_path / "run"), "-p", "epochs", "3", "-k", "python3"]
+    assert main(["--json", "--papermill", *words]) == 0
+    said = json.loads(capsys.readouterr().out)
     assert said["ok"] and said["plan"]["data"] == str(scenes) and not (tmp_path / "run").exists()
     found = {f["what"]: f for f in said["findings"]}
     assert set(found) == {
