@@ -338,7 +338,7 @@ def agreement_term(
     places = slice(stride // 2, None, stride)
     points = unproject_depth(pred, K, poses)[:, :, places, places].flatten(2, 3)
     inverse = 1 / pred.clamp(min=1e-6)
-    size = pred.new_tensor([pred.shape[3], pred.shape[2]])
+    size = torch.tensor([pred.shape[3], pred.shape[2]], dtype=pred.dtype, device=pred.device)
     for step in range(1, pred.shape[1]):
         pose, camera, there = (tensor.roll(-step, 1) for tensor in (poses, K, inverse))
         seen = transform_points(pose, points)
