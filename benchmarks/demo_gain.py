@@ -155,7 +155,8 @@ def fields(pairs: list[str]) -> dict:
     default, found = TrainConfig(), {}
     for name, value in (pair.split("=", 1) for pair in pairs):
         kind = type(getattr(default, name))
-        found[name] = value == "True" if kind is bool else kind(value)
+        read = {bool: "True".__eq__, type(None): json.loads}.get(kind, kind)
+        found[name] = read(value)
     return found
 
 
