@@ -64,11 +64,24 @@ def library_version(name: str) -> str | None:
         return None
 
 
+@functools.cache  # sources share most modules
+def _tree(text: str) -> ast.Module:
+    """Parse a module and take its docstrings out."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            and ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body[0] = ast.Pass()
+    return tree
+
+
 def modules_behind(module: str, found: dict[str, Path]) -> dict[str, Path]:
     """Add the files of a module and of its imports within this package to `found`, without the demo."""
     spec = importlib.util.find_spec(module)
     found[module] = Path(spec.origin)
-    for node in ast.walk(ast.parse(found[module].read_text(encoding="utf-8"))):
+    for node in ast.walk(_tree(found[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             name = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
             if name.startswith("vggt_lora.") and not name.startswith("vggt_lora.demo.") and name not in found:
@@ -78,14 +91,12 @@ def modules_behind(module: str, found: dict[str, Path]) -> dict[str, Path]:
 # %% ../../nbs/datasets/frame_store.ipynb #c8202b10
 def code_text(path: Path) -> str:
     """Return the code of a module without comments and docstrings, which change no number."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            and ast.get_docstring(node, clean=False) is not None
-        ):
-            node.body[0] = ast.Pass()
-    return ast.unparse(tree)
+    return _unparsed(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _unparsed(text: str) -> str:
+    return ast.unparse(_tree(text))
 
 # %% ../../nbs/datasets/frame_store.ipynb #706190a4
 @functools.lru_cache
