@@ -16,7 +16,9 @@ def parameters(folder: Path, house: str = "") -> dict[str, dict]:
     With a smaller `house`, a scene folder, 04 measures it and 05 trains on it, in place of the demo buildings.
     """
     run = str(folder / "run")
-    shared = {"data": house, "epochs": 1, "frames": 2, "overlap": 0.0, "image_size": 56} if house else SMALL
+    shared = SMALL | {"frames": 2, "image_size": 56}
+    if house:
+        shared = {name: value for name, value in shared.items() if name not in ("scenes", "hold_out")} | {"data": house}
     words = {name: f'"{value}"' if "," in str(value) else value for name, value in shared.items()}
     settings = "; ".join(f"{name}={word}" for name, word in words.items())
     return {

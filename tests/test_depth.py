@@ -237,12 +237,11 @@ def test_somebody_elses_folder_is_left_alone(tmp_path):
     assert (tmp_path / "toy" / "beach.jpg").read_text() == "precious"
 
 
-def test_the_demo_scenes_open_with_what_was_written(tmp_path):
-    folders = demo_scenes(tmp_path, progress=False, frames=3, size=(168, 252))
-    for folder in folders:
+def test_the_demo_scenes_open_with_what_was_written():
+    for folder in demo_scenes(progress=False):  # those that every test shares
         scene = open_scene(folder)
-        assert scene.metric and len(scene) == 3 and len({frame.camera_id for frame in scene.frames}) == 2
-        for frame in scene.frames:
+        assert scene.metric and len(scene) == 12 and len({frame.camera_id for frame in scene.frames}) == 2
+        for frame in scene.frames[::5]:
             exact = np.load(folder / "exact_depth" / (Path(frame.name).stem + ".npy"))
             assert exact.shape == frame.size and exact.dtype == np.float32
             found = sparse_depth(scene, frame, frame.size)

@@ -450,7 +450,7 @@ def begun(
     **how,
 ):
     """The command in a process of its own, in the midst of a run; and what it has written down."""
-    config = settings(scene, folder / "run", save_every=None, **changes)
+    config = settings(scene, folder / "run", **{"save_every": None, "preflight": "off"} | changes)
     given = [
         f"--{f.name}={getattr(config, f.name)}"
         for f in dataclasses.fields(config)
