@@ -28,7 +28,7 @@ from vggt_lora.stereo.refinement import plane_fit, refine
 from vggt_lora.stereo.view_selection import find_neighbours
 from vggt_lora.supervision.colmap import read_colmap_array
 from vggt_lora.supervision.dense import (
-    bends, confidence_of, confirmations, dense_depth, dense_depths, dense_estimate,
+    bends, confidence_of, confirmations, dense_depth, dense_estimate, prepare_dense,
 )
 from vggt_lora.supervision.depth_map import DepthAbsent
 from vggt_lora.supervision.sources import depth_source
@@ -378,8 +378,15 @@ def test_cached_depth_follows_the_photos_content(toy, cache, tmp_path):
     assert not list(cache.glob("*.tmp*"))
 
 
+def dense_depths(scene, size, cache) -> dict:
+    """Compute the dense depth of all frames of a scene first, then read it, by the frames' names."""
+    plans = {frame.name: main_frame(frame, size, None).plan for frame in scene.frames}
+    prepare_dense(scene, [(frame, plans[frame.name]) for frame in scene.frames], cache=cache, **QUICK)
+    return {f.name: dense_depth(scene, f, size, plans[f.name], cache=cache, **QUICK) for f in scene.frames}
+
+
 def test_all_frames_at_once_are_those_one_by_one(toy, cache):
-    together = dense_depths(toy, (84, 112), cache=cache, **QUICK)
+    together = dense_depths(toy, (84, 112), cache=cache)
     assert list(together) == [f.name for f in toy.frames]
     for frame in toy.frames[::3]:
         assert np.array_equal(
@@ -390,7 +397,7 @@ def test_all_frames_at_once_are_those_one_by_one(toy, cache):
 
 
 def test_maps_keep_their_promises(toy, cache):
-    for found in dense_depths(toy, (84, 112), cache=cache, **QUICK).values():
+    for found in dense_depths(toy, (84, 112), cache=cache).values():
         assert found.depth.dtype == found.weight.dtype == np.float32 and found.valid.dtype == bool
         assert np.array_equal(found.depth > 0, found.valid) and np.array_equal(found.weight > 0, found.valid)
         assert found.counts["pixels"] == sum(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from vggt_lora.core import SceneError
 from vggt_lora.demo.demo_scenes import DEMO, demo_folder, demo_scenes, scene_fault, toy_scene
-from vggt_lora.depth import DepthMap, coverage, coverage_text, keypoint_offsets, sparse_depth
+from vggt_lora.depth import DepthMap, keypoint_offsets, sparse_depth
 from vggt_lora.reference_data import real_scene
 from vggt_lora.scenes.images import plan_image
 from vggt_lora.scenes.opening import open_scene
@@ -154,17 +154,6 @@ def test_the_step_re_exports_its_block_and_stays_light():
     heavy = "{'torch', 'open3d', 'matplotlib', 'ipywidgets', 'peft', 'pycolmap'}"
     code = f"import vggt_lora.depth, vggt_lora.demo.demo_scenes, sys; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
-
-
-def test_coverage_counts_what_the_maps_hold(toy):
-    rows = coverage(toy, 252)
-    assert [row["name"] for row in rows] == [frame.name.rsplit("/", 1)[-1] for frame in toy.frames]
-    for row, frame in zip(rows, toy.frames):
-        found = sparse_depth(toy, frame, row["size"])
-        assert row["share"] == found.coverage and row["landed"] == found.valid.sum()
-        assert row["depth_5"] <= row["depth_50"] <= row["depth_95"] and 0.1 < row["off"] < 0.6
-    table = [line for line in coverage_text(rows).splitlines() if not line.startswith("no point was")]
-    assert len(table) == len(rows) + 2 and len({len(line) for line in table}) == 1  # columns line up
 
 
 # --- the demo scenes ------------------------------------------------------------------------------------------------

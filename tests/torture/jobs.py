@@ -45,12 +45,12 @@ def store(base: Path, out: Path) -> None:
 
 def dense(base: Path, out: Path) -> None:
     """Dense depth with its cache."""
-    from vggt_lora.supervision.dense import dense_depths
+    from vggt_lora.supervision.dense import dense_depth
     from vggt_lora.files.cache import write_arrays
     from vggt_lora.scenes.opening import open_scene
 
-    maps = dense_depths(open_scene(scene_of(base)), (56, 84), cache=out / "cache", progress=False)
-    write_arrays(out / "maps.npz", **{name: found.depth for name, found in maps.items()})
+    scene, how = open_scene(scene_of(base)), {"cache": out / "cache", "progress": False}
+    write_arrays(out / "maps.npz", **{f.name: dense_depth(scene, f, (56, 84), **how).depth for f in scene.frames})
 
 
 def checkpoints(base: Path, out: Path) -> None:

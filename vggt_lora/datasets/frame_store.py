@@ -366,21 +366,6 @@ class FrameStore(FrameCache):
             pool.shutdown(cancel_futures=True)
         return [faults[job] for job in jobs if job in faults]
 
-    def sizes(self) -> dict:
-        """Return entries and bytes below the root: of this version, of other versions, and in use by this object."""
-        report = {}
-        used = {self.folder / f"{key}.safetensors" for key in self._keys.values()}
-        for path in entry_files(self.root):
-            with contextlib.suppress(FileNotFoundError):
-                size = path.stat().st_size
-                for what in (
-                    "this version" if path.parent == self.folder else "other versions",
-                    *(["in use"] if path in used else []),
-                ):
-                    count, total = report.get(what, (0, 0))
-                    report[what] = (count + 1, total + size)
-        return report
-
     def prune(
         self,
         limit: int,  # bytes that may stay

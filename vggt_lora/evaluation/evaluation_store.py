@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN', 'FOLDER', 'JUDGED', 'HEADING', 'NOT_COMPUTED', 'without_nan', 'EvaluationRequest', 'place_for', 'read_answer',
-           'evaluation_json', 'write_answer', 'answers', 'write_forgetting', 'read_forgetting', 'later_lines',
-           'renew_report']
+           'in_detail', 'evaluation_json', 'write_answer', 'answers', 'write_forgetting', 'read_forgetting',
+           'later_lines', 'renew_report']
 
 # %% ../../nbs/evaluation/evaluation_store.ipynb #2095a58f
 import dataclasses
@@ -16,10 +16,11 @@ from pathlib import Path
 from ..core import METRIC_NAMES, ConfigError, user_path
 from .confidence import confidence_rows, confidence_table
 from .forgetting import Drift
+from .metrics import EvaluatedFrame
 from .protocols import DEFAULT
 from .regions import check_claims, region_effects, region_rows
 from .statistics import effects, in_words
-from ..files.atomic import read_json, write_json, write_text
+from ..files.atomic import read_if_there, write_json, write_text
 
 # %% ../../nbs/evaluation/evaluation_store.ipynb #87190bd0
 OWN = "held-out"  # the name of the run's own held-out photos
@@ -73,40 +74,43 @@ def read_answer(
     folder: Path,  # of place_for
 ) -> dict | None:
     """Read evaluation.json; None if absent, ConfigError if damaged."""
-    return _read(Path(folder) / "evaluation.json")
+    return read_if_there(Path(folder) / "evaluation.json")
 
-
-def _read(path: Path):
-    try:
-        return read_json(path) if path.is_file() else None
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}; delete it and run nbs/04_evaluate.ipynb on this "
-                          "run again") from None
 
 # %% ../../nbs/evaluation/evaluation_store.ipynb #bde9fe42
 JUDGED = ("absrel", "d1")  # metrics with a sentence about their change
 
 
-def evaluation_json(
-    evaluation,  # Evaluation of base and adapted
-    request: EvaluationRequest,
-    protocol: str = DEFAULT,  # id whose alignment per image regions and confidence take
+def in_detail(
+    maps: list[EvaluatedFrame],  # of an Evaluation
+    protocol: str = DEFAULT,  # id whose alignment per image is taken
+    models: tuple[str, ...] = ("base", "adapted"),
+    windows: str | None = None,  # folder of masks
 ) -> dict:
-    """Return an evaluation and its request as JSON values."""
-    maps, models = evaluation.maps, tuple(dict.fromkeys(row["model"] for row in evaluation.rows))
+    """Return regions, claims and confidence, as JSON takes them; regions and claims of base and adapted alone."""
     pair = {"base", "adapted"} <= set(models)
-    measured = region_effects(region_rows(maps, protocol, models, request.windows or None)) if pair else {}
-    known = float(sum(m.valid.mean() for m in maps) / len(maps))
+    measured = region_effects(region_rows(maps, protocol, models, windows)) if pair else {}
     regions = []
     for region, of_region in measured.items():
         regions += [{"protocol": protocol, "region": region, **effect.row()} for effect in of_region]
     claims = [{"protocol": protocol, **claim} for claim in check_claims(measured)] if pair else []
+    confidence = confidence_table(confidence_rows(maps, protocol, models))
+    return without_nan({"regions": regions, "claims": claims, "confidence": confidence})
+
+
+def evaluation_json(
+    evaluation,  # Evaluation of base and adapted
+    request: EvaluationRequest,
+) -> dict:
+    """Return an evaluation and its request as JSON values."""
+    maps, models = evaluation.maps, tuple(dict.fromkeys(row["model"] for row in evaluation.rows))
+    pair = {"base", "adapted"} <= set(models)
+    known = float(sum(m.valid.mean() for m in maps) / len(maps))
     return without_nan({
         "asked": dataclasses.asdict(request), "truth": evaluation.truth, "known": known, "photos": len(maps),
         "table": evaluation.table(), "effects": _effects(evaluation.rows, "({protocol})") if pair else [],
-        "cameras": evaluation.cameras(), "warnings": evaluation.warnings, "regions": regions,
-        "claims": claims,
-        "confidence": confidence_table(confidence_rows(maps, protocol, models)),
+        "cameras": evaluation.cameras(), "warnings": evaluation.warnings,
+        **in_detail(maps, models=models, windows=request.windows or None),
         "frames_left_out": evaluation.left_out, "pixels_left_out": evaluation.pixels_left_out,
         "frames": evaluation.rows})
 
@@ -159,7 +163,7 @@ def write_forgetting(
 
 def read_forgetting(run: Path | str) -> dict | None:
     """Read forgetting.json; None if absent, ConfigError if damaged."""
-    return _read(Path(run) / "forgetting.json")
+    return read_if_there(Path(run) / "forgetting.json")
 
 # %% ../../nbs/evaluation/evaluation_store.ipynb #f757c6c2
 HEADING = "## Asked after the run"
@@ -182,7 +186,7 @@ def later_lines(
         if not moved["alarms"]:
             windows = "window" if moved["windows"] == 1 else "windows"
             lines.append(f"- Drift there, {moved['windows']} {windows}: no alarm.")
-    clouds = _read(run / "clouds" / "clouds.json")
+    clouds = read_if_there(run / "clouds" / "clouds.json")
     if clouds is None:
         lines.append(f"- Clouds: {NOT_COMPUTED}.")
     else:

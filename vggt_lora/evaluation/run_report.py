@@ -6,7 +6,6 @@
 __all__ = ['NEXT_STEP', 'RANDOM_BASE', 'ALIGNMENTS', 'report', 'save_page', 'save_figures']
 
 # %% ../../nbs/evaluation/run_report.ipynb #09554281
-import json
 from pathlib import Path
 
 from ..core import escape_markdown
@@ -15,7 +14,7 @@ from .metrics import EvaluatedFrame
 from .outcome import loss_words
 from .runner import comparison_rows
 from .tables import depth_table
-from ..files.atomic import atomic_path
+from ..files.atomic import atomic_path, read_if_there
 from ..model.config import RANDOM
 from ..training.config import TrainConfig
 from ..training.run import RunFolder
@@ -65,8 +64,7 @@ def report(
 # %% ../../nbs/evaluation/run_report.ipynb #370e05e6
 def _found_sources(config: TrainConfig, folder: Path) -> str:
     """Return the setting, and the sources that the training photos had, as coverage.json counts them."""
-    path = folder / "coverage.json"
-    scenes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    scenes = read_if_there(folder / "coverage.json") or []
     found = dict.fromkeys(name for scene in scenes for name, share in scene["by_source"].items() if share)
     return f"{config.supervision} (found: {', '.join(found)})" if found else config.supervision
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWNED', 'DAY', 'owner', 'has_ended', 'untouched', 'remove_stale', 'temporary_prefix', 'temporary_folder',
            'replace_folder', 'file_lock', 'system_errors', 'atomic_path', 'escapes_folder', 'write_text', 'read_json',
-           'write_json']
+           'read_if_there', 'write_json']
 
 # %% ../../nbs/files/atomic.ipynb #6c75fb66
 import contextlib
@@ -21,6 +21,9 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+from ..core import ConfigError
+
 
 # %% ../../nbs/files/atomic.ipynb #7827051d
 def owner() -> str:
@@ -232,6 +235,14 @@ def read_json(path: Path | str):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def read_if_there(path: Path | str):
+    """Read a JSON file of a run; None where there is none, and ConfigError for a damaged one."""
+    try:
+        return read_json(path) if Path(path).is_file() else None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}; restore the file or remove it") from None
 
 
 def write_json(path: Path | str, value) -> Path:

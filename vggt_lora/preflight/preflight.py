@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 # %% ../../nbs/preflight/preflight.ipynb #62309792
-from ..core import ConfigError, amount, is_oom_error
+from ..core import ConfigError, amount, is_oom_error, markdown_table
 from ..datasets.samples import FrameCache, Sample, load_sample
 from ..efficiency.compute_options import set_gradient_checkpointing, apply_compute_options
 from ..efficiency.feature_store import FeatureReport
@@ -391,21 +391,16 @@ def budgets(
 def budget_table(
     found: dict[str, PreflightReport],  # of `budgets`
 ) -> str:
-    """Return one line per strategy."""
-    rows = [("strategy", "memory", "above start", "counted", "cache", "s/step", "s/epoch", "fits")]
+    """Return a Markdown table with a line per strategy."""
+    header = ("strategy", "memory", "above start", "counted", "cache", "s/step", "s/epoch", "fits")
+    rows = []
     for name, b in found.items():
         sizes = (amount(b.peak), amount(b.peak - b.now), amount(b.counted), amount(b.cache_bytes))
         seconds = ("busy", "busy") if b.busy else (f"{b.step:.2f}", f"{b.epoch:.1f}")
         rows.append((name, *sizes, *seconds, "yes" if b.fits else "no: " + b.refusal()))
-    widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join([*cells, row[-1]]))
+    table = markdown_table(header, rows)
     busy = next((report.busy for report in found.values() if report.busy), "")
-    if busy:
-        lines.append(f"busy: {busy}, so no seconds can be predicted")
-    return "\n".join(lines)
+    return f"{table}\n\nbusy: {busy}, so no seconds can be predicted" if busy else table
 
 # %% ../../nbs/preflight/preflight.ipynb #d9e6369e
 class EpochClock:

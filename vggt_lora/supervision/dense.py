@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['confirmations', 'bends', 'confidence_of', 'DenseJob', 'scene_down', 'dense_jobs', 'cache_errors', 'compute_jobs',
-           'DenseEstimate', 'cache_folder', 'dense_estimate', 'in_the_pane', 'dense_depth', 'prepare_dense',
-           'dense_depths']
+           'DenseEstimate', 'cache_folder', 'dense_estimate', 'in_the_pane', 'dense_depth', 'prepare_dense']
 
 # %% ../../nbs/supervision/dense.ipynb #8df17aa7
 import contextlib
@@ -290,17 +289,3 @@ def prepare_dense(
     return sum(computed for _, _, computed in compute_jobs(list(each.values()), settings, device, cache_folder(cache),
                                                            progress, scene.name))
 
-
-def dense_depths(
-    scene,  # Scene
-    size: tuple | None = None,  # (height, width) of every map; or give plans
-    plans: dict | None = None,  # {frame name: ImagePlan}
-    **options,  # settings, device, cache, progress: see dense_estimate
-) -> dict[str, DepthMap]:
-    """Return {frame name: DepthMap} for the frames of a scene, computed once each and cached."""
-    if (size is None) == (plans is None):
-        raise ConfigError("dense_depths takes either size or plans")
-    wanted = [(f, main_frame(f, size, None).plan if plans is None else plans[f.name]) for f in scene.frames
-              if plans is None or f.name in plans]
-    prepare_dense(scene, wanted, **options)
-    return {frame.name: dense_depth(scene, frame, plan.size, plan, **options) for frame, plan in wanted}
