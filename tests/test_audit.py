@@ -213,7 +213,7 @@ def test_labels_become_regions_in_every_plan_and_odd_ones_are_refused(toy, tmp_p
         return REGIONS[inner[int(v * inner.shape[0]), int(u * inner.shape[1])]]
     assert [at(0.9, 0.1), at(0.1, 0.1), at(0.5, 0.5), at(0.5, 0.9)] == ["window", "wall", "edge", "other"]
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "labels" / "walls" / f"{Path(frame.name).stem}.png")
-    with pytest.raises(SceneError, match="walls.*the labels are 9x9, their photo 252x168"):
+    with pytest.raises(SceneError, match="walls.*the mask is 9x9, its photo 252x168"):
         region_labels(scene, frame, plan)
 
 

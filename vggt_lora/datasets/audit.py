@@ -211,15 +211,9 @@ def look_at(scene, index: int, image_size: int, sources: tuple, limits: AuditLim
     frame = scene.frames[index]
     plan = plan_image(frame.size, image_size)
     none = np.zeros(plan.size, np.uint8)
-    found = FrameFindings(
-        index,
-        frame.name,
-        plan.size,
-        (plan.intrinsics(frame.K), frame.world_to_cam),
-        {},
-        none,
-        reprojection_error(scene, frame, plan),
-    )
+    camera = plan.intrinsics(frame.K), frame.world_to_cam
+    off = reprojection_error(scene, frame, plan)
+    found = FrameFindings(index, frame.name, plan.size, camera, {}, none, off)
     for name in dict.fromkeys((*sources, "sparse")):  # scales need the sparse points in any case
         if (depth := _attempt(found, name, lambda: depth_source(name)(scene, frame, plan.size, plan=plan))) is not None:
             found.maps[name] = depth
@@ -238,11 +232,8 @@ def look_at(scene, index: int, image_size: int, sources: tuple, limits: AuditLim
         counts = found.maps["laser"].counts
         found.mask_depth = counts.get("masked", 0) / max(counts.get("observed", 0), 1)
     if "sparse" in found.maps:
-        found.scales = {
-            name: scale_between(depth, found.maps["sparse"], limits.overlap)
-            for name, depth in found.maps.items()
-            if name != "sparse"
-        }
+        others = {name: depth for name, depth in found.maps.items() if name != "sparse"}
+        found.scales = {n: scale_between(d, found.maps["sparse"], limits.overlap) for n, d in others.items()}
     return found
 
 # %% ../../nbs/datasets/audit.ipynb #54c6b85c
@@ -273,31 +264,19 @@ def share_rows(source: str, maps: list, labels: list, edges: list[float]) -> lis
     everything = sum(codes.size for codes in labels)
     known = [(depth, codes) for depth, codes in zip(maps, labels) if depth is not None]
     z = np.concatenate([depth.depth[depth.valid] for depth, _ in known]) if known else np.zeros(0)
-    rows = [("all", "all", len(z), everything)]
+    rows = [("all", "all", len(z), everything)]  # kind, bin, pixels, of
     limits = [0.0, *edges, np.inf]
     for low, high in zip(limits, limits[1:]):
-        name = (
-            f"{low:g} to {high:g}"
-            if 0 < low and high < np.inf
-            else f"below {high:g}" if high < np.inf else f"above {low:g}"
-        )
+        name = f"{low:g} to {high:g}" if low else f"below {high:g}"
+        name = name if high < np.inf else f"above {low:g}"
         rows.append(("distance", name, int(((z >= low) & (z < high)).sum()), everything))
     total = sum(np.bincount(codes.ravel(), minlength=len(REGIONS)) for codes in labels)
     held = sum(
         (np.bincount(codes[depth.valid], minlength=len(REGIONS)) for depth, codes in known), np.zeros(len(REGIONS), int)
     )
     rows += [("region", name, int(held[k]), int(total[k])) for k, name in enumerate(REGIONS) if k and total[k]]
-    return [
-        {
-            "source": source,
-            "kind": kind,
-            "bin": name,
-            "pixels": int(pixels),
-            "of": int(of),
-            "share": pixels / max(of, 1),
-        }
-        for kind, name, pixels, of in rows
-    ]
+    names = ("kind", "bin", "pixels", "of")
+    return [{"source": source, **dict(zip(names, row)), "share": row[2] / max(row[3], 1)} for row in rows]
 
 # %% ../../nbs/datasets/audit.ipynb #85a2ddb7
 def agreement_row(one: str, other: str, findings: list[FrameFindings]) -> dict | None:
@@ -326,11 +305,9 @@ def neighbour_scales(findings: list[FrameFindings], source: str, limits: AuditLi
     pairs = [float("nan")]
     for one, other in zip(findings, findings[1:]):
         maps = [found.maps.get(source) for found in (one, other)]
-        pairs.append(
-            scale_against_neighbour(maps[0], one.camera, maps[1], other.camera, limits.overlap)
-            if None not in maps
-            else float("nan")
-        )
+        both = None not in maps
+        pairs.append(scale_against_neighbour(maps[0], one.camera, maps[1], other.camera, limits.overlap)
+                     if both else float("nan"))
     pairs.append(float("nan"))
     odd = []
     for before, after in zip(pairs, pairs[1:]):  # before: log(previous / own); after: log(own / next)
@@ -364,22 +341,14 @@ def find_suspects(findings: list[FrameFindings], sources: tuple, limits: AuditLi
     for found, bright in zip(findings, far):
         mine = listed[found.index]
         if found.off > max(limits.pose_px, limits.pose * usual):
-            mine.append(
-                (
-                    "pose",
-                    f"its keypoints lie {found.off:.1f} px from its points, {usual:.2f} px in the scene's median photo",
-                )
-            )
+            said = f"its keypoints lie {found.off:.1f} px from its points, {usual:.2f} px in the scene's median photo"
+            mine.append(("pose", said))
         mine += [("unreadable", fault) for fault in found.faults]
         if fault := mask_fault(found, limits):
             mine.append(("mask", fault))
         if bright:
-            mine.append(
-                (
-                    "exposure",
-                    f"{found.exposure - middle:+.1f} stops against its points; {limit:.1f} are usual in this scene",
-                )
-            )
+            said = f"{found.exposure - middle:+.1f} stops against its points; {limit:.1f} are usual in this scene"
+            mine.append(("exposure", said))
         if not any(depth.valid.any() for name, depth in found.maps.items() if name in sources):
             mine.append(("empty", f"none of {', '.join(sources)} knows a pixel of it"))
     for source in [name for name in sources if name != "sparse"]:
@@ -387,20 +356,13 @@ def find_suspects(findings: list[FrameFindings], sources: tuple, limits: AuditLi
         among = neighbour_scales(findings, source, limits)
         far, middle, limit = outliers(scales, limits.scale, limits.spread)
         for found, scale, odd, jumps in zip(findings, scales, among, far):
+            said = ""
             if jumps:
-                listed[found.index].append(
-                    (
-                        "scale",
-                        (
-                            f"{source} depth is {100 * np.expm1(scale - middle):+.1f} % off the sparse points, against"
-                            " the scene's other photos"
-                        ),
-                    )
-                )
+                off = 100 * np.expm1(scale - middle)
+                said = f"{off:+.1f} % off the sparse points, against the scene's other photos"
             elif not np.isfinite(scale) and abs(odd) > limits.scale:
-                listed[found.index].append(
-                    ("scale", f"{source} depth is {100 * np.expm1(odd):+.1f} % off that of both neighbours")
-                )
+                said = f"{100 * np.expm1(odd):+.1f} % off that of both neighbours"
+            listed[found.index] += [("scale", f"{source} depth is {said}")] if said else []
     return [{"index": found.index, "name": found.name, "reason": reason, "detail": detail}
             for found in findings for reason, detail in _told_once(listed[found.index])]
 
@@ -560,12 +522,6 @@ def audit_scene(
 def _photo_row(found: FrameFindings, sources: tuple, present: list[str]) -> dict:
     """Return the row of one photo in the table of an audit."""
     shares = dict.fromkeys(present, 0.0) | {n: found.maps[n].coverage for n in present if n in found.maps}
-    return {
-        "index": found.index,
-        "name": found.name,
-        "off": found.off,
-        "exposure": found.exposure,
-        "mask_gain": found.mask_gain,
-        "scales": {n: s for n, s in found.scales.items() if n in sources},
-        "shares": shares,
-    }
+    facts = {name: getattr(found, name) for name in ("index", "name", "off", "exposure", "mask_gain")}
+    return facts | {"scales": {n: s for n, s in found.scales.items() if n in sources}, "shares": shares}
+

@@ -133,17 +133,9 @@ def entry_key(
         else:
             sources.append([name, code_of(DEPTH_SOURCES[name]), INPUTS.get(name, scene_inputs)(scene, frame)])
     labels = [file_digest(path) for path in label_files(scene, frame).values()]
-    facts = [
-        VERSION,
-        maker(supervision),
-        file_digest(frame.image_path),
-        labels,
-        dataclasses.asdict(plan),
-        list(map(int, frame.size)),
-        frame.K.tolist(),
-        frame.world_to_cam.tolist(),
-        sources,
-    ]
+    camera = list(map(int, frame.size)), frame.K.tolist(), frame.world_to_cam.tolist()
+    photo = file_digest(frame.image_path)
+    facts = [VERSION, maker(supervision), photo, labels, dataclasses.asdict(plan), *camera, sources]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 # %% ../../nbs/datasets/frame_store.ipynb #8c149f9f
@@ -166,21 +158,10 @@ def write_entry(
     """Write a frame, whole or not at all."""
     from safetensors.numpy import save_file
 
-    arrays = {
-        "image": data.image,
-        "K": data.K,
-        "depth": data.depth.depth,
-        "valid": data.depth.valid,
-        "weight": data.depth.weight,
-        "labels": data.labels,
-    }
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    about = {
-        "version": VERSION,
-        "key": key,
-        "counts": data.depth.counts,
-        "sha256": checksum(key, data.depth.counts, arrays),
-    }
+    depth = data.depth
+    values = data.image, data.K, depth.depth, depth.valid, depth.weight, data.labels
+    arrays = {name: np.ascontiguousarray(array) for name, array in zip(FIELDS, values)}
+    about = {"version": VERSION, "key": key, "counts": depth.counts, "sha256": checksum(key, depth.counts, arrays)}
     with atomic_path(path) as temporary:
         # one text, for the library keeps no order among several
         save_file(arrays, temporary, {"frame": json.dumps(about)})
@@ -217,12 +198,8 @@ def read_entry(
         raise CacheEntryError(f"{path}: is damaged or cut short ({type(error).__name__}: {error})") from error
     if verify and checksum(key, counts, arrays) != stated:
         raise CacheEntryError(f"{path}: is damaged, its checksum differs")
-    return FrameData(
-        arrays["image"],
-        arrays["K"],
-        DepthMap(arrays["depth"], arrays["valid"], arrays["weight"], counts),
-        arrays["labels"],
-    )
+    depth = DepthMap(arrays["depth"], arrays["valid"], arrays["weight"], counts)
+    return FrameData(arrays["image"], arrays["K"], depth, arrays["labels"])
 
 # %% ../../nbs/datasets/frame_store.ipynb #a76df52b
 class FrameStore(FrameCache):
@@ -336,13 +313,9 @@ class FrameStore(FrameCache):
             with contextlib.suppress(OSError):
                 os.utime(self.folder / f"{key}.safetensors")
         self.report.seconds += time.monotonic() - began
-        if faults:
-            messages = list(dict.fromkeys(map(str, faults)))
-            raise (
-                faults[0]
-                if len(messages) == 1
-                else SceneError(f"{messages[0]} (and {len(messages) - 1} more: {'; '.join(messages[1:4])})")
-            )
+        if messages := list(dict.fromkeys(map(str, faults))):
+            more = f"{messages[0]} (and {len(messages) - 1} more: {'; '.join(messages[1:4])})"
+            raise faults[0] if len(messages) == 1 else SceneError(more)
         return self.report
 
     def _prepare(self, scene: Scene, jobs: list, bar) -> list[VggtLoraError]:

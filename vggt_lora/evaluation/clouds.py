@@ -24,9 +24,9 @@ from .runner import predict, trusted_truth, window_scale
 from .statistics import DRAWS, LEVEL, Effect, draw_counts, drawn_effect, in_words
 from ..files.atomic import write_json
 from ..geometry.cameras import (
-    camera_centre, pixel_centres, project_points, sample_nearest, transform_points, unproject_depth)
+    camera_centre, project_points, sample_nearest, transform_points, unproject_depth)
 from ..scenes.masks import LASER_DROPS, mask_at, photo_mask
-from ..scenes.undistortion import grid_camera
+from ..scenes.undistortion import grid_camera, photo_places
 from ..supervision.laser_scans import angular_step, disc_surface, load_occluder, load_scans
 
 # %% ../../nbs/evaluation/clouds.ipynb #7abe312c
@@ -69,8 +69,7 @@ def region_labels(
     if not path.is_file():
         return np.zeros(size, np.uint8)
     K, _ = grid_camera(frame, size, plan)
-    places = (pixel_centres(size) - K[:2, 2]) / np.diag(K)[:2] * np.diag(frame.K)[:2] + frame.K[:2, 2]
-    labels = sample_nearest(np.asarray(Image.open(path)), places, 255).astype(np.int64) + 1
+    labels = sample_nearest(np.asarray(Image.open(path)), photo_places(frame, K, size), 255).astype(np.int64) + 1
     return labels.reshape(size).astype(np.uint8)
 
 # %% ../../nbs/evaluation/clouds.ipynb #b1d36bbf

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import ConfigError, SceneError
+from ..core import ConfigError
 from .metrics import EvaluatedFrame, alignment_name, depth_metrics
 from .statistics import Effect, effects, in_words
 from ..geometry.cameras import depth_to_cam_points
 from ..geometry.planes import draw_planes, fit_plane
-from ..scenes.images import ImagePlan, open_photo
+from ..scenes.images import ImagePlan
+from ..scenes.masks import read_drawn
 
 # %% ../../nbs/evaluation/regions.ipynb #bee5ac51
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,14 +172,7 @@ def window_mask(
     path = Path(folder) / f"{name.rsplit('/', 1)[-1].rpartition('.')[0]}.png"
     if not path.is_file():
         return None
-    with open_photo(path) as picture:
-        if (picture.height, picture.width) != tuple(plan.source_size):
-            raise SceneError(f"{path}: the mask is {picture.width}x{picture.height}, its photo "
-                             f"{plan.source_size[1]}x{plan.source_size[0]}; expected equal sizes")
-        try:
-            drawn = np.asarray(picture)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise SceneError(f"{path}: the mask is damaged or cut short: {error}") from error
+    drawn = read_drawn(path, plan.source_size)
     drawn = drawn.reshape(*drawn.shape[:2], -1)[..., :3].any(-1)
     places, inside = [], []
     for side, offset, full, resized in zip(plan.size, plan.offset, plan.source_size, plan.resized_size):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNFIT', 'ABSENT', 'SPARSE_DROPS', 'LASER_DROPS', 'KINDS', 'REGIONS', 'read_pixels', 'read_mask', 'read_own_mask',
-           'mask_at', 'photo_mask', 'label_files', 'region_labels', 'mask_inputs']
+           'mask_at', 'photo_mask', 'read_drawn', 'label_files', 'region_labels', 'mask_inputs']
 
 # %% ../../nbs/scenes/masks.ipynb #525f28da
 from functools import lru_cache
@@ -14,9 +14,9 @@ import numpy as np
 
 from ..core import SceneError
 from ..files.cache import file_digest, file_stamp
-from ..geometry.cameras import pixel_centres, sample_nearest
+from ..geometry.cameras import sample_nearest
 from .images import open_photo
-from .undistortion import carry_to_grid, grid_camera, original_camera, to_original
+from .undistortion import carry_to_grid, grid_camera, original_camera, photo_places, to_original
 
 # %% ../../nbs/scenes/masks.ipynb #e3b40923
 UNFIT, ABSENT = 1, 2  # colours unfit; the scanned geometry is not shown
@@ -103,11 +103,8 @@ def photo_mask(
         original = original_camera(scene, frame, "its mask")
         found = carry_to_grid(read_mask(frame.mask_path, original.size), frame, original, size, plan)
     if frame.photo_mask_path is not None:
-        own = sample_nearest(
-            read_own_mask(frame.photo_mask_path, frame.size),
-            (pixel_centres(size) - K[:2, 2]) / np.diag(K)[:2] * np.diag(frame.K)[:2] + frame.K[:2, 2],
-            0,
-        ).reshape(size)
+        own = sample_nearest(read_own_mask(frame.photo_mask_path, frame.size), photo_places(frame, K, size), 0)
+        own = own.reshape(size)
         found[top:bottom, left:right] = np.maximum(found, own)[top:bottom, left:right]
     return found
 
@@ -115,6 +112,21 @@ def photo_mask(
 KINDS = ("walls", "windows", "edges")  # folders below labels/, later ones win
 # codes 0 to 4; 0: the photo has no labels, or the pixel is padding
 REGIONS = ("none", "wall", "window", "edge", "other")
+
+
+def read_drawn(
+    path: Path,
+    size: tuple[int, int],  # (height, width) of the photo
+) -> np.ndarray:
+    """Read a picture drawn over a photo, (h, w) or (h, w, channels); raises SceneError for another size or damage."""
+    with open_photo(path) as picture:
+        if (picture.height, picture.width) != tuple(size):
+            raise SceneError(f"{path}: the mask is {picture.width}x{picture.height}, its photo {size[1]}x{size[0]};"
+                             " expected equal sizes")
+        try:
+            return np.asarray(picture)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SceneError(f"{path}: the mask is damaged or cut short: {error}") from error
 
 
 def label_files(
@@ -136,21 +148,10 @@ def region_labels(
     files = label_files(scene, frame)
     if not all(path.is_file() for path in files.values()):
         return codes
-    K = plan.intrinsics(frame.K)
-    at = (pixel_centres(plan.size) - K[:2, 2]) / np.diag(K)[:2] * np.diag(frame.K)[:2] + frame.K[:2, 2]
+    at = photo_places(frame, plan.intrinsics(frame.K), plan.size)
     found = np.full(len(at), REGIONS.index("other"), np.uint8)
     for kind, path in files.items():  # later ones win
-        with open_photo(path) as picture:
-            if (picture.height, picture.width) != tuple(frame.size):
-                raise SceneError(
-                    f"{path}: the labels are {picture.width}x{picture.height}, their photo"
-                    f" {frame.size[1]}x{frame.size[0]}; expected equal sizes"
-                )
-            try:
-                drawn = np.asarray(picture) > 0
-            except (OSError, SyntaxError, ValueError) as error:
-                raise SceneError(f"{path}: the labels are damaged or cut short: {error}") from error
-        found[sample_nearest(drawn, at, False)] = REGIONS.index(kind[:-1])
+        found[sample_nearest(read_drawn(path, frame.size) > 0, at, False)] = REGIONS.index(kind[:-1])
     top, left, bottom, right = plan.content_box
     codes[top:bottom, left:right] = found.reshape(plan.size)[top:bottom, left:right]
     return codes

@@ -101,16 +101,11 @@ def look_alike(names: list[str], folders: list[Path]) -> str:
     """Suggest the folder whose files have most of these names up to ending, case and Unicode form; empty if none."""
     wanted, counts = {plain_stem(name) for name in names}, {}
     for place in chain.from_iterable(folder.glob(pattern) for folder in folders for pattern in ("*/", "*/*/")):
-        pictures = (
-            [f for f in place.iterdir() if f.suffix.lower() in (".jpg", ".jpeg", ".png")] if place.is_dir() else []
-        )
-        counts[place] = len({plain_stem(f.name) for f in pictures} & wanted)
+        counts[place] = len({plain_stem(photo.name) for photo in place.glob(PHOTOS)} & wanted)
     best = max(counts, key=counts.get, default=None)
-    return (
-        f" {best} holds {counts[best]} photos of such names: is that the folder?"
-        if best is not None and counts[best]
-        else ""
-    )
+    if best is None or not counts[best]:
+        return ""
+    return f" {best} holds {counts[best]} photos of such names: is that the folder?"
 
 
 def photo_folder(
@@ -140,22 +135,16 @@ def photo_folder(
         return best
     near = (best / missing[0]).parent
     files = list(near.glob("*")) if near.is_dir() else []
-    twins = [f.name for f in files if f.name.lower() == Path(missing[0]).name.lower()]
-    alike = [f.name for f in files if plain_stem(f.name) == plain_stem(missing[0])]
-    raise SceneError(
-        f"{len(missing)} of {len(names)} photos are missing in {best}:"
-        f" {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
-        + (
-            f"; {twins[0]} is there, but upper and lower case differ"
-            if twins
-            else (
-                f"; {alike[0]} is there, but its ending or the form of its letters (Unicode) differs: rename it to"
-                f" {Path(missing[0]).name}"
-                if alike
-                else ""
-            )
-        )
-    )
+    name = Path(missing[0]).name
+    alike = [f.name for f in files if plain_stem(f.name) == plain_stem(name)]
+    twins, hint = [twin for twin in alike if twin.lower() == name.lower()], ""
+    if twins:
+        hint = f"; {twins[0]} is there, but upper and lower case differ"
+    elif alike:
+        hint = (f"; {alike[0]} is there, but its ending or the form of its letters (Unicode) differs: rename it to"
+                f" {name}")
+    said = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+    raise SceneError(f"{len(missing)} of {len(names)} photos are missing in {best}: {said}{hint}")
 
 
 def photo_size(
@@ -340,15 +329,8 @@ def frame_of(
     inner = image.name.replace("_undistorted/", "/", 1) if "/" in image.name else f"dslr_images/{image.name}"
     mask = masks / f"{image.name}.png" if masks is not None else None
     frame = Frame(
-        image.name,
-        photo,
-        size,
-        np.diag([*factors, 1.0]) @ K,
-        image.world_to_cam,
-        image.camera_id,
-        image.id,
-        image.point_rows,
-        image.observations * factors,
+        image.name, photo, size, np.diag([*factors, 1.0]) @ K, image.world_to_cam, image.camera_id, image.id,
+        image.point_rows, image.observations * factors,
         find_part(folders, f"masks_for_images/{inner.rpartition('.')[0]}.png"),
         find_part(folders, f"ground_truth_depth/{inner}"),
         mask if mask is not None and mask.is_file() else None,
@@ -357,19 +339,8 @@ def frame_of(
 
 # %% ../../nbs/scenes/opening.ipynb #2aa76759
 ETH3D_PHOTOS = {
-    "courtyard": 38,
-    "delivery_area": 44,
-    "electro": 45,
-    "facade": 76,
-    "kicker": 31,
-    "meadow": 15,
-    "office": 26,
-    "pipes": 14,
-    "playground": 38,
-    "relief": 31,
-    "relief_2": 31,
-    "terrace": 23,
-    "terrains": 42,
+    "courtyard": 38, "delivery_area": 44, "electro": 45, "facade": 76, "kicker": 31, "meadow": 15, "office": 26,
+    "pipes": 14, "playground": 38, "relief": 31, "relief_2": 31, "terrace": 23, "terrains": 42,
 }
 MANY_PHOTOS = 200  # from here on opening takes seconds, and a bar shows
 
@@ -380,11 +351,7 @@ def scene_model(
     calibration: Path | None,  # ETH3D's folder of the model
 ) -> tuple:
     """Return the model of a scene and notes on the choice; raises SceneError for several scenes or no posed image."""
-    inside = (
-        [f.name for f in sorted(path.glob("*")) if (f / "dslr_calibration_undistorted").is_dir()]
-        if path.is_dir()
-        else []
-    )
+    inside = [f.parent.name for f in sorted(path.glob("*/dslr_calibration_undistorted")) if f.is_dir()]
     if calibration is None and inside:
         raise SceneError(f"{path}: holds {len(inside)} scenes; expected one of them: {', '.join(inside)}")
     model, notes = choose_model(

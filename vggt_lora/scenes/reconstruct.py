@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..core import ConfigError, SceneError, user_path
 from ..files.atomic import temporary_folder
+from ..progress import progress_bar
 from .fit import exif_orientation
 from ..settings import check_values, command, setting
 
@@ -55,25 +56,9 @@ class ReconstructConfig:
 
 # %% ../../nbs/scenes/reconstruct.ipynb #04da9583
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
-# of photos that are not read
-OTHER_SUFFIXES = (
-    ".heic",
-    ".heif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".gif",
-    ".avif",
-    ".jxl",
-    ".dng",
-    ".cr2",
-    ".cr3",
-    ".nef",
-    ".arw",
-    ".raf",
-    ".orf",
-    ".rw2",
+OTHER_SUFFIXES = (  # of photos that are not read
+    ".heic", ".heif", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".jxl",
+    ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2",
 )
 
 
@@ -83,9 +68,8 @@ def passed_over(
     """Say which photos below a folder are not read because of their format; empty where there are none."""
     kinds = Counter(p.suffix for p in folder.rglob("*") if p.suffix.lower() in OTHER_SUFFIXES and p.is_file())
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return (
-        f"passed over: {found} ({', '.join(PHOTO_SUFFIXES)} are read); save them as JPEG to use them" if found else ""
-    )
+    said = f"passed over: {found} ({', '.join(PHOTO_SUFFIXES)} are read); save them as JPEG to use them"
+    return said if found else ""
 
 
 def photos_in(
@@ -114,12 +98,8 @@ def counting(
     progress: bool = True,
 ):
     """Show a bar that follows the rows of a table while COLMAP fills it."""
-    from vggt_lora.progress import progress_bar
-
-    over = threading.Event()
-    with progress_bar(
-        total=total, desc=title, unit="pair" if total > 0 and "pair" in title else "photo", disable=not progress
-    ) as bar:
+    over, unit = threading.Event(), "pair" if "pair" in title else "photo"
+    with progress_bar(total=total, desc=title, unit=unit, disable=not progress) as bar:
         def follow():
             while not over.wait(0.5):
                 # immutable: without a lock, which would end COLMAP's process; so rows that wait in its log are not seen
@@ -154,21 +134,15 @@ def size_conflict(
     camera: str,  # one of CAMERAS
 ) -> str:
     """Say which sizes photos of one lens have where they differ; empty where they agree."""
-    lens = {
-        "one": lambda name: "",
-        "each folder": lambda name: name.rpartition("/")[0],
-        "each photo": lambda name: name,
-    }[camera]
-    for of_lens in dict.fromkeys(map(lens, sizes)):
-        names = {
-            size: [n for n, s in sizes.items() if s == size and lens(n) == of_lens]
-            for size in dict.fromkeys(sizes.values())
-        }
-        names = {size: of_size for size, of_size in names.items() if of_size}
-        if len(names) > 1:
+    lenses: dict = {}  # lens -> size -> names
+    for name, size in sizes.items():
+        lens = {"one": "", "each folder": name.rpartition("/")[0], "each photo": name}[camera]
+        lenses.setdefault(lens, {}).setdefault(size, []).append(name)
+    for of_lens in lenses.values():
+        if len(of_lens) > 1:
             return ", ".join(
-                f"{size[0]}x{size[1]} ({len(of_size)}: {of_size[0]}{' ...' if len(of_size) > 1 else ''})"
-                for size, of_size in names.items()
+                f"{width}x{height} ({len(names)}: {names[0]}{' ...' if len(names) > 1 else ''})"
+                for (width, height), names in of_lens.items()
             )
     return ""
 
@@ -272,15 +246,12 @@ def _sparse_model(source: Path, names: list[str], work: Path, config: Reconstruc
     extraction.max_image_size, extraction.num_threads, extraction.use_gpu = config.long_side, threads, False
     pycolmap.set_random_seed(config.seed)
     try:
+        mode, reader = getattr(pycolmap.CameraMode, CAMERAS[config.camera]), pycolmap.ImageReaderOptions()
+        reader.camera_model = "SIMPLE_RADIAL"
         with counting(database, "keypoints", len(names), "features", progress):
             pycolmap.extract_features(
-                database,
-                source,
-                image_names=names,
-                camera_mode=getattr(pycolmap.CameraMode, CAMERAS[config.camera]),
-                reader_options=pycolmap.ImageReaderOptions(camera_model="SIMPLE_RADIAL"),
-                extraction_options=extraction,
-                device=pycolmap.Device.cpu,
+                database, source, image_names=names, camera_mode=mode, reader_options=reader,
+                extraction_options=extraction, device=pycolmap.Device.cpu,
             )
         _refuse_unread(database, names, source)
         _match(database, names, config, progress)
@@ -288,13 +259,11 @@ def _sparse_model(source: Path, names: list[str], work: Path, config: Reconstruc
         options = pycolmap.IncrementalPipelineOptions(
             num_threads=threads, random_seed=config.seed, min_model_size=config.least
         )
-        models = _with_bar(
-            len(names),
-            progress,
-            lambda more: pycolmap.incremental_mapping(
-                database, source, work / "models", options=options, next_image_callback=more
-            ),
-        )
+        with progress_bar(total=len(names), desc="cameras", unit="photo", disable=not progress) as bar:
+            models = pycolmap.incremental_mapping(
+                database, source, work / "models", options=options,
+                next_image_callback=lambda: bar.update(bar.n < len(names)),
+            )
     except SceneError:
         raise
     except Exception as error:  # pycolmap raises ValueError, RuntimeError and others
@@ -316,11 +285,8 @@ def _match(database: Path, names: list[str], config: ReconstructConfig, progress
     matching = pycolmap.FeatureMatchingOptions()
     matching.num_threads, matching.use_gpu = config.threads or -1, False
     exhaustive = config.matching == "exhaustive"
-    pairs = (
-        len(names) * (len(names) - 1) // 2
-        if exhaustive
-        else sum(min(config.neighbours, len(names) - 1 - i) for i in range(len(names)))
-    )
+    near = len(names) if exhaustive else config.neighbours  # photos that each is compared with
+    pairs = sum(min(near, i) for i in range(len(names)))
     with counting(database, "two_view_geometries", pairs, "matching pairs", progress):
         if exhaustive:
             pycolmap.match_exhaustive(database, matching_options=matching, device=pycolmap.Device.cpu)
@@ -331,14 +297,6 @@ def _match(database: Path, names: list[str], config: ReconstructConfig, progress
                 device=pycolmap.Device.cpu,
                 pairing_options=pycolmap.SequentialPairingOptions(overlap=config.neighbours, quadratic_overlap=False),
             )
-
-
-def _with_bar(photos: int, progress: bool, work):
-    """Call `work` with a function that moves a bar by one photo."""
-    from vggt_lora.progress import progress_bar
-
-    with progress_bar(total=photos, desc="cameras", unit="photo", disable=not progress) as bar:
-        return work(lambda: bar.update(bar.n < photos))
 
 
 def _refuse_unread(database: Path, names: list[str], source: Path) -> None:

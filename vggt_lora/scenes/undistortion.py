@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Original', 'Originals', 'read_poses', 'read_originals', 'original_camera', 'to_original', 'grid_camera',
-           'carry_to_grid']
+           'photo_places', 'carry_to_grid']
 
 # %% ../../nbs/scenes/undistortion.ipynb #2bb0bf4e
 from dataclasses import dataclass
@@ -180,6 +180,15 @@ def grid_camera(
             f"{frame.name} is {tuple(frame.size)} and the grid {size}; make the plan with plan_image(frame.size, ...)"
         )
     return plan.intrinsics(frame.K), plan.content_box
+
+
+def photo_places(
+    frame,  # Frame
+    K: np.ndarray,  # (3, 3) on the grid
+    size: tuple,  # (height, width) of the grid
+) -> np.ndarray:
+    """Return the places in the undistorted photo (h * w, 2) px that the middles of a grid's pixels show."""
+    return (pixel_centres(size) - K[:2, 2]) / np.diag(K)[:2] * np.diag(frame.K)[:2] + frame.K[:2, 2]
 
 
 def carry_to_grid(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_COMPUTED', 'CAMERA_COLUMNS', 'CONFIDENCE_COLUMNS', 'CAPTIONS', 'number', 'per_cent', 'trained_on', 'split_part',
            'covered', 'base_check_part', 'metric_table', 'numbers_part', 'verdict_part', 'cost_part', 'flat',
-           'environment_part', 'effect_rows', 'camera_table', 'confidence_table', 'detail_parts', 'drift_table',
-           'forgotten_part', 'clouds_part', 'others_part', 'run_report', 'write_report']
+           'environment_part', 'effect_rows', 'columns_table', 'detail_parts', 'drift_table', 'forgotten_part',
+           'clouds_part', 'others_part', 'run_report', 'write_report']
 
 # %% ../../nbs/views/report.ipynb #9688b7bd
 from pathlib import Path
@@ -207,23 +207,15 @@ CONFIDENCE_COLUMNS = {"ause": "AUSE", "ause_chance": "of chance", "rank": "rank"
                       "expected_error": "expected error", "actual_error": "actual"}
 
 
-def camera_table(rows: list[dict]):
-    """Tabulate the camera errors of each protocol and model."""
+def columns_table(rows: list[dict], first: tuple[str, ...], columns: dict[str, str], digits: int):
+    """Tabulate the facts of `first`, then numbers in named columns; a note, where rows have one, comes last."""
+    last = ("note",) if any("note" in row for row in rows) else ()
     cells = []
     for row in rows:
-        values = [number(row.get(name), 3) for name in CAMERA_COLUMNS]
-        cells.append([row["protocol"], row["model"], row["pairs"], *values])
-    return table(["protocol", "model", "pairs", *CAMERA_COLUMNS.values()], cells, tuple(range(2, 9)))
-
-
-def confidence_table(rows: list[dict]):
-    """Tabulate how well the confidence of each protocol and model ranks the errors."""
-    cells = []
-    for row in rows:
-        values = [number(row.get(name), 2) for name in CONFIDENCE_COLUMNS]
-        cells.append([row["protocol"], row["model"], *values, row.get("note")])
-    head = ["protocol", "model", *CONFIDENCE_COLUMNS.values(), "what it is worth"]
-    return table(head, cells, tuple(range(2, 10)))
+        values = [number(row.get(name), digits) for name in columns]
+        cells.append([*[row.get(name) for name in first], *values, *[row.get(name) for name in last]])
+    head = [*first, *columns.values(), *["what it is worth" for _ in last]]
+    return table(head, cells, tuple(range(2, len(first) + len(columns))))
 
 
 def detail_parts(results: dict | None) -> list:
@@ -235,15 +227,16 @@ def detail_parts(results: dict | None) -> list:
         warnings = [tag("p", f"Warning: {warning}", class_="alarm") for warning in results["warnings"]]
         parts.append(section("Warnings", *warnings))
     if results.get("cameras"):
-        parts.append(section("Cameras", camera_table(results["cameras"])))
+        found = columns_table(results["cameras"], ("protocol", "model", "pairs"), CAMERA_COLUMNS, 3)
+        parts.append(section("Cameras", found))
     if results.get("regions"):
         claims = tag("ul", [tag("li", claim["sentence"]) for claim in results.get("claims", [])])
         parts.append(section("Where", claims, effect_rows(results["regions"], ("protocol", "region"))))
     if results.get("confidence"):
         note = ("AUSE: 0 is an oracle; at or above chance the order knows nothing. "
                 "Expected and actual error are in the network's unit.")
-        parts.append(section("Does it know where it is wrong?", confidence_table(results["confidence"]),
-                             tag("p", note, class_="note")))
+        found = columns_table(results["confidence"], ("protocol", "model"), CONFIDENCE_COLUMNS, 2)
+        parts.append(section("Does it know where it is wrong?", found, tag("p", note, class_="note")))
     return parts
 
 # %% ../../nbs/views/report.ipynb #fe2bc3b2
