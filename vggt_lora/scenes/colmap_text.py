@@ -102,14 +102,8 @@ def camera_models() -> dict[str, CameraModel]:
         if name == "INVALID":
             continue
         camera = pycolmap.Camera.create_from_model_name(0, name, 1.0, 2, 2)
-        models[name] = CameraModel(
-            int(number),
-            camera.params_info,
-            len(camera.params),
-            tuple(camera.focal_length_idxs()),
-            tuple(camera.principal_point_idxs()),
-            tuple(camera.extra_params_idxs()),
-        )
+        places = camera.focal_length_idxs(), camera.principal_point_idxs(), camera.extra_params_idxs()
+        models[name] = CameraModel(int(number), camera.params_info, len(camera.params), *map(tuple, places))
     return models
 
 # %% ../../nbs/scenes/colmap_text.ipynb #b24d68a6
