@@ -245,6 +245,9 @@ TO_RUN = [
 @pytest.mark.parametrize("command", TO_RUN)
 def test_the_guides_commands_run(command, request, tmp_path):
     """As written, from the repository root, made small; results go to a folder of the test's own."""
+    if command == "python -m vggt_lora.train --strategy b":  # the run that others want is made by it
+        assert (request.getfixturevalue("run_folder") / "results.json").is_file()
+        return
     words = shlex.split(command)
     if words[0] == "papermill":
         step = Path(words[1]).stem
@@ -257,8 +260,6 @@ def test_the_guides_commands_run(command, request, tmp_path):
             "03_train": ["-p", "output", str(tmp_path / "run")],
             "04_evaluate": ["-p", "run", str(request.getfixturevalue("run_folder"))] if step == "04_evaluate" else [],
         }.get(step, [])
-    if words[:3] == ["python", "-m", "vggt_lora.train"]:
-        words += [*small_options(), "--output", str(tmp_path / "run")]
     if words[0] == "ls":
         words = ["ls", "-d", words[1]]
     words[0] = (
