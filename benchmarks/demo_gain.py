@@ -11,14 +11,16 @@ A case says what trains and what judges:
     ceiling  the same, supervised by the renderer's exact depth: no supervision can do better
     one      one demo building, its own photos train, choose and judge (by laser); mean over seven buildings
     one-laser  the same, trained on laser depth too
+    one-ceiling  the same, supervised by the renderer's exact depth
     real     two real courtyards train on COLMAP points, a third scene of the place judges, by its laser (needs
              shared/data)
+    real-ceiling  that third scene alone, its own photos train on its laser and judge (needs shared/data)
     place    the same two train, a castle elsewhere judges, by its points (needs shared/data)
     kept     a real building alone; two thirds of its points train, the others judge; mean over two scenes (needs
              shared/data)
 
 `elsewhere` in a block is what the run lost outside its buildings: on procedural worlds like those that the tiny
-base was trained on.
+base was trained on, and, for runs on demo buildings, on two real scenes (needs shared/data).
 
 Runs that are finished are read, not repeated: every run is a folder under --output. Nothing is asserted.
 """
@@ -34,10 +36,14 @@ import numpy as np
 
 from vggt_lora.adapters.adapter import load_adapter
 from vggt_lora.core import METRIC_NAMES, project_root
+from vggt_lora.datasets.samples import FrameCache
+from vggt_lora.datasets.windows import make_windows
 from vggt_lora.demo.demo_scenes import DEMO_HELD_OUT, demo_folder, demo_scenes
 from vggt_lora.evaluation.forgetting import evaluate_elsewhere
+from vggt_lora.evaluation.runner import base_of, evaluate_windows
 from vggt_lora.evaluation.statistics import effects, in_words
 from vggt_lora.reference_data import real_scene
+from vggt_lora.scenes.opening import open_scene
 from vggt_lora.supervision.depth_map import DepthAbsent, DepthMap
 from vggt_lora.supervision.sources import DEPTH_SOURCES
 from vggt_lora.supervision.sparse import sparse_depth
@@ -45,11 +51,19 @@ from vggt_lora.train import TrainConfig, train
 from vggt_lora.training.build import build_model
 from vggt_lora.training.config import read_config
 
-CASES = ("laser", "points", "ceiling", "one", "one-laser", "real", "place", "kept")
+CASES = (
+    "laser", "points", "ceiling", "one", "one-laser", "one-ceiling", "real", "real-ceiling", "place", "kept"
+)
 MODELS = ("base", "adapted")
 LASER_FILES = ("ground_truth_depth", "dslr_scan_eval", "occlusion")
 # presets/one_building.yaml, judged by six of twelve photos
 ONE_BUILDING = {"frames": 4, "epochs": 40, "train_fraction": 0.5}
+# cases in which each scene trains and judges alone: what supervises it
+ALONE = {
+    "one": "sparse+anchored", "one-laser": "laser+sparse+anchored", "one-ceiling": "exact", "real-ceiling": "laser"
+}
+
+REAL_JUDGES = {"strecha_fountain_p11": "laser", "eth3d_pipes": "sparse"}  # outside the domain of demo buildings
 
 
 def exact_depth(scene, frame, size, plan=None) -> DepthMap:
@@ -112,12 +126,11 @@ def case_settings(case: str, work: Path) -> list[dict] | None:
     if case == "ceiling":
         DEPTH_SOURCES["exact"] = exact_depth
         return [{"supervision": "exact", "frame_cache": False}]
-    if case in ("one", "one-laser"):
-        supervision = "laser+sparse+anchored" if case == "one-laser" else "sparse+anchored"
-        return [
-            {"data": str(scene), "supervision": supervision, "eval_supervision": "laser", **ONE_BUILDING}
-            for scene in demo_scenes()
-        ]
+    if case in ALONE:
+        DEPTH_SOURCES["exact"] = exact_depth
+        own = {"supervision": ALONE[case], "frame_cache": ALONE[case] != "exact", "eval_supervision": "laser"}
+        scenes = [real_scene("strecha_fountain_p11")] if case == "real-ceiling" else demo_scenes()
+        return [{"data": str(scene), **own, **ONE_BUILDING} for scene in scenes] if all(scenes) else None
     if case == "kept":
         DEPTH_SOURCES.update(points_that_train=points_that_train, points_that_judge=points_that_judge)
         scenes = [real_scene(name) for name in ("sceaux_castle", "eth3d_pipes")]
@@ -140,14 +153,32 @@ def results_of(config: TrainConfig) -> dict:
     return results | {"seconds": json.loads(stated.read_text()), "elsewhere": elsewhere_of(folder)}
 
 
-def elsewhere_of(folder: Path) -> list[dict]:
-    """Return the rows of base and adapted on procedural worlds, measured where they are not at hand."""
-    kept = folder / "elsewhere.json"
-    if not kept.is_file():
-        adapted = load_adapter(build_model(read_config(folder)), folder / "adapter")
-        rows = evaluate_elsewhere(adapted, demo_folder().parent / "worlds")[0].rows
-        kept.write_text(json.dumps(rows, default=float))
-    return json.loads(kept.read_text())
+def elsewhere_of(folder: Path) -> dict[str, list[dict]]:
+    """Return the rows of base and adapted outside a run's buildings, measured where they are not at hand."""
+    places = {"worlds": rows_on_worlds}
+    if "strecha" not in (folder / "config.json").read_text():
+        places |= {name: rows_on_real for name in REAL_JUDGES if real_scene(name)}
+    found = {}
+    for place, measured in places.items():
+        kept = folder / f"elsewhere_{place}.json"
+        if not kept.is_file():
+            adapted = load_adapter(build_model(read_config(folder)), folder / "adapter")
+            kept.write_text(json.dumps(measured(adapted, place), default=float))
+        found[place] = json.loads(kept.read_text())
+    return found
+
+
+def rows_on_worlds(adapted, place: str) -> list[dict]:
+    """Return the rows of base and adapted on procedural worlds."""
+    return evaluate_elsewhere(adapted, demo_folder().parent / place)[0].rows
+
+
+def rows_on_real(adapted, place: str) -> list[dict]:
+    """Return the rows of base and adapted on a real scene."""
+    scene = open_scene(real_scene(place))
+    frames = FrameCache(adapted.get_base_model().config.img_size, supervision=REAL_JUDGES[place])
+    windows = [(scene, window) for window in make_windows(scene)]
+    return evaluate_windows({"base": base_of(adapted), "adapted": adapted}, windows, frames).rows
 
 
 def fields(pairs: list[str]) -> dict:
@@ -194,8 +225,9 @@ def print_results(title: str, found: list[list[dict]]) -> None:
         ]
         if changes:
             print(f"  region {region}: AbsRel {100 * np.mean(changes):+.1f} % in the mean of {len(changes)} runs")
-    elsewhere = effects([results["elsewhere"] for results in every], ("absrel",))[0]
-    print("  elsewhere: " + in_words(elsewhere, "AbsRel"))
+    for place in every[0]["elsewhere"]:
+        elsewhere = effects([results["elsewhere"][place] for results in every], ("absrel",))[0]
+        print(f"  elsewhere ({place}): " + in_words(elsewhere, "AbsRel"))
     for model in MODELS:
         cameras = [row for results in every for row in results["cameras"] if row["model"] == model]
         rotation, direction = (
