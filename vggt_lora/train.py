@@ -22,6 +22,7 @@ from .evaluation.run_report import report, save_figures, save_page
 from .preflight.adapter_check import build_checked_adapter
 from .preflight.preflight import budgeted, preflight as predicted, refuse_or_warn
 from .preflight.resource_usage import ResourceMeter
+from .pretraining.rehearsal import Rehearsal, make_rehearsal
 from .progress import working
 from .settings import command
 from .training.advice import next_tries, risky_settings, split_notes
@@ -96,6 +97,8 @@ def _train(config: TrainConfig, hooks, folder: Path, distributed: Distributed, m
         resolved = resolve(config, width, bool(split.choose))
         run.log(f"peak learning rate {resolved.lr:.3g}, network {width} channels wide")
         run.log(ready.compute_options)
+        if ready.rehearsal:
+            run.log(str(ready.rehearsal))
         _fit(ready, resolved, run, hooks, distributed, meter)
         meter.mark("training")
         kept = dataclasses.replace(config, adapter_weights=resolved.adapter_weights)
@@ -117,6 +120,7 @@ class Ready:
     train_on: list  # (scene, window) pairs
     choosing: list  # those that choose the best weights
     held_out: list
+    rehearsal: Rehearsal | None  # photos from elsewhere; None: none
 
 # %% ../nbs/03_train.ipynb #2bd4f1a4
 def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Ready:
@@ -141,10 +145,12 @@ def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Rea
     with working("checking the adapter against the base"):
         checked = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
     adapted, targets, base_check, options = checked
+    judged = frozenset(photos["val"].values())
+    rehearsal = distributed.main_process_first(lambda: make_rehearsal(adapted, config, judged))
     distributed.assert_same({"the checksum of the base": adapted.base_fingerprint[:12]})
     notes = [*blind, *audit["notes"], *split_notes(split, config), *risky_settings(scenes, config)]
     beginning = Beginning(scenes, split, audit, photos, targets, base_check, coverage, notes)
-    return Ready(beginning, adapted, width, options, cache, truth, train_on, choosing, held_out)
+    return Ready(beginning, adapted, width, options, cache, truth, train_on, choosing, held_out, rehearsal)
 
 # %% ../nbs/03_train.ipynb #ee67ae1a
 def _fit(
@@ -174,7 +180,7 @@ def _fit(
             source = distributed.main_process_first(make_source)
             meter.mark("preparation")
             begin(hooks, run.folder, HeldOutPreview(adapted, choosing, source, precision=config.precision))
-            fit(adapted, train_on, choosing, config, run, source, (clock, *hooks))
+            fit(adapted, train_on, choosing, config, run, source, (clock, *hooks), ready.rehearsal)
 
 # %% ../nbs/03_train.ipynb #4f1ff6ac
 def finish(
@@ -203,10 +209,12 @@ def conclude(
     adapted, settings = ready.adapted, dataclasses.asdict(dataclasses.replace(config, resume=False))
     folder = save_adapter(adapted, run.folder / "adapter", {"config": settings})
     chunks = [head.frames_chunk for head in dense_heads(adapted).values() if head.frames_chunk]
+    moved = ready.rehearsal and ready.rehearsal.moved(adapted)
     adapted.to("meta")  # frees memory for the two networks that are compared
     with working("measuring base and saved adapter"):
         results, maps = measure(folder, ready.held_out, ready.truth, config, min(chunks, default=None))
     results["held_out_loss"] = loss = losses_of(run.records, config)
+    results["rehearsal"] = ready.rehearsal and {"what": str(ready.rehearsal), "moved": moved}
     of_split = ready.beginning.audit["notes"]
     results["warnings"] = [*of_split, *next_tries(results["effects"], config), *results["warnings"]]
     if loss["after"] is None:

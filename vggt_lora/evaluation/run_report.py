@@ -48,7 +48,7 @@ def report(
         "held-out frames, after the median of each image.",
         ALIGNMENTS,
     ]
-    lines += [*map(_camera_line, results["cameras"]), ""]
+    lines += [*map(_camera_line, results["cameras"]), *_elsewhere_line(results), ""]
     lines += [*[f"- {claim['sentence']}" for claim in results["claims"]], ""]
     lines += [f"**Warning:** {escape_markdown(warning)}" for warning in results["warnings"]]
     lines += [f"**Drift:** {alarm}." for alarm in results["drift"]["alarms"]]
@@ -67,6 +67,15 @@ def _found_sources(config: TrainConfig, folder: Path) -> str:
     scenes = read_if_there(folder / "coverage.json") or []
     found = dict.fromkeys(name for scene in scenes for name, share in scene["by_source"].items() if share)
     return f"{config.supervision} (found: {', '.join(found)})" if found else config.supervision
+
+
+def _elsewhere_line(results: dict) -> list[str]:
+    """Return the sentence on depth outside the buildings; none where nothing was rehearsed."""
+    rehearsal = results.get("rehearsal") or {}
+    if rehearsal.get("moved") is None:
+        return []
+    moved = f"depth there is {100 * rehearsal['moved']:.1f} % from the base's in the mean of photos not rehearsed"
+    return [f"Elsewhere: {moved} ({rehearsal['what']})."]
 
 
 def _camera_line(row: dict) -> str:

@@ -210,6 +210,9 @@ class LossSettings:
     agreement_weight: float = setting(
         0.0, "weight of the difference of depth between the photos of a window", range=WEIGHT
     )
+    rehearsal: str = setting(
+        "worlds", "photos from elsewhere on which the base's prediction is kept: worlds, a folder of photos, or empty"
+    )
     scale_normalization: str = setting(
         "base", "unit of the truth: fit to the base's prediction, or mean distance of the points",
         choices=("points", "base"),

@@ -54,11 +54,17 @@ class Loop:
     hooks: tuple[Hook, ...] = ()
     notes: list[str] = dataclasses.field(default_factory=list)  # of a process without a log; a save passes them on
     units: dict | None = None  # of window_loss; None: training windows change, so no length may be kept
+    rehearsal: object = None  # pretraining.rehearsal.Rehearsal; None: nothing is rehearsed
+
+    @property
+    def group(self) -> int:
+        """Return the windows that share an optimiser step."""
+        return self.config.gradient_accumulation_steps * self.distributed.size
 
     @property
     def per_epoch(self) -> int:
         """Return the optimiser steps in an epoch."""
-        return math.ceil(len(self.train) / (self.config.gradient_accumulation_steps * self.distributed.size))
+        return math.ceil(len(self.train) / self.group)
 
     @property
     def unfinished(self) -> bool:
@@ -108,6 +114,11 @@ def _backward(loop: Loop, chunk) -> list[WindowResult]:
         loop.distributed.accelerator.backward(result.total / len(chunk))
         values = {"loss": float(result.total.detach())} | _numbers(result)
         faults, coverage = nonfinite_terms(result), coverage_of(result, sample)
+        if loop.rehearsal is not None:
+            kept = loop.rehearsal.loss(loop.model, loop.progress.step * loop.group + number)
+            loop.distributed.accelerator.backward(kept / len(chunk))
+            values["loss_rehearsal"] = float(kept.detach())
+            faults += [] if kept.isfinite() else ["rehearsal"]
         found.append(WindowResult(number, values, result.left_out, faults, coverage, _where(sample)))
     return found
 
@@ -181,8 +192,7 @@ def _chunks(loop: Loop) -> list:
     lengths = [len(window.frames) for _, window in loop.train]
     order = epoch_order(len(loop.train), lengths, loop.config.sampling, loop.progress.epoch)
     items = [(loop.train[i], frames) for i, frames in order]
-    size = loop.config.gradient_accumulation_steps * loop.distributed.size
-    return [items[start : start + size] for start in range(0, len(items), size)]
+    return [items[start : start + loop.group] for start in range(0, len(items), loop.group)]
 
 # %% ../../nbs/training/loop.ipynb #b1d4e9e9
 def _train_epoch(loop: Loop, bar) -> bool:
@@ -473,6 +483,7 @@ def fit(
     run: RunFolder,
     sample_source: SampleSource | FrameCache,
     hooks: tuple[Hook, ...] = (),
+    rehearsal=None,  # of pretraining.rehearsal.make_rehearsal
 ) -> Progress:
     """Train the adapter for `config.epochs` epochs and return the progress; continues a run if config.resume.
 
@@ -480,7 +491,7 @@ def fit(
     Raises TrainingError, Stopped, DiskError.
     """
     loop = _prepare(model, train, held_out, config, run, sample_source_of(sample_source, config.sampling, train), hooks)
-    progress = loop.progress
+    loop.rehearsal, progress = rehearsal, loop.progress
     with disk_errors(run.folder), stop_signals(progress):
         _begin(loop)
         _agree(loop)
