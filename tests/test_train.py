@@ -12,6 +12,7 @@ from vggt_lora.core import ConfigError, TrainingError
 from vggt_lora.datasets.splits import LeakError
 from vggt_lora.demo.demo_scenes import toy_scene
 from vggt_lora.evaluate import evaluate, largest_difference
+from vggt_lora.pretraining.rehearsal import make_rehearsal
 from vggt_lora.reference_data import real_scene
 from vggt_lora.train import TrainConfig, read_config, train
 from vggt_lora.preflight.adapter_check import small_photos
@@ -234,6 +235,32 @@ def test_a_run_given_up_for_its_gradients_goes_on_as_its_error_says(scene, tmp_p
     assert without_wall(run.records) == without_wall(
         train(dataclasses.replace(config, skip_grad_factor=None, output=str(tmp_path / "never"))).records
     )
+
+
+# --- rehearsal -------------------------------------------------------------------------------------------------------
+
+def test_what_is_rehearsed_moves_less_and_a_resumed_run_rehearses_the_same(scene, tmp_path):
+    """With photos of another place, on the tiny base: a random one knows nothing that it could keep."""
+    def stop(event, progress):
+        progress.stop |= event == "step" and progress.step == 3
+
+    elsewhere = toy_scene(tmp_path / "elsewhere", frames=12, size=(112, 168), seed=3)
+    settings = {"model": "tiny", "strategy": "a", "rehearsal": str(elsewhere / "images"), "lr": 3e-3}
+    whole = train(quick(scene, tmp_path / "whole", **settings))
+    train(quick(scene, tmp_path / "cut", **settings), hooks=[stop])
+    cut = train(TrainConfig(resume=True, output=str(tmp_path / "cut"), device="cpu"))
+    assert without_wall(cut.records)[-1] == without_wall(whole.records)[-1]
+    assert all("loss_rehearsal" in r for r in whole.records if r["split"] == "train")
+    moved = whole.results["rehearsal"]["moved"]
+    assert f"Elsewhere: depth there is {100 * moved:.1f} % from the base's" in (whole.folder / "report.md").read_text()
+    free = train(quick(scene, tmp_path / "free", **settings | {"rehearsal": ""}))
+    adapted = load_adapter(build_model(whole.config), free.adapter)
+    assert 0 < moved < 0.7 * make_rehearsal(adapted, whole.config).moved(adapted)
+
+
+def test_a_photo_that_judges_is_not_rehearsed(scene, tmp_path):
+    with pytest.raises(LeakError, match="which judges this run; leave it out"):
+        train(quick(scene, tmp_path / "run", model="tiny", rehearsal=str(scene / "images")))
 
 
 # --- what must not happen -------------------------------------------------------------------------------------------

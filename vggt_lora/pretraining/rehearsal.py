@@ -17,6 +17,7 @@ from ..datasets.splits import LeakError, content_hash
 from ..efficiency.frozen_prefix import find_frozen_prefix, network
 from ..files.cache import cache_folder
 from ..model.aggregator import AggregatorState
+from ..model.config import RANDOM
 from .worlds import stored_world
 from ..scenes.images import load_image, open_photo, plan_image, target_size
 from ..scenes.reconstruct import photos_in
@@ -161,9 +162,13 @@ class Rehearsal:
 
     def __str__(self) -> str:
         return (
-            f"rehearsal: {len(self.rehearsed)} windows of {self.source} keep the base's prediction, "
-            f"{len(self.apart)} more tell how far it moves; {sum(w.bytes for w in self.windows) / 1e6:.0f} MB in memory"
+            f"{len(self.rehearsed)} windows of {self.source} are rehearsed, {len(self.apart)} more tell how far depth moves"
         )
+
+    @property
+    def bytes(self) -> int:
+        """Return the memory of all windows."""
+        return sum(window.bytes for window in self.windows)
 
 # %% ../../nbs/pretraining/rehearsal.ipynb #7cb89e7b
 def make_rehearsal(
@@ -171,8 +176,8 @@ def make_rehearsal(
     config: TrainConfig,
     judged: frozenset[str] = frozenset(),  # digests of the files that judge
 ) -> Rehearsal | None:
-    """Return what a run rehearses; None if the setting is empty."""
-    if not config.rehearsal:
+    """Return what a run rehearses; None if the setting is empty, or the base is random and knows nothing."""
+    if not config.rehearsal or config.model in RANDOM:
         return None
     shape = network(model).config
     long_side = config.image_size or shape.img_size
