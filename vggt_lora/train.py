@@ -22,7 +22,7 @@ from .evaluation.run_report import report, save_figures, save_page
 from .preflight.adapter_check import build_checked_adapter
 from .preflight.preflight import budgeted, preflight as predicted, refuse_or_warn
 from .preflight.resource_usage import ResourceMeter
-from .pretraining.rehearsal import Rehearsal, make_rehearsal
+from .pretraining.rehearsal import PHOTOS, Rehearsal, make_rehearsal
 from .progress import working
 from .settings import command
 from .training.advice import next_tries, risky_settings, split_notes
@@ -146,7 +146,8 @@ def _prepare(config: TrainConfig, folder: Path, distributed: Distributed) -> Rea
         checked = distributed.on_all(lambda: build_checked_adapter(model, train_on, cache, config))
     adapted, targets, base_check, options = checked
     judged = frozenset(photos["val"].values())
-    rehearsal = distributed.main_process_first(lambda: make_rehearsal(adapted, config, judged))
+    draws = config.epochs * len(train_on)
+    rehearsal = distributed.main_process_first(lambda: make_rehearsal(adapted, config, draws, judged))
     distributed.assert_same({"the checksum of the base": adapted.base_fingerprint[:12]})
     notes = [*blind, *audit["notes"], *split_notes(split, config), *risky_settings(scenes, config)]
     beginning = Beginning(scenes, split, audit, photos, targets, base_check, coverage, notes)
@@ -165,7 +166,7 @@ def _fit(
     adapted, cache, train_on, choosing = ready.adapted, ready.cache, ready.train_on, ready.choosing
 
     def check_resources():
-        found = predicted(adapted, train_on, choosing, cache, config)
+        found = predicted(adapted, train_on, choosing, cache, config, rehearsed=PHOTOS if ready.rehearsal else 0)
         return refuse_or_warn(found, config.preflight, run.log)
 
     def base_weights():

@@ -262,6 +262,7 @@ def preflight(
     config: TrainConfig,
     free: int | None = None,  # bytes that may be taken; None: ask the device
     folder=None,  # of the cache; default: feature_folder()
+    rehearsed: int = 0,  # photos from elsewhere beside each training window
 ) -> PreflightReport:
     """Predict memory, disk and time of a run by a few short steps that change nothing.
 
@@ -291,17 +292,20 @@ def preflight(
     counts = [p.frames for p in points]
     basis = "measured" if bench.full in counts else f"extrapolated from {', '.join(map(str, counts)) or 'nothing'}"
     evaluation = max(peaks.get("fill", 0), peaks.get("validate", 0) + bench.freed, now)
-    times = _times(points, plan, train, held_out, frames, config, math.prod(size), loading)
+    times = _times(points, plan, train, held_out, frames, config, math.prod(size), loading, rehearsed)
     return PreflightReport(device, now, bench.room, bench.full, size, basis, peaks, evaluation, plan.bytes,
                            plan.entries, proposal=proposal, proposed=proposed, counted=floor,
                            busy=machine_is_busy() if device == "cpu" else "", **times)
 
 # %% ../../nbs/preflight/preflight.ipynb #cce06bfe
 def _times(points: list[Point], plan: CachePlan, train, held_out, frames: FrameCache, config: TrainConfig, pixels: int,
-           loading: float) -> dict:
+           loading: float, rehearsed: int) -> dict:
     """Return the fields of a report about seconds, steps and processes."""
     processes = _team()[0]
     training = _seconds(points, "train", train, frames, pixels) / processes
+    if points and rehearsed:
+        of_one = extrapolate([p.frames for p in points], [p.seconds.get("train", 0.0) for p in points], rehearsed)
+        training += len(train) * of_one / processes
     validation = _seconds(points, "validate", held_out, frames, pixels) / processes
     steps = math.ceil(len(train) / (config.gradient_accumulation_steps * processes))
     filling = 0.0

@@ -8,6 +8,7 @@ __all__ = ['WINDOWS', 'PHOTOS', 'APART', 'WEIGHT', 'SHARES', 'world_windows', 'f
 
 # %% ../../nbs/pretraining/rehearsal.ipynb #5a8f8b93
 import dataclasses
+import math
 
 import numpy as np
 import torch
@@ -174,6 +175,7 @@ class Rehearsal:
 def make_rehearsal(
     model,  # from apply_lora, on its device
     config: TrainConfig,
+    draws: int = WINDOWS,  # windows that the run rehearses, each time counted; a short one needs fewer
     judged: frozenset[str] = frozenset(),  # digests of the files that judge
 ) -> Rehearsal | None:
     """Return what a run rehearses; None if the setting is empty, or the base is random and knows nothing."""
@@ -181,8 +183,9 @@ def make_rehearsal(
         return None
     shape = network(model).config
     long_side = config.image_size or shape.img_size
+    most = min(WINDOWS, math.ceil(draws * APART / (APART - 1)))
     if config.rehearsal == "worlds":
-        windows = world_windows(target_size((11, 16), long_side, patch=shape.patch_size))
+        windows = world_windows(target_size((11, 16), long_side, patch=shape.patch_size), most)
         return Rehearsal(model, windows, config, "rendered worlds")
-    windows = folder_windows(config.rehearsal, config, long_side, shape.patch_size, judged)
+    windows = folder_windows(config.rehearsal, config, long_side, shape.patch_size, judged)[:most]
     return Rehearsal(model, windows, config, f"photos in {config.rehearsal}")
