@@ -8,7 +8,6 @@ __all__ = ['WINDOWS', 'PHOTOS', 'APART', 'WEIGHT', 'SHARES', 'world_windows', 'f
 
 # %% ../../nbs/pretraining/rehearsal.ipynb #5a8f8b93
 import dataclasses
-import math
 
 import numpy as np
 import torch
@@ -183,7 +182,7 @@ def make_rehearsal(
         return None
     shape = network(model).config
     long_side = config.image_size or shape.img_size
-    most = min(WINDOWS, math.ceil(draws * APART / (APART - 1)))
+    most = min(WINDOWS, draws + (draws - 1) // (APART - 1))  # and those that are kept apart
     if config.rehearsal == "worlds":
         windows = world_windows(target_size((11, 16), long_side, patch=shape.patch_size), most)
         return Rehearsal(model, windows, config, "rendered worlds")
