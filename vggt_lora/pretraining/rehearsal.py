@@ -162,7 +162,8 @@ class Rehearsal:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.rehearsed)} windows of {self.source} are rehearsed, {len(self.apart)} more tell how far depth moves"
+            f"{len(self.rehearsed)} windows of {self.source} are rehearsed, {len(self.apart)} more tell how far "
+            "depth moves"
         )
 
     @property
