@@ -19,7 +19,7 @@ from .supervision.sources import completed_depth
 from .supervision.sparse import sparse_depth
 
 
-# %% ../nbs/01_depth.ipynb #f97f9771
+# %% ../nbs/01_depth.ipynb #c1d9e4a7
 _all_ = [
     "sparse_depth", "laser_depth", "dense_depth", "completed_depth", "photo_mask", "audit_scene", "DepthMap",
     "DepthAbsent",
