@@ -33,8 +33,8 @@ def settings(scene, output, **changes) -> TrainConfig:
     values = {
         "supervision": "laser+sparse", "scale_normalization": "points", "choose_fraction": 0.0,
         "adapter_weights": "last", "metric_for_best_model": "loss", "strategy": "b", "data": str(scene),
-        "units_are_metres": "yes", "output": str(output), "epochs": 2, "frames": 4, "image_size": 56, "rank": 4,
-        "alpha": 12.0, "dropout": 0.0, "lr": 1e-2, "min_lr": 1e-4, "warmup_ratio": 0.5, "weight_decay": 0.1,
+        "rehearsal": "", "units_are_metres": "yes", "output": str(output), "epochs": 2, "frames": 4, "image_size": 56,
+        "rank": 4, "alpha": 12.0, "dropout": 0.0, "lr": 1e-2, "min_lr": 1e-4, "warmup_ratio": 0.5, "weight_decay": 0.1,
         "max_grad_norm": 0.5, "gradient_accumulation_steps": 3, "depth_min": 0.2, "depth_max": 9.0, "seed": 5,
         **{f"{name}_weight": value for name, value in WEIGHTS.items()},
     }

@@ -116,8 +116,8 @@ def test_points_alone_teach_the_layers_of_the_aggregator(scene, weights, tmp_pat
     alone = dict.fromkeys(("camera_weight", "depth_conf_weight", "depth_reg_weight", "depth_grad_weight"), 0.0)
     found = train(
         settings(
-            scene, weights, tmp_path / "run", strategy="b", heads="camera", supervision="completed", **alone,
-            **POINTS | {"point_gradient": "normal_conf"},
+            scene, weights, tmp_path / "run", strategy="b", heads="camera", supervision="completed", rehearsal="",
+            **alone, **POINTS | {"point_gradient": "normal_conf"},
         )
     )
     assert {n for n in steps(found)[0] if n.startswith("loss_")} == {
