@@ -63,6 +63,7 @@ ALONE = {
     "one": "sparse+anchored", "one-laser": "laser+sparse+anchored", "one-ceiling": "exact", "real-ceiling": "laser"
 }
 
+REAL_CASES = ("real", "real-ceiling", "place", "kept")  # that train on real scenes
 REAL_JUDGES = {"strecha_fountain_p11": "laser", "eth3d_pipes": "sparse"}  # outside the domain of demo buildings
 
 
@@ -141,8 +142,8 @@ def case_settings(case: str, work: Path) -> list[dict] | None:
     return folder and [{"data": str(folder), "hold_out": judge}]
 
 
-def results_of(config: TrainConfig) -> dict:
-    """Return the results of a run, which is made where it is absent."""
+def results_of(config: TrainConfig, case: str) -> dict:
+    """Return the results of a case's run, which is made where it is absent."""
     folder = Path(config.output)
     stated = folder / "seconds.json"
     if not stated.is_file():
@@ -150,13 +151,13 @@ def results_of(config: TrainConfig) -> dict:
         train(config)
         stated.write_text(json.dumps(round(time.monotonic() - started, 1)))
     results = json.loads((folder / "results.json").read_text())
-    return results | {"seconds": json.loads(stated.read_text()), "elsewhere": elsewhere_of(folder)}
+    return results | {"seconds": json.loads(stated.read_text()), "elsewhere": elsewhere_of(folder, case)}
 
 
-def elsewhere_of(folder: Path) -> dict[str, list[dict]]:
+def elsewhere_of(folder: Path, case: str) -> dict[str, list[dict]]:
     """Return the rows of base and adapted outside a run's buildings, measured where they are not at hand."""
     places = {"worlds": rows_on_worlds}
-    if "strecha" not in (folder / "config.json").read_text():
+    if case not in REAL_CASES:
         places |= {name: rows_on_real for name in REAL_JUDGES if real_scene(name)}
     found = {}
     for place, measured in places.items():
@@ -203,7 +204,7 @@ def runs_of(case: str, settings: list[dict], strategy: str, supervision: str, se
             | one
             | fields(args.set)
         )
-        found.append(results_of(TrainConfig(output=str(args.output / name), **own)))
+        found.append(results_of(TrainConfig(output=str(args.output / name), **own), case))
     return found
 
 
