@@ -158,5 +158,6 @@ def open_photos(
         K = np.stack([plans[k].intrinsics(scene.frames[k].K) for k in opened])
         pose = np.stack([scene.frames[k].world_to_cam for k in opened])
     inside = np.stack([content_mask(plans[k]) for k in opened])
+    taken = tuple(plans[k] for k in opened)
     return Photos(tuple(names[k] for k in opened), tuple(paths[k] for k in opened), np.stack(list(opened.values())),
-                  inside, tuple(plans[k] for k in opened), left_out, scene, K, pose)
+                  inside, taken, left_out, scene, K, pose)

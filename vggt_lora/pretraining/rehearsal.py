@@ -81,13 +81,6 @@ class Rehearsed:
     state: AggregatorState | None  # after the layers that do not learn
     base: dict[str, torch.Tensor]  # log_depth and log_conf (1,S,H,W), pose_enc (1,S,9), as far as their heads learn
 
-    @property
-    def bytes(self) -> int:
-        """Return the memory of all tensors."""
-        state = [] if self.state is None else [self.state.tokens, *self.state.outputs.values()]
-        held = [*state, *self.base.values(), *([] if self.images is None else [self.images])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
 
 def readings(predictions: dict) -> dict[str, torch.Tensor]:
     """Return what is compared: log depth, log confidence and cameras, float32, as far as they were predicted."""
@@ -115,15 +108,16 @@ class Rehearsal:
         device = resolve_device(config.device)
         self.half = resolve_precision(config.precision, device) == "bf16"
         self.device, self.heads, self.source = torch.device(device), config.names("heads"), source
-        self.windows = [self._made(model, window) for window in windows]
+        layer = find_frozen_prefix(model, self.heads).layer
+        self.windows = [self._made(model, window, layer) for window in windows]
         self.apart = self.windows[APART - 1 :: APART]
         self.rehearsed = [window for k, window in enumerate(self.windows) if k % APART != APART - 1]
 
     @torch.no_grad()
-    def _made(self, model, photos: np.ndarray) -> Rehearsed:
+    def _made(self, model, photos: np.ndarray, layer: int | None) -> Rehearsed:
         """Return a window with the base's prediction."""
         images = torch.from_numpy(photos).permute(0, 3, 1, 2)[None].float().to(self.device) / 255
-        layer, state = find_frozen_prefix(model, self.heads).layer, None
+        state = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             if layer is not None:
                 state = network(model).encode(images, stop_after=layer, heads=self.heads)
@@ -165,11 +159,6 @@ class Rehearsal:
             f"{len(self.rehearsed)} windows of {self.source} are rehearsed, {len(self.apart)} more tell how far "
             "depth moves"
         )
-
-    @property
-    def bytes(self) -> int:
-        """Return the memory of all windows."""
-        return sum(window.bytes for window in self.windows)
 
 # %% ../../nbs/pretraining/rehearsal.ipynb #7cb89e7b
 def make_rehearsal(
